@@ -1,0 +1,104 @@
+"""Stage 3: PPO against the reward model, and the comparison of the policy with its reference.
+
+accelerate launch recipes/ppo.py --config recipes/quickstart/ppo.yaml [--learning_rate 1e-5]
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from trl import ModelConfig
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.config import DataArguments, check_output_dir, parse_stage
+from rlhf_recipes.data import to_prompts
+from rlhf_recipes.data.splits import load_splits
+from rlhf_recipes.data.synthetic import GoldScore
+from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
+from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
+from rlhf_recipes.tracking import stage_config, start_run
+
+
+@dataclass
+class PPOArguments:
+    """What PPO starts from, and how it is judged."""
+
+    sft_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to start from, which is also the reference. null: the bare base."}
+    )
+    reward_adapter: str | None = field(
+        default=None, metadata={"help": "Reward model: an adapter trained on the same base, or any classifier."}
+    )
+    gold_score: str | None = field(
+        default=None,
+        metadata={"help": "Judge that PPO does not see: gold.json of the embedded task, or another reward model."},
+    )
+    prompt_words: int | None = field(
+        default=None, metadata={"help": "Make prompts of the first words of `text` rows, this many."}
+    )
+    evaluation_rows: int = field(
+        default=512, metadata={"help": "Completions of the policy, and of its reference, in the final evaluation."}
+    )
+
+
+ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
+
+
+def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
+    checkpoint = check_output_dir(training_args)
+
+    # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
+    rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words))
+    policy = load_causal_lm(
+        model_args.model_name_or_path,
+        quantization_config=quantization_config(model_args),
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        **source,
+    )
+    if ppo_args.sft_adapter is not None:
+        policy = load_policy(policy, ppo_args.sft_adapter)
+
+    # 2. Rewards: add your own functions to this list, and their weights to `reward_weights`. The judge has weight 0:
+    #    it is logged beside the reward, and PPO does not see it.
+    reward_funcs = [ppo_args.reward_adapter]
+    weights = training_args.reward_weights or [1.0]
+    gold = ppo_args.gold_score
+    if gold is not None:
+        reward_funcs.append(GoldScore.from_file(gold) if gold.endswith(".json") else gold)
+        training_args.reward_weights = [*weights, 0.0]
+
+    # 3. Train.
+    trainer = PPOTrainer(
+        model=policy,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["test"],
+        processing_class=tokenizer,
+        peft_config=lora_config(model_args, "CAUSAL_LM") if ppo_args.sft_adapter is None else None,
+    )
+    start_run(
+        recipe=Path(training_args.output_dir).resolve().parent.name,
+        stage="ppo",
+        output_dir=training_args.output_dir,
+        config=stage_config(ppo_args, data_args, training_args, model_args),
+        parent=[path for path in (ppo_args.sft_adapter, ppo_args.reward_adapter) if path is not None],
+        report_to=training_args.report_to,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+    # 4. Is the policy better than its reference on prompts that no stage has seen?
+    judge = None if gold is None else trainer.reward_func_names[len(reward_funcs) - 1]
+    evaluation = evaluate_policy(trainer, rows["test"], gold=judge, rows=ppo_args.evaluation_rows)
+    if trainer.is_world_process_zero():
+        print(write_evaluation(evaluation, training_args.output_dir))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_stage(ARGUMENTS))

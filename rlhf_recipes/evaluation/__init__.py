@@ -1,0 +1,1 @@
+"""Evaluation: statistics, and the comparison of a policy with its reference."""

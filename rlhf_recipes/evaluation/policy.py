@@ -1,0 +1,144 @@
+"""Compare a policy with its reference on held-out prompts: is it better, or does it only please the reward model?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from rlhf_recipes.evaluation.metrics import bootstrap_interval, win_outcomes
+from rlhf_recipes.models.roles import POLICY
+from rlhf_recipes.ppo._trl import completion_logps, generate, rewards
+from rlhf_recipes.ppo.trainer import PPOTrainer
+
+SUMMARY = ("gold_score", "reward_score", "kl", "length", "eos_rate")
+
+
+def evaluate_policy(
+    trainer: PPOTrainer, dataset: Dataset, *, gold: str | None = None, rows: int = 512, seed: int = 0
+) -> dict[str, Any]:
+    """Sample from the policy and from its reference on the same prompts and compare them.
+
+    The sampling has its own seed, so that runs can be compared. The win rate counts ties as half and is judged by the
+    gold score where there is one, otherwise by the reward that PPO maximised, which says less. Its 95 % interval is a
+    bootstrap over prompts, because completions of one prompt are not independent.
+
+    Args:
+        trainer: A PPO trainer, trained or not.
+        dataset: Held-out rows with a column `prompt`.
+        gold: Name of the reward function that measures the truth; give it the weight 0 so that PPO does not see it.
+        rows: Completions to sample from each of the two; prompts are repeated if there are fewer.
+        seed: Seed of the sampling and of the bootstrap.
+
+    Returns:
+        For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
+        `length` (tokens) and `eos_rate`; `win_rate`, `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`,
+        `seed`, and `samples`, some completions of both side by side.
+
+    Raises:
+        ValueError: If there is no reward function named `gold`, or no prompt.
+    """
+    if gold is not None and gold not in trainer.reward_func_names:
+        raise ValueError(f"No reward function is named {gold!r}; there are {trainer.reward_func_names}.")
+    if len(dataset) == 0:
+        raise ValueError("The evaluation needs at least one held-out prompt, and the dataset is empty.")
+    indices = [row % len(dataset) for row in range(rows)]
+    training = trainer.model.training
+    trainer.model.eval()
+    # Independent draws: with the same random numbers both would often say the same, and all would look like ties.
+    policy = _sample(trainer, dataset, indices, POLICY, gold, 2 * seed)
+    reference = _sample(trainer, dataset, indices, trainer.reference, gold, 2 * seed + 1)
+    trainer.model.train(training)
+
+    judge = "reward_score" if gold is None else "gold_score"
+    outcomes = win_outcomes([row[judge] for row in policy], [row[judge] for row in reference])
+    low, high = bootstrap_interval(outcomes, indices, seed=seed)
+    return {
+        "policy": _means(policy),
+        "reference": _means(reference),
+        "win_rate": float(outcomes.mean()),
+        "win_rate_ci": [low, high],
+        "win_rate_by": judge,
+        "rows": rows,
+        "prompts": len(set(indices)),
+        "seed": seed,
+        "samples": [
+            {"prompt": dataset[index]["prompt"], "policy": ours["completion"], "reference": theirs["completion"]}
+            for index, ours, theirs in list(zip(indices, policy, reference, strict=True))[:20]
+        ],
+    }
+
+
+def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
+    """Write `evaluation.json` into a run's folder and return the comparison as a small table of text."""
+    path = Path(folder) / "evaluation.json"
+    path.write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [f"{'':<14}{'policy':>10}{'reference':>12}"]
+    for name in SUMMARY:
+        values = [evaluation[side][name] for side in ("policy", "reference")]
+        if None not in values:
+            lines.append(f"{name:<14}{values[0]:>10.3f}{values[1]:>12.3f}")
+    low, high = evaluation["win_rate_ci"]
+    lines.append(
+        f"win rate of the policy by {evaluation['win_rate_by']}: {evaluation['win_rate']:.3f} "
+        f"(95 % interval {low:.3f} to {high:.3f}, {evaluation['rows']} completions of {evaluation['prompts']} prompts)"
+    )
+    return "\n".join([*lines, f"written to {path}"])
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    return {name: None if rows[0][name] is None else fmean(float(row[name]) for row in rows) for name in SUMMARY}
+
+
+def _sample(
+    trainer: PPOTrainer, dataset: Dataset, indices: list[int], role: str | None, gold: str | None, seed: int
+) -> list[dict[str, Any]]:
+    """Sample one completion per index. Every batch has its own seed, so the number of processes changes nothing."""
+    size, processes = trainer.args.per_device_eval_batch_size, trainer.accelerator.num_processes
+    padded = indices + indices[: -len(indices) % size]  # whole batches only: processes exchange equal shapes
+    batches = [padded[start : start + size] for start in range(0, len(padded), size)]
+    rank, results = trainer.accelerator.process_index, []
+    rounds = range(0, len(batches), processes)
+    for start in tqdm(rounds, desc=f"sampling, {role or 'base'}", disable=not trainer.is_world_process_zero()):
+        number = min(start + rank, len(batches) - 1)  # a process without a batch repeats the last one
+        rows = [dataset[index] for index in batches[number]]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 1_000_003 + number)
+            results.append((number, _sample_batch(trainer, rows, role, gold)))
+    gathered = dict(gather_object(results))
+    return [row for number in range(len(batches)) for row in gathered[number]][: len(indices)]
+
+
+@torch.no_grad()
+def _sample_batch(
+    trainer: PPOTrainer, rows: list[dict[str, Any]], role: str | None, gold: str | None
+) -> list[dict[str, Any]]:
+    prompts = [row["prompt"] for row in rows]
+    with trainer.roles.use(role):
+        batch, completions, completion_ids = generate(trainer, prompts)
+        logps, _ = completion_logps(trainer, trainer.model, batch)
+    with trainer.roles.use(trainer.reference):
+        ref_logps, _ = completion_logps(trainer, trainer.model, batch)
+    kl = ((logps - ref_logps) * batch["completion_mask"]).sum(dim=1)
+    columns = rewards(trainer, rows, completions, completion_ids)
+    start = trainer.accelerator.process_index * len(rows)
+    columns = columns[start : start + len(rows)]
+    scores = (columns * trainer.reward_weights.to(columns.device)).nansum(dim=1)
+    return [
+        {
+            "completion": completions[i],
+            "gold_score": None if gold is None else columns[i, trainer.reward_func_names.index(gold)].item(),
+            "reward_score": scores[i].item(),
+            "kl": kl[i].item(),
+            "length": len(ids),
+            "eos_rate": float(ids[-1] in trainer.eos_token_ids) if ids else 0.0,
+        }
+        for i, ids in enumerate(completion_ids)
+    ]

@@ -1,0 +1,23 @@
+"""Loading with LoRA and 4-bit weights, and adapters as roles on one base."""
+
+from rlhf_recipes.models.loading import (
+    load_causal_lm,
+    load_sequence_classifier,
+    load_tokenizer,
+    lora_config,
+    quantization_config,
+    upcast_trainable,
+)
+from rlhf_recipes.models.roles import Roles, is_adapter, load_policy
+
+__all__ = [
+    "Roles",
+    "is_adapter",
+    "load_causal_lm",
+    "load_policy",
+    "load_sequence_classifier",
+    "load_tokenizer",
+    "lora_config",
+    "quantization_config",
+    "upcast_trainable",
+]

@@ -1,0 +1,226 @@
+"""Load tokenizers and base models, whole or in 4 bits: from safetensors only, without remote code unless asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+
+def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """Build the bitsandbytes configuration that a stage's model arguments ask for.
+
+    Args:
+        model_args: TRL's model arguments; `load_in_4bit` gives `bnb_4bit_quant_type` weights (NF4 by default) with
+            double quantization (QLoRA, https://huggingface.co/papers/2305.14314, section 3) and computes in `dtype`.
+
+    Returns:
+        The configuration, or `None` when neither `load_in_4bit` nor `load_in_8bit` is set.
+
+    Raises:
+        ImportError: If quantization is asked for and bitsandbytes is not installed.
+
+    Example:
+        >>> from trl import ModelConfig
+        >>> config = quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
+        >>> config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
+        ('nf4', True)
+    """
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            "Quantized weights (`load_in_4bit` or `load_in_8bit`) need bitsandbytes, which is not installed or does "
+            "not support this machine. Install it with `pip install bitsandbytes`, or set `load_in_4bit: false`."
+        )
+    if model_args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_torch_dtype(model_args.dtype),
+    )
+
+
+def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
+    """Build the LoRA configuration of a stage.
+
+    Args:
+        model_args: TRL's model arguments (`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, ...).
+        task_type: `"CAUSAL_LM"` for policies and `"SEQ_CLS"` for reward models. With any other type PEFT freezes the
+            reward model's score head at its random start and does not save it.
+
+    Returns:
+        The configuration. Without `lora_target_modules` every linear layer but the output head is adapted.
+
+    Raises:
+        ValueError: If the adapter targets the output head, which TRL's fused log-probabilities would ignore.
+
+    Example:
+        >>> from trl import ModelConfig
+        >>> lora_config(ModelConfig(lora_r=8), "SEQ_CLS").r
+        8
+    """
+    targets: Any = model_args.lora_target_modules or "all-linear"
+    if isinstance(targets, list) and len(targets) == 1:
+        targets = targets[0]  # YAML's `all-linear` arrives as a list; PEFT knows the word only as a string
+    if task_type == "CAUSAL_LM" and "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ValueError(
+            "`lora_target_modules` names 'lm_head', but log-probabilities are computed from its weight directly and "
+            "would ignore the adapter. Remove 'lm_head' from the list."
+        )
+    return LoraConfig(
+        task_type=task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+    )
+
+
+def load_tokenizer(path: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, ready for generation in batches (padding on the left).
+
+    Args:
+        path: Hub id or local folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If it has no padding token or no end-of-sequence token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code, padding_side="left", truncation_side="left"
+    )
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"The tokenizer of {path!r} has no end-of-sequence token, so a completion could never end. "
+            "Set one (`tokenizer.eos_token = ...`) and save the tokenizer again."
+        )
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer of {path!r} has no padding token, and batches need one. Set `tokenizer.pad_token` "
+            f"(for example to its eos token {tokenizer.eos_token!r}, which is handled) and save the tokenizer again."
+        )
+    return tokenizer
+
+
+def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model (the base of policies and of every role beside them).
+
+    Args:
+        path: Hub id or local folder with safetensors weights.
+        **options: `quantization_config`, `dtype` ("float32" by default), `attn_implementation`, `revision`,
+            `trust_remote_code`.
+
+    Returns:
+        The model, on the accelerator of this process, or on the CPU.
+
+    Raises:
+        ValueError: If the model has absolute positions, which left-padded batches would shift.
+        FileNotFoundError: If a local folder does not exist.
+    """
+    model = _load(AutoModelForCausalLM, path, **options)
+    _refuse_absolute_positions(model, path)
+    return model
+
+
+def load_sequence_classifier(path: str, **options: Any) -> PreTrainedModel:
+    """Load a base model with a new head of one output: the start of a reward model.
+
+    The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
+    """
+    return _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+
+
+def upcast_trainable(model: torch.nn.Module) -> None:
+    """Cast the trainable parameters of a model back to float32.
+
+    TRL casts every trainable parameter of a quantized model to bfloat16, the reward model's head included, even when
+    the run does not use bfloat16. An adapter is small, and an optimizer step on bfloat16 weights loses small updates.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1).to(torch.bfloat16)
+        >>> upcast_trainable(layer)
+        >>> layer.weight.dtype
+        torch.float32
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _load(auto_class: Any, path: str, *, dtype: str | torch.dtype = "float32", **options: Any) -> PreTrainedModel:
+    if _looks_local(path) and not Path(path).is_dir():
+        raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")
+    options = {key: value for key, value in options.items() if value is not None}
+    state = PartialState()
+    model = auto_class.from_pretrained(
+        path,
+        dtype=_torch_dtype(dtype),
+        use_safetensors=True,
+        device_map=None if state.device.type == "cpu" else {"": state.device},
+        **options,
+    )
+    _keep_4bit_differentiable(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
+    # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer at its first forward without gradients and from
+    # then on computes, in training too, with a kernel that has no backward: LoRA gradients become wrong after one
+    # evaluation or generation, with no more than a warning. The flag is per layer and must be off before that.
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_absolute_positions(model: PreTrainedModel, path: str) -> None:
+    # TRL's engine passes no `position_ids`, so a model with learned absolute positions reads shifted ones on a
+    # left-padded prompt, and its log-probabilities are wrong without any sign.
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, torch.nn.Embedding) and ("position" in last or last in {"wpe", "pos_emb"}):
+            raise ValueError(
+                f"{path!r} ({model.config.model_type}) has absolute position embeddings ({name}). Prompts are padded "
+                "on the left, so its log-probabilities would be wrong. Use a model with rotary or relative positions "
+                "(Llama, Qwen, Mistral, Gemma, GPT-NeoX, ...)."
+            )
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in choices:
+        raise ValueError(f"`dtype` must be one of 'auto', {', '.join(map(repr, choices))}, got {dtype!r}.")
+    return choices[dtype]
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()

@@ -1,0 +1,299 @@
+"""Policy, reference, critic and reward as adapters on one base model.
+
+Every role is a named PEFT adapter on the same (4-bit) base; a role that returns a number has a head besides.
+`B` sequences, `L` tokens (prompt padded on the left, completion on the right), `H` hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+POLICY, REFERENCE, CRITIC = "default", "ref", "critic"
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HEAD_KEY = "base_model.model.score.weight"
+_active: ContextVar[tuple[Roles, str | None] | None] = ContextVar("active_role", default=None)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Give gradient checkpointing the role of the forward pass back when it recomputes it.
+
+    Pass it as `context_fn` to `torch.utils.checkpoint.checkpoint` (with `use_reentrant=False`). Without it a layer is
+    recomputed during the backward pass with whatever adapter is active then, and the critic's gradient is silently
+    wrong.
+
+    Returns:
+        The contexts of the forward pass and of its recomputation.
+    """
+    active = _active.get()
+    return nullcontext(), nullcontext() if active is None else active[0].use(active[1])
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Tell whether a path is a folder with a saved PEFT adapter.
+
+    Example:
+        >>> is_adapter("no/such/folder")
+        False
+    """
+    return (Path(path) / _CONFIG).is_file()
+
+
+def base_name(model: nn.Module) -> str:
+    """Path or hub id of the base model of a model, with or without adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name: str = base.config._name_or_path  # type: ignore[union-attr, assignment]
+    return name
+
+
+def load_policy(base: nn.Module, adapter: str | Path) -> PeftModel:
+    """Put a trained adapter (the SFT stage's) on a base model, as the policy to be trained.
+
+    Args:
+        base: The causal language model that the adapter was trained on.
+        adapter: Folder of the adapter.
+
+    Returns:
+        The PEFT model; its adapter is named `"default"`, as everywhere in TRL.
+
+    Raises:
+        FileNotFoundError: If the folder holds no adapter.
+        ValueError: If the adapter belongs to another base.
+    """
+    config = _read_config(adapter, base)
+    config.inference_mode = False
+    model = get_peft_model(base, config, adapter_name=POLICY)
+    _load_weights(model, adapter, POLICY)
+    return model
+
+
+class Roles:
+    """The adapters and heads on one base, and the switch between them.
+
+    Args:
+        model: A PEFT model whose adapter `"default"` is the policy.
+
+    Attributes:
+        model: The same model.
+        heads: Heads by role, linear layers from `H` to 1 without bias. They are a submodule of the model too, so that
+            the optimizer finds them.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.model.heads = self.heads = nn.ModuleDict()
+        self._base: Any = model.get_base_model()
+        self._find_layers()
+
+    def add_copy(self, role: str, source: str = POLICY) -> None:
+        """Add an adapter with the same configuration and weights as another (frozen until it is made trainable)."""
+        self._add(role, copy.deepcopy(self.model.peft_config[source]))
+        weights = get_peft_model_state_dict(self.model, adapter_name=source)
+        set_peft_model_state_dict(self.model, {key: value.clone() for key, value in weights.items()}, role)
+
+    def add_scalar_role(self, role: str, path: str | Path) -> None:
+        """Add a reward model that was saved as an adapter for sequence classification: its adapter and its head.
+
+        Args:
+            role: Name of the new role.
+            path: Folder of the saved adapter.
+
+        Raises:
+            FileNotFoundError: If the folder holds no adapter.
+            ValueError: If the adapter belongs to another base, or holds no score head.
+        """
+        config = _read_config(path, self._base)
+        # The score head is kept outside of the adapter, because the causal model beneath has no module for it.
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        self._add(role, config)
+        weights = _load_weights(self.model, path, role)
+        if _HEAD_KEY not in weights:
+            raise ValueError(
+                f"The adapter in {str(path)!r} holds no score head ({_HEAD_KEY}), so it gives no reward. Train reward "
+                "models with LoRA's `task_type='SEQ_CLS'`, which is the type that saves the head."
+            )
+        self.add_head(role, weights[_HEAD_KEY])
+
+    def add_head(self, role: str, weight: Tensor | None = None) -> None:
+        """Add a head to a role: a copy of `weight` (1, H), or zeros, which say 0 for everything at first."""
+        head = nn.Linear(self._base.config.get_text_config().hidden_size, 1, bias=False)
+        with torch.no_grad():
+            head.weight.zero_() if weight is None else head.weight.copy_(weight)
+        self.heads[role] = head.requires_grad_(False).to(self.model.device)
+
+    def set_trainable(self, *roles: str) -> None:
+        """Train the adapters and heads of these roles and nothing else."""
+        self.model.requires_grad_(False)
+        for role in roles:
+            if role in self.model.peft_config:
+                self.model.set_requires_grad(role, True)
+            if role in self.heads:
+                self.heads[role].requires_grad_(True)
+
+    @contextmanager
+    def use(self, role: str | None) -> Iterator[None]:
+        """Compute with the adapter of a role; `None` computes with the bare base.
+
+        PEFT's own `set_adapter` and `disable_adapter` also freeze every other adapter: the gradient of the critic
+        would be exactly 0, silently. This switch leaves `requires_grad` alone.
+        """
+        previous = [layer._active_adapter for layer in self._layers]
+        token = _active.set((self, role))
+        for layer in self._layers:
+            layer._active_adapter = [] if role is None else [role]
+        try:
+            yield
+        finally:
+            for layer, names in zip(self._layers, previous, strict=True):
+                layer._active_adapter = names
+            _active.reset(token)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states (B, L, H) under the adapter in use, without the language model's head."""
+        outputs = self._base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden_states: Tensor = outputs.last_hidden_state
+        return hidden_states
+
+    @contextmanager
+    def captured_hidden_states(self) -> Iterator[list[Tensor]]:
+        """Collect the last hidden states (B, L, H) of every forward pass inside the block."""
+        captured: list[Tensor] = []
+        handle = self._base.base_model.register_forward_hook(lambda *args: captured.append(args[-1].last_hidden_state))
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def apply_head(self, role: str, hidden_states: Tensor) -> Tensor:
+        """Read a role's number at every position: (B, L, H) -> (B, L), in float32."""
+        values: Tensor = self.heads[role](hidden_states.float())
+        return values.squeeze(-1)
+
+    @torch.no_grad()
+    def scores(self, role: str, sequences: list[list[int]], pad_token_id: int, batch_size: int) -> Tensor:
+        """Score whole token sequences with a reward role, read at each one's last token.
+
+        Args:
+            role: A role with a head.
+            sequences: Token ids of prompt and completion, with the end-of-sequence token where it was produced.
+            pad_token_id: Any id; padded positions are masked.
+            batch_size: Sequences per forward pass.
+
+        Returns:
+            Scores, shape `(B,)`, on the model's device.
+        """
+        device, scores = self.model.device, []
+        with self.use(role):
+            for start in range(0, len(sequences), batch_size):
+                chunk = [torch.tensor(ids, device=device) for ids in sequences[start : start + batch_size]]
+                input_ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=pad_token_id)
+                lengths = torch.tensor([len(ids) for ids in chunk], device=device)
+                attention_mask = (torch.arange(input_ids.size(1), device=device) < lengths[:, None]).long()
+                hidden = self.hidden_states(input_ids, attention_mask)
+                last = hidden[torch.arange(len(chunk), device=device), lengths - 1]
+                scores.append(self.apply_head(role, last))
+        return torch.cat(scores)
+
+    def save_policy(self, folder: str | Path) -> None:
+        """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""
+        self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
+
+    def save_scalar_role(self, role: str, adapter: str, folder: str | Path) -> None:
+        """Save a role with a head in the format of reward models (sequence classification, head included).
+
+        Args:
+            role: The role whose head is saved.
+            adapter: The adapter it reads from: its own, or the policy's for a head on the policy's trunk.
+            folder: Where to.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(self.model, adapter_name=adapter)
+        head = self.heads[role].weight
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in {**weights, _HEAD_KEY: head}.items()},
+            folder / _WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        config: Any = copy.deepcopy(self.model.peft_config[adapter])
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["classifier", "score"], True
+        config.save_pretrained(str(folder))
+
+    def load(self, folder: str | Path, role: str, adapter: str) -> None:
+        """Load the weights of an existing role again, as `save_policy` or `save_scalar_role` wrote them."""
+        weights = _load_weights(self.model, folder, adapter)
+        if role in self.heads:
+            self.heads[role].load_state_dict({"weight": weights[_HEAD_KEY]})
+
+    def _add(self, role: str, config: PeftConfig) -> None:
+        self.model.add_adapter(role, config)
+        self._find_layers()
+
+    def _find_layers(self) -> None:
+        self._layers: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+
+
+def _read_config(path: str | Path, base: nn.Module) -> LoraConfig:
+    if not is_adapter(path):
+        raise FileNotFoundError(
+            f"{str(path)!r} holds no adapter ({_CONFIG}). Give the output folder of a finished stage."
+        )
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"The adapter in {str(path)!r} is a {config.peft_type}; only LoRA adapters can share a base.")
+    expected, found = base_name(base), config.base_model_name_or_path
+    if not _same_model(expected, found):
+        raise ValueError(
+            f"The adapter in {str(path)!r} was trained on {found!r}, but the base model is {expected!r}. Use the base "
+            f"that it was trained on; if it is the same model at a new place, correct `base_model_name_or_path` in "
+            f"{Path(path) / _CONFIG}."
+        )
+    return config
+
+
+def _same_model(left: str | None, right: str | None) -> bool:
+    return left == right or (left is not None and right is not None and Path(left).resolve() == Path(right).resolve())
+
+
+def _load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, Tensor]:
+    file = Path(path) / _WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(path)!r} has no {_WEIGHTS}. Weights are read from safetensors files only.")
+    weights = load_file(file)
+    own = {key: value for key, value in weights.items() if key != _HEAD_KEY}
+    expected = get_peft_model_state_dict(model, adapter_name=adapter)
+    wrong = [key for key in expected.keys() | own.keys() if _shape(expected, key) != _shape(own, key)]
+    if wrong:
+        key = min(wrong)
+        raise ValueError(
+            f"The adapter in {str(path)!r} does not fit the base model in {len(wrong)} of {len(expected)} weights; "
+            f"{key}: expected shape {_shape(expected, key)}, the file has {_shape(own, key)}. "
+            "Use the base model that the adapter was trained on."
+        )
+    set_peft_model_state_dict(model, own, adapter)
+    return weights
+
+
+def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None

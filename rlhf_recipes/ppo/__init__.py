@@ -1,0 +1,1 @@
+"""PPO: its maths, configuration, critic and trainer."""

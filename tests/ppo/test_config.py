@@ -1,0 +1,60 @@
+"""What PPOConfig accepts, what it refuses, and how it is stored."""
+
+import json
+import pickle
+
+import pytest
+
+from rlhf_recipes.models.roles import checkpoint_contexts
+
+
+def test_one_completion_per_prompt_is_allowed(make_config):
+    config = make_config(num_generations=1, per_device_train_batch_size=3, gradient_accumulation_steps=1)
+    assert (config.num_generations, config.num_generations_eval, config.generation_batch_size) == (1, 1, 3)
+
+
+def test_one_completion_per_prompt_with_evaluation_and_minibatches(make_config):
+    config = make_config(eval_strategy="steps", eval_steps=1, steps_per_generation=6, per_device_eval_batch_size=5)
+    assert (config.num_generations, config.steps_per_generation, config.generation_batch_size) == (1, 6, 24)
+
+
+def test_groups_must_still_divide_the_rollout(make_config):
+    with pytest.raises(ValueError, match="divisible by num_generations"):
+        make_config(num_generations=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gamma", 1.5, r"`gamma` must lie in \[0, 1\], got 1.5"),
+        ("gae_lambda", -0.1, r"`gae_lambda` must lie in \[0, 1\]"),
+        ("kl_coef", -0.1, "`kl_coef` must not be negative"),
+        ("vf_coef", -1.0, "`vf_coef` must not be negative"),
+        ("missing_eos_penalty", -1.0, "`missing_eos_penalty` must not be negative"),
+        ("value_clip", 0.0, "`value_clip` must be positive"),
+        ("beta", 0.1, "`beta` is 0.1, but PPO does not use it: .*`kl_coef`"),
+        ("loss_type", "grpo", "`loss_type` is 'grpo', but PPO does not use it"),
+        ("use_vllm", True, "`use_vllm` is True, but PPO does not use it"),
+        ("importance_sampling_level", "sequence", "ratios are per token"),
+    ],
+)
+def test_values_that_are_refused(make_config, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**{field: value})
+
+
+def test_a_rollout_of_one_completion_is_refused(make_config):
+    with pytest.raises(ValueError, match="rollout of one completion"):
+        make_config(per_device_train_batch_size=1, gradient_accumulation_steps=1)
+
+
+def test_checkpointing_restores_the_adapter_and_is_stored_without_code(make_config):
+    config = make_config(gradient_checkpointing=True)
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    assert json.loads(config.to_json_string())["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    assert pickle.loads(pickle.dumps(config)).gradient_checkpointing_kwargs["context_fn"] is checkpoint_contexts
+
+
+def test_reentrant_checkpointing_is_refused(make_config):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make_config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -1,0 +1,152 @@
+"""The seams of TRL, PEFT and bitsandbytes that the library leans on: a new version that moves one fails here first."""
+
+import ast
+import inspect
+import re
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import trl
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+
+PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
+
+# Methods that PPOTrainer overrides or calls, with their parameters.
+METHODS = {
+    "__init__": (
+        "self model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes callbacks "
+        "optimizers quantization_config peft_config tools rollout_func environment_factory"
+    ),
+    "_calculate_rewards": "self inputs prompts completions completion_ids_list",
+    "_compute_loss": "self model inputs",
+    "_generate_and_score_completions": "self inputs",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_load_from_checkpoint": "self resume_from_checkpoint model",
+    "_save": "self output_dir state_dict",
+    "_tokenize_prompts": "self prompts",
+}
+LOGPS_PARAMETERS = "self model input_ids attention_mask logits_to_keep batch_size compute_entropy"
+ATTRIBUTES = "_buffered_inputs _logs _metrics epsilon_high epsilon_low reward_func_names reward_funcs reward_weights"
+CLASS_ATTRIBUTES = "_name _paper _tag_names loss_is_scaled_for_ga"
+BATCH_KEYS = "prompt_ids prompt_mask completion_ids completion_mask advantages num_items_in_batch"
+CONFIG_FIELDS = (
+    "beta entropy_coef epsilon epsilon_high generation_batch_size log_completions loss_type max_completion_length "
+    "mask_truncated_completions num_generations num_generations_eval num_iterations reward_weights "
+    "steps_per_generation temperature"
+)
+
+
+def moved(what, reread):
+    return f"TRL {trl.__version__}: {what}. Re-read {reread} against the new GRPOTrainer, then update this test."
+
+
+def returned_lengths(method):
+    """Lengths of the tuples that a method returns, from its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return {len(value.elts) if isinstance(value, ast.Tuple) else 1 for value in returns}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_keep_their_parameters(name):
+    parameters = " ".join(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+    assert parameters == METHODS[name], moved(f"`{name}` takes other parameters", "rlhf_recipes/ppo/trainer.py")
+
+
+def test_per_token_logps_take_and_return_what_the_adapter_expects():
+    method = GRPOTrainer._get_per_token_logps_and_entropies
+    parameters = list(inspect.signature(method).parameters)
+    wanted = LOGPS_PARAMETERS.split()
+    reread = "rlhf_recipes/ppo/_trl.py"
+    assert parameters[: len(wanted)] == wanted, moved("`_get_per_token_logps_and_entropies` takes others", reread)
+    assert returned_lengths(method) == {3}, moved("it no longer returns (logps, entropies, aux_loss)", reread)
+
+
+def test_single_turn_returns_ids_and_logprobs():
+    message = moved("`_generate_single_turn` no longer returns (ids, logprobs)", "rlhf_recipes/ppo/_trl.py")
+    assert returned_lengths(GRPOTrainer._generate_single_turn) == {2}, message
+
+
+def test_tokenize_prompts_returns_three_values():
+    message = moved("`_tokenize_prompts` no longer returns (ids, images, fields)", "PPOTrainer._calculate_rewards")
+    assert returned_lengths(GRPOTrainer._tokenize_prompts) == {3}, message
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES.split())
+def test_trainer_sets_the_attributes_that_are_read(name):
+    found = re.search(rf"self\.{name}\b.*=", inspect.getsource(GRPOTrainer.__init__))
+    assert found, moved(f"`__init__` no longer sets `{name}`", "rlhf_recipes/ppo/trainer.py")
+
+
+@pytest.mark.parametrize("name", CLASS_ATTRIBUTES.split())
+def test_trainer_has_the_class_attributes(name):
+    assert hasattr(GRPOTrainer, name), moved(f"`{name}` is gone", "rlhf_recipes/ppo/trainer.py")
+
+
+def test_loss_is_scaled_for_gradient_accumulation():
+    message = moved("the trainer divides the loss by the accumulation steps", "PPOTrainer._share_of_step")
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, message
+
+
+@pytest.mark.parametrize("key", BATCH_KEYS.split())
+def test_rollout_has_the_keys_that_are_read(key):
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert f'"{key}": ' in source, moved(f"a rollout has no `{key}`", "PPOTrainer._generate_and_score_completions")
+
+
+def test_old_logps_are_in_the_rollout_only_where_they_are_needed():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    message = moved("`old_per_token_logps` is handed on differently", "PPOTrainer._generate_and_score_completions")
+    assert 'output["old_per_token_logps"] = old_per_token_logps' in source, message
+
+
+@pytest.mark.parametrize("name", CONFIG_FIELDS.split())
+def test_config_has_the_fields_that_are_read(name):
+    names = {field.name for field in fields(GRPOConfig)}
+    assert name in names, moved(f"GRPOConfig has no `{name}`", "rlhf_recipes/ppo/config.py")
+
+
+def test_every_seam_in_use_is_pinned():
+    pinned = {*METHODS, *ATTRIBUTES.split(), *CLASS_ATTRIBUTES.split(), "_get_per_token_logps_and_entropies"}
+    of_trl = {*dir(GRPOTrainer), *re.findall(r"self\.(_\w+)", inspect.getsource(grpo_trainer))}
+    used = set()
+    for path in PPO.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            used |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+    private = {name for name in used & of_trl if re.match(r"_[a-z]", name)}
+    assert private <= pinned, f"pin {sorted(private - pinned)} in this test: they are internals of TRL"
+
+
+def test_seq_cls_trains_and_saves_the_score_head(tiny_model_path):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    message = "PEFT treats the head of a `SEQ_CLS` model otherwise. Re-read rlhf_recipes/models/{loading,roles}.py."
+    assert "base_model.model.score.modules_to_save.default.weight" in trained, message
+    assert "base_model.model.score.weight" in get_peft_model_state_dict(model), message
+
+
+def test_peft_layers_keep_the_active_adapter_in_one_attribute():
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    message = (
+        "PEFT no longer has `BaseTunerLayer._active_adapter`. Re-read rlhf_recipes/models/roles.py (`Roles.use`)."
+    )
+    assert hasattr(BaseTunerLayer, "_active_adapter"), message
+
+
+def test_bitsandbytes_repacking_has_its_switch():
+    from bitsandbytes.nn import Linear4bit
+
+    message = (
+        "bitsandbytes no longer has `support_avx512bf16_for_cpu`. Re-read rlhf_recipes/models/loading.py: may a 4-bit "
+        "layer still be trained on a CPU after an evaluation?"
+    )
+    assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu"), message

@@ -1,0 +1,121 @@
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_recipes.tracking import read_run, start_run, wandb_run
+
+STAGE = {"recipe": "quickstart", "stage": "sft", "config": {"learning_rate": 0.5}}
+
+# Two stages of one recipe, the first of which is then resumed; what W&B knows of each is printed.
+PIPELINE = """
+import json, torch, wandb
+from transformers import TrainerState, TrainingArguments
+from transformers.integrations import WandbCallback
+from rlhf_recipes.tracking import start_run
+
+def show(run):
+    facts = {"id": run.id, "group": run.group, "job_type": run.job_type, "name": run.name, "dir": run.dir}
+    print("RUN", json.dumps({**facts, "offline": run.offline, "config": dict(run.config)}))
+
+def start(stage, parent):
+    options = {"config": {"learning_rate": 0.5}, "parent": parent, "report_to": ["wandb"]}
+    run = start_run(recipe="quickstart", stage=stage, output_dir=f"outputs/{stage}", **options)
+    # what the trainer does when it starts to train
+    arguments = TrainingArguments(f"outputs/{stage}", learning_rate=0.25, use_cpu=True)
+    WandbCallback().setup(arguments, TrainerState(is_world_process_zero=True), torch.nn.Linear(1, 1))
+    assert wandb.run is run
+    show(run)
+
+start("sft", parent="org/model")
+start("ppo", parent=["outputs/sft"])
+start("sft", parent="org/model")
+"""
+
+# Only the mode that is handed to W&B.
+MODE = """
+import wandb
+from rlhf_recipes.tracking import start_run
+
+class Asked(Exception):
+    pass
+
+def init(**options):
+    raise Asked(options["mode"])
+
+wandb.init = init
+try:
+    start_run(recipe="r", stage="sft", output_dir="out", config={}, report_to=["wandb"])
+except Asked as asked:
+    print("MODE", asked)
+"""
+
+
+def run_alone(code, folder, **variables):
+    """Run code in a process without W&B settings, credentials or a terminal, with an empty home."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+    paths = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=clean | {"HOME": str(home), "PYTHONPATH": paths} | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_stages_share_a_group_and_point_at_their_parents_without_a_key(tmp_path):
+    output = run_alone(PIPELINE, tmp_path)
+    sft, ppo, resumed = (json.loads(line[4:]) for line in output.splitlines() if line.startswith("RUN "))
+
+    assert sft["offline"]
+    assert ppo["offline"]
+    assert sft["group"] == ppo["group"] == "quickstart"
+    assert (sft["job_type"], ppo["job_type"]) == ("sft", "ppo")
+    assert (sft["name"], ppo["name"]) == ("quickstart-sft", "quickstart-ppo")
+    assert sft["dir"].startswith("outputs/sft/wandb/offline-run-")
+    assert list((tmp_path / "outputs" / "ppo" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+    assert sft["config"]["learning_rate"] == 0.25  # the trainer's callback went on with this run
+    assert sft["config"]["parents"] == [{"path": "org/model"}]
+    parent = ppo["config"]["parents"][0]
+    assert (parent["path"], parent["stage"], parent["wandb_run_id"]) == ("outputs/sft", "sft", sft["id"])
+    assert "git_commit" in ppo["config"]
+    assert ppo["id"] != sft["id"] == resumed["id"]
+    assert read_run(tmp_path / "outputs" / "ppo")["wandb_run_id"] == ppo["id"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}, "None"),
+        ({"WANDB_MODE": "disabled"}, "None"),
+    ],
+    ids=["no key", "key", "chosen"],
+)
+def test_offline_only_without_a_key_and_a_choice(tmp_path, variables, mode):
+    assert f"MODE {mode}\n" in run_alone(MODE, tmp_path, **variables)
+
+
+def test_without_wandb_the_lineage_is_written_and_wandb_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    assert start_run(**STAGE, output_dir=str(tmp_path), parent="org/model", report_to=["tensorboard"]) is None
+    record = read_run(tmp_path)
+    assert record["parents"] == [{"path": "org/model"}]
+    assert "wandb_run_id" not in record
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_run, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    assert start_run(**STAGE, output_dir=str(tmp_path), report_to=["wandb"]) is None
+    assert list(tmp_path.iterdir()) == []
