@@ -107,6 +107,10 @@ class PPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the values and hand TRL's checks a group size that they accept."""
         self._check_ranges()
+        if self.ddp_find_unused_parameters is None:
+            # Every trained parameter takes part in every loss. The critic runs outside of the wrapped forward pass,
+            # so the search would take it for unused, and DDP would fail on its gradient.
+            self.ddp_find_unused_parameters = False
         single = self.num_generations == 1
         if single:
             # GRPOConfig refuses one completion per prompt, because its baseline is the mean of the group. PPO's

@@ -118,6 +118,12 @@ def test_masked_mean_weighs_every_token_alike():
     assert_close(masked_mean(losses, mask), torch.tensor(2.2))
 
 
+def test_a_mask_of_low_precision_counts_exactly():
+    values, mask = torch.ones(1, 1001), torch.ones(1, 1001, dtype=torch.bfloat16)
+    assert masked_mean(values, mask) == 1
+    assert masked_moments(values, mask)[2] == 1001
+
+
 class TestWhiten:
     rows = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], dtype=torch.float64)
 

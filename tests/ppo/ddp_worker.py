@@ -1,0 +1,87 @@
+"""Run by `test_distributed.py` on one or two processes: what a gradient, a training and an evaluation give."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.evaluation.policy import evaluate_policy
+
+sft_adapter, reward_adapter, out, critic = sys.argv[1:5]
+TEXTS = ["the film was", "a story", "this actor felt", "that ending is", "the plot", "a good", "it was", "i liked"] * 2
+
+
+def make_trainer(per_device: int) -> PPOTrainer:
+    args = PPOConfig(
+        f"{out}/run",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=4,
+        max_completion_length=8,
+        max_steps=3,
+        num_iterations=2,
+        learning_rate=1e-3,
+        critic=critic,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
+    return PPOTrainer(model=sft_adapter, reward_funcs=reward_adapter, args=args, train_dataset=rows, eval_dataset=rows)
+
+
+def fixed_batch() -> dict[str, torch.Tensor]:
+    """Eight completions of different lengths with made-up old values, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 40, (8, 11), generator=generator)
+    mask = (torch.arange(7) < torch.arange(8)[:, None].clamp(min=1)).long()
+    return {
+        "prompt_ids": ids[:, :4],
+        "prompt_mask": torch.ones(8, 4, dtype=torch.long),
+        "completion_ids": ids[:, 4:],
+        "completion_mask": mask,
+        "old_per_token_logps": -3 * torch.rand(8, 7, generator=generator),
+        "old_values": torch.randn(8, 7, generator=generator),
+        "returns": torch.randn(8, 7, generator=generator),
+        "advantages": torch.randn(8, 7, generator=generator),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def main() -> None:
+    trainer = make_trainer(8 // int(PPOConfig("unused", use_cpu=True, bf16=False).world_size))
+    processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+
+    # 1. One evaluation of the untrained policy.
+    evaluation = evaluate_policy(trainer, trainer.eval_dataset, rows=10, seed=3)
+
+    # 2. The gradient of one fixed batch, split over the processes.
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps, trainer._first_pass = 1, False
+    size = 8 // processes
+    part = {k: v if v.dim() == 0 else v[rank * size : (rank + 1) * size] for k, v in fixed_batch().items()}
+    wrapped = trainer.accelerator.prepare(trainer.model)
+    trainer._compute_loss(wrapped, part).backward()
+    gradients = {name: p.grad.norm().item() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    # 3. A short training: all processes must end with the same weights.
+    trainer = make_trainer(8 // processes)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    gathered = trainer.accelerator.gather(weights[None])
+    spread = (gathered - gathered[0]).abs().max().item()
+    if rank == 0:
+        result = {"processes": processes, "evaluation": evaluation, "gradients": gradients, "spread": spread}
+        Path(out, f"result_{processes}.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # tearing two DDP models of one process down can hang in gloo, after all work is done
+
+
+if __name__ == "__main__":
+    main()
