@@ -63,6 +63,10 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
 
     # 2. Rewards: add your own functions to this list, and their weights to `reward_weights`. The judge has weight 0:
     #    it is logged beside the reward, and PPO does not see it.
+    if ppo_args.reward_adapter is None:
+        raise ValueError(
+            "PPO needs a reward: set `reward_adapter`, or add a function to `reward_funcs` in recipes/ppo.py."
+        )
     reward_funcs = [ppo_args.reward_adapter]
     weights = training_args.reward_weights or [1.0]
     gold = ppo_args.gold_score

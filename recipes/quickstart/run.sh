@@ -8,23 +8,24 @@ export HF_HUB_OFFLINE=1 # everything is made here
 launch="accelerate launch --config_file recipes/accelerate/single_process.yaml"
 out=outputs/quickstart
 
-unfinished() {
+stage() { # stage FILE COMMAND...: run the command unless the file that it ends with is there
   if [ -e "$1" ]; then
     echo "== $1 is there: nothing to do."
-    return 1
+  else
+    echo "== making $1"
+    "${@:2}"
   fi
-  echo "== making $1"
 }
 
 # 0. A small world instead of a download: corpus, tokenizer, base model, prompts, gold score
-unfinished $out/world/world.json && python recipes/quickstart/world.py
+stage $out/world/world.json python recipes/quickstart/world.py
 
 # 1. SFT
-unfinished $out/sft/evaluation.json && $launch recipes/sft.py --config recipes/quickstart/sft.yaml
+stage $out/sft/evaluation.json $launch recipes/sft.py --config recipes/quickstart/sft.yaml
 
 # 2. The simulated annotator compares samples of the SFT model; the reward model learns from the choices
-unfinished $out/preferences.jsonl && python recipes/quickstart/annotate.py
-unfinished $out/reward/evaluation.json && $launch recipes/reward.py --config recipes/quickstart/reward.yaml
+stage $out/preferences/train.jsonl python recipes/quickstart/annotate.py
+stage $out/reward/evaluation.json $launch recipes/reward.py --config recipes/quickstart/reward.yaml
 
 # 3. PPO, and the comparison with the SFT model on held-out prompts
-unfinished $out/ppo/evaluation.json && $launch recipes/ppo.py --config recipes/quickstart/ppo.yaml
+stage $out/ppo/evaluation.json $launch recipes/ppo.py --config recipes/quickstart/ppo.yaml

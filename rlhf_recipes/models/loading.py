@@ -97,7 +97,7 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
     )
 
 
-def load_tokenizer(path: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | None, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, ready for generation in batches (padding on the left).
 
     Args:
@@ -109,8 +109,10 @@ def load_tokenizer(path: str, *, revision: str = "main", trust_remote_code: bool
         The tokenizer.
 
     Raises:
-        ValueError: If it has no padding token or no end-of-sequence token.
+        FileNotFoundError: If a local folder does not exist.
+        ValueError: If it has no padding token or no end-of-sequence token, or no path is given.
     """
+    _check_path(path)
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code, padding_side="left", truncation_side="left"
     )
@@ -127,7 +129,7 @@ def load_tokenizer(path: str, *, revision: str = "main", trust_remote_code: bool
     return tokenizer
 
 
-def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
+def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
     """Load a causal language model (the base of policies and of every role beside them).
 
     Args:
@@ -147,7 +149,7 @@ def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def load_sequence_classifier(path: str, **options: Any) -> PreTrainedModel:
+def load_sequence_classifier(path: str | None, **options: Any) -> PreTrainedModel:
     """Load a base model with a new head of one output: the start of a reward model.
 
     The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
@@ -172,9 +174,8 @@ def upcast_trainable(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _load(auto_class: Any, path: str, *, dtype: str | torch.dtype = "float32", **options: Any) -> PreTrainedModel:
-    if _looks_local(path) and not Path(path).is_dir():
-        raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")
+def _load(auto_class: Any, path: str | None, *, dtype: str | torch.dtype = "float32", **options: Any) -> PreTrainedModel:
+    _check_path(path)
     options = {key: value for key, value in options.items() if value is not None}
     state = PartialState()
     model = auto_class.from_pretrained(
@@ -198,7 +199,7 @@ def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _refuse_absolute_positions(model: PreTrainedModel, path: str) -> None:
+def _refuse_absolute_positions(model: PreTrainedModel, path: str | None) -> None:
     # TRL's engine passes no `position_ids`, so a model with learned absolute positions reads shifted ones on a
     # left-padded prompt, and its log-probabilities are wrong without any sign.
     for name, module in model.named_modules():
@@ -222,5 +223,9 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return choices[dtype]
 
 
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+def _check_path(path: str | None) -> None:
+    if not path:
+        raise ValueError("No model is given. Set `model_name_or_path` to a hub id or a local folder.")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+    if looks_local and not Path(path).is_dir():
+        raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")

@@ -1,0 +1,295 @@
+"""Arguments of a stage: read from a YAML file and the command line, and checked before anything is loaded."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Fields of TRL and transformers that take more than their annotation says.
+_ALSO_TAKES = {"resume_from_checkpoint": (bool,), "scale_rewards": (bool,), "lora_target_modules": (str,)}
+_PLAIN = (NoneType, bool, int, float, str, list, dict)
+_WORDS = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text (a number in quotes)",
+    dict: "a mapping",
+}
+
+
+@dataclass
+class DataArguments:
+    """Which rows a stage reads, and how many of them it keeps for the evaluation.
+
+    Raises:
+        ValueError: If a value has the wrong type or is out of range.
+
+    Example:
+        >>> DataArguments(dataset_name="pairs.jsonl").test_size
+        0.1
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset id on the hub, or a local json, jsonl, csv or parquet file, or a folder of such."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. null: hold out `test_size` of the training split."}
+    )
+    test_size: float = field(
+        default=0.1, metadata={"help": "Share of the prompts, between 0 and 1, held out when there is no test split."}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Most rows to train on. null: all of them."})
+    max_test_rows: int | None = field(default=None, metadata={"help": "Most rows to evaluate on. null: all of them."})
+    drop_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that cannot be used, such as those with an empty completion."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        validate_fields(self)
+        if not 0.0 < self.test_size < 1.0:
+            raise ValueError(f"`test_size` must lie between 0 and 1, got {self.test_size}.")
+        for name, rows in (("max_train_rows", self.max_train_rows), ("max_test_rows", self.max_test_rows)):
+            if rows is not None and rows < 1:
+                raise ValueError(f"`{name}` must be at least 1, or null for all rows, got {rows}.")
+
+
+def validate_fields(config: Any) -> None:
+    """Check the value of every field of a dataclass instance against the field's annotation.
+
+    Only plain values (numbers, text, true/false, None, lists, maps) are judged: objects that a config's
+    `__post_init__` built are its own business. A whole number is a number; true and false are none.
+
+    Args:
+        config: Instance of a dataclass.
+
+    Raises:
+        ValueError: If a value does not fit; it names the field, what it allows and what it got.
+
+    Example:
+        >>> @dataclass
+        ... class Arguments:
+        ...     estimator: Literal["k1", "k2"] = "k1"
+        ...     steps: int = 3
+        >>> validate_fields(Arguments())
+        >>> validate_fields(Arguments(estimator="k9"))
+        Traceback (most recent call last):
+        ...
+        ValueError: `estimator` must be 'k1' or 'k2', got 'k9' (str).
+    """
+    for name, annotation in _annotations(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, _PLAIN) and not _fits(value, annotation, name):
+            raise ValueError(_complaint(name, annotation, value))
+
+
+def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:
+    """Read the arguments of a stage: `--config FILE.yaml` gives values, the command line overrides them.
+
+    TRL's parser does the work. It also takes a wrong YAML value as it is (2.5 for a whole number, an unknown word for
+    a `Literal`); here that is an error, as is any key or option that no dataclass has. In the file, `1e-5` is a
+    number and `no` is a word, as in YAML 1.2.
+
+    Args:
+        dataclass_types: One dataclass, or several without a field in common.
+        argv: Command-line arguments; `None` takes those of the process.
+
+    Returns:
+        One instance of each dataclass, in order.
+
+    Raises:
+        FileNotFoundError: If the YAML file does not exist.
+        ValueError: If a key or option is unknown (the error names the nearest one), a value has the wrong type, or
+            the file is not a YAML mapping.
+
+    Example:
+        >>> (data,) = parse_stage(DataArguments, ["--dataset_name", "pairs.jsonl", "--test_size", "0.2"])
+        >>> data.dataset_name, data.test_size
+        ('pairs.jsonl', 0.2)
+        >>> parse_stage(DataArguments, ["--test_sice", "0.2"])
+        Traceback (most recent call last):
+        ...
+        ValueError: Unknown option on the command line: '--test_sice' (did you mean '--test_size'?).
+    """
+    from trl import TrlParser  # takes seconds, and only programs that parse need it
+
+    types: list[Any] = list(dataclass_types) if isinstance(dataclass_types, Iterable) else [dataclass_types]
+    annotations = {name: hint for one in types for name, hint in _annotations(one).items()}
+    parser = TrlParser(
+        types, allow_abbrev=False, exit_on_error=False, usage="%(prog)s [--config FILE] [--field value]"
+    )
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument("--config")
+    try:
+        known, options = before.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+        if known.config is not None:
+            parser.set_defaults_with_config(**_read_config(Path(known.config), annotations))
+        *configs, unknown = parser.parse_args_into_dataclasses(
+            options, return_remaining_strings=True, look_for_args_file=False
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{str(error).rstrip('.')}.") from error
+    if unknown:
+        option = next((text.partition("=")[0] for text in unknown if text.startswith("--")), unknown[0])
+        raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
+    for config in configs:
+        validate_fields(config)
+    return tuple(configs)
+
+
+def check_output_dir(training_args: "TrainingArguments") -> str | None:
+    """Find the checkpoint to resume from, and refuse to write into a folder that holds anything else.
+
+    Call it before anything is written. Only processes that write complain, so that none of them takes the files of a
+    faster one for those of an older run.
+
+    Args:
+        training_args: `output_dir` is the folder; `resume_from_checkpoint` is `true` for the last complete checkpoint
+            in it, or the path of one.
+
+    Returns:
+        The checkpoint's path for `trainer.train(resume_from_checkpoint=...)`, or `None` for a fresh start.
+
+    Raises:
+        FileExistsError: If the folder is not empty and the run does not resume from a checkpoint in it.
+        FileNotFoundError: If there is no checkpoint to resume from.
+
+    Example:
+        >>> import tempfile
+        >>> from types import SimpleNamespace
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> args = SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=None, should_save=True)
+        >>> check_output_dir(args)
+        >>> _ = (folder / "notes.txt").write_text("do not lose me")
+        >>> check_output_dir(args)
+        Traceback (most recent call last):
+        ...
+        FileExistsError: ... is not empty. Choose another `--output_dir`, or remove the folder.
+    """
+    folder = Path(str(training_args.output_dir))
+    states = folder.glob("checkpoint-*/trainer_state.json")  # written last: such a checkpoint is complete
+    checkpoints = {int(number): path.parent for path in states if (number := path.parent.name[11:]).isdigit()}
+    resume = str(training_args.resume_from_checkpoint or "")
+    if resume.lower() in ("", "false"):
+        checkpoint = None
+    elif resume.lower() == "true":
+        if not checkpoints:
+            raise FileNotFoundError(
+                f"{folder} has no complete checkpoint to resume from. Start afresh, without `resume_from_checkpoint`."
+            )
+        checkpoint = checkpoints[max(checkpoints)]
+    else:
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(f"There is no checkpoint {checkpoint} to resume from.")
+    resumes_here = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    if training_args.should_save and not resumes_here and folder.exists() and any(folder.iterdir()):
+        resuming = "Resume it with `--resume_from_checkpoint true`, choose" if checkpoints else "Choose"
+        raise FileExistsError(f"{folder} is not empty. {resuming} another `--output_dir`, or remove the folder.")
+    return None if checkpoint is None else str(checkpoint)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML 1.2's numbers and booleans. PyYAML reads `1e-5` as text and `save_strategy: no` as `False`."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789"
+)
+
+
+def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}. Give `--config` the path of a YAML file.")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping of `field: value` lines, found {type(config).__name__}.")
+    unknown = [_suggest(str(key), annotations) for key in config if key not in annotations]
+    if unknown:
+        raise ValueError(f"Unknown {'key' if len(unknown) == 1 else 'keys'} in {path}: {', '.join(unknown)}.")
+    for name, value in config.items():
+        # Text for a number or a switch is read later, as it is from the command line.
+        parsed_later = isinstance(value, str) and not {int, float, bool}.isdisjoint(_options(annotations[name]))
+        if not parsed_later and not _fits(value, annotations[name], name):
+            raise ValueError(f"{path}: {_complaint(name, annotations[name], value)}")
+    return config
+
+
+def _annotations(dataclass_type: type) -> dict[str, Any]:
+    # Not `field.type`: the parser overwrites it with the type of a single command-line argument.
+    hints = typing.get_type_hints(dataclass_type)
+    return {one.name: hints[one.name] for one in dataclasses.fields(dataclass_type) if one.init}
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (Union, UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _fits(value: Any, annotation: Any, name: str = "") -> bool:
+    return any(_fits_one(value, option) for option in (*_options(annotation), *_ALSO_TAKES.get(name, ())))
+
+
+def _fits_one(value: Any, annotation: Any) -> bool:
+    origin = typing.get_origin(annotation) or annotation
+    if origin is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation))
+    if origin is list:
+        items = typing.get_args(annotation) or (Any,)
+        return isinstance(value, list) and all(_fits(item, items[0]) for item in value)
+    if isinstance(value, bool):
+        return origin is bool
+    if origin is float:
+        return isinstance(value, int | float)
+    if issubclass(origin, Enum):
+        return value in [member.value for member in origin]
+    return isinstance(value, origin)
+
+
+def _complaint(name: str, annotation: Any, value: Any) -> str:
+    allowed = " or ".join(_describe(option) for option in _options(annotation))
+    return f"`{name}` must be {allowed}, got {value!r} ({type(value).__name__})."
+
+
+def _describe(annotation: Any) -> str:
+    origin = typing.get_origin(annotation) or annotation
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(annotation))
+    if origin is list:
+        return "a list of items that are " + " or ".join(_describe(item) for item in typing.get_args(annotation))
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return " or ".join(repr(member.value) for member in origin)
+    return _WORDS.get(origin, str(origin))
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"{name!r} (did you mean {nearest[0]!r}?)" if nearest else repr(name)

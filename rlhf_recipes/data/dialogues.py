@@ -1,0 +1,122 @@
+"""One row at a time: text or chats, split into prompt and completion.
+
+A chat is a list of `{"role": ..., "content": ...}` messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+_ASSISTANT = "\n\nAssistant:"
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. The message is the reason, in the same words for every such row.
+
+    Example:
+        >>> raise BadRow("empty `prompt`")
+        Traceback (most recent call last):
+        ...
+        rlhf_recipes.data.dialogues.BadRow: empty `prompt`
+    """
+
+
+def split_row(row: Row, column: str) -> tuple[Any, Any]:
+    """Split a row into prompt and completion.
+
+    Args:
+        row: Values by column. If its `prompt` is of the same kind (text or chat) as `row[column]`, this is the prompt
+            and that the completion; a prompt in text beside a chat only repeats a part of it.
+        column: The column with a completion or a whole dialogue.
+
+    Returns:
+        `(prompt, completion)`, both text or both chats.
+
+    Raises:
+        BadRow: If the row has neither a prompt of the same kind nor a dialogue that can be split.
+
+    Example:
+        >>> split_row({"prompt": "Hi", "chosen": " Hello!"}, "chosen")
+        ('Hi', ' Hello!')
+    """
+    prompt, value = row.get("prompt"), row[column]
+    if isinstance(prompt, list) and isinstance(value, str):
+        raise BadRow(f"`prompt` is a chat, but `{column}` is text")
+    if prompt is None or (isinstance(prompt, str) and isinstance(value, list)):
+        return split_dialogue(value)
+    return prompt, value
+
+
+def split_dialogue(value: Any) -> tuple[Any, Any]:
+    r"""Split a whole dialogue before its last assistant turn.
+
+    Args:
+        value: A chat, or text whose turns start with "\n\nHuman:" and "\n\nAssistant:".
+
+    Returns:
+        `(prompt, completion)`. The prompt in text ends with "\n\nAssistant:". A chat whose last message is not the
+        assistant's is all prompt; a dialogue that starts with the assistant has an empty one.
+
+    Raises:
+        BadRow: If the text has no assistant turn.
+
+    Example:
+        >>> split_dialogue("\n\nHuman: Hi\n\nAssistant: Hello!")
+        ('\n\nHuman: Hi\n\nAssistant:', ' Hello!')
+    """
+    if isinstance(value, list):
+        end = len(value) - 1 if value and value[-1]["role"] == "assistant" else len(value)
+        return value[:end], value[end:]
+    head, marker, completion = (value or "").rpartition(_ASSISTANT)
+    if not marker:
+        raise BadRow(f"a dialogue in text has no turn that starts with {_ASSISTANT!r}, and there is no `prompt`")
+    return head + marker if head.strip() else "", completion
+
+
+def check_kind(value: Any, column: str) -> None:
+    """Check that a value is text, a chat or missing.
+
+    Args:
+        value: The value.
+        column: Its column, for the message.
+
+    Raises:
+        BadRow: If it is anything else.
+
+    Example:
+        >>> check_kind([{"from": "human", "value": "Hi"}], "messages")
+        Traceback (most recent call last):
+        ...
+        rlhf_recipes.data.dialogues.BadRow: `messages` is neither text nor a chat (a list of messages with ...
+    """
+    is_chat = isinstance(value, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+    )
+    if not (value is None or isinstance(value, str) or is_chat):
+        raise BadRow(f"`{column}` is neither text nor a chat (a list of messages with `role` and `content`)")
+
+
+def filled(value: Any, name: str) -> Any:
+    """Return text that is not blank, or a chat whose last message says something (or calls a tool).
+
+    Args:
+        value: Text or a chat.
+        name: What it is, for the message.
+
+    Returns:
+        The value as it is.
+
+    Raises:
+        BadRow: If it is empty.
+
+    Example:
+        >>> filled(" Hello!", "completion")
+        ' Hello!'
+    """
+    last = value[-1] if isinstance(value, list) and value else {"content": value}
+    content = last["content"].strip() if isinstance(last["content"], str) else last["content"]
+    if not content and not last.get("tool_calls"):
+        raise BadRow(f"empty `{name}`")
+    return value

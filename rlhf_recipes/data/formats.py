@@ -1,0 +1,290 @@
+r"""Bring rows into the columns that the trainers read: prompts, preferences, completions.
+
+A value is text, or a chat: a list of `{"role": ..., "content": ...}` messages. A dialogue in plain text has turns that
+start with "\n\nHuman:" and "\n\nAssistant:". Row numbers in messages count from 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, DatasetDict, concatenate_datasets
+
+from rlhf_recipes.data.dialogues import BadRow, Row, check_kind, filled, split_dialogue, split_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+_TWO_PROMPTS = "`chosen` and `rejected` answer two different prompts"
+
+
+def to_prompts(dataset: Dataset, *, prompt_words: int | None = None, drop_bad_rows: bool = False) -> Dataset:
+    """Make rows with a column `prompt`, for PPO.
+
+    The prompt is the column `prompt`; or what precedes the last assistant turn of `chosen` or `messages` (also where
+    `prompt` repeats a part of that chat as text); or the first words of `text`, for the policy to continue
+    (https://huggingface.co/papers/1909.08593, section 3.1).
+
+    Args:
+        dataset: Prompt, completion, preference, `messages` or `text` rows.
+        prompt_words: For `text` rows: number of words, at most, that make the prompt.
+        drop_bad_rows: Whether to leave out rows with an empty prompt, instead of refusing the dataset.
+
+    Returns:
+        The column `prompt` (text or chat) and every column that was not one of the sources.
+
+    Raises:
+        ValueError: If the columns are none of these, rows cannot be used, or none is left.
+
+    Example:
+        >>> rows = Dataset.from_dict({"text": ["a long film , and a dull one", "short"], "label": [0, 1]})
+        >>> to_prompts(rows, prompt_words=3)[:]
+        {'prompt': ['a long film', 'short'], 'label': [0, 1]}
+    """
+    columns = _columns(dataset, ["prompt"], ["chosen"], ["messages"], ["text"])
+    if (columns == ["text"]) != (prompt_words is not None):
+        raise ValueError(
+            "`prompt_words` says how many words of each `text` are the prompt: give it with `text` rows, and only "
+            f"with them. Got `prompt_words` {prompt_words} and the columns {_names(dataset)}."
+        )
+    if prompt_words is not None and prompt_words < 1:
+        raise ValueError(f"`prompt_words` must be at least 1, got {prompt_words}.")
+
+    def convert(row: Row) -> Row:
+        if prompt_words is not None:
+            return {"prompt": _first_words(filled(row["text"], "text").strip(), prompt_words)}
+        return {"prompt": filled(_prompt(row), "prompt")}
+
+    return _convert(dataset, convert, drop_bad_rows)
+
+
+def to_preferences(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
+    r"""Make rows with the columns `prompt`, `chosen` and `rejected`, for a reward model.
+
+    Without a prompt of the same kind, `chosen` and `rejected` are whole dialogues and are split at their last
+    assistant turn: text after the last "\n\nAssistant:" (Anthropic's hh-rlhf,
+    https://huggingface.co/papers/2204.05862), a chat before its last message. Rows whose two prompts differ compare
+    nothing: they are left out, and a warning says how many there were.
+
+    Args:
+        dataset: Rows with `chosen` and `rejected`, both text or both chats.
+        drop_bad_rows: Whether to leave out rows with an empty prompt or completion and rows whose completions are the
+            same, instead of refusing the dataset.
+
+    Returns:
+        The columns `prompt`, `chosen`, `rejected`, and every column that was not one of the sources (`chosen_ids`
+        and `rejected_ids`, say).
+
+    Raises:
+        ValueError: If a column is missing, rows cannot be used, or none is left.
+
+    Example:
+        >>> rows = Dataset.from_dict({
+        ...     "chosen": ["\n\nHuman: Hi\n\nAssistant: Hello!"], "rejected": ["\n\nHuman: Hi\n\nAssistant: No."]
+        ... })
+        >>> to_preferences(rows)[0]
+        {'prompt': '\n\nHuman: Hi\n\nAssistant:', 'chosen': ' Hello!', 'rejected': ' No.'}
+    """
+    _columns(dataset, ["chosen", "rejected"])
+
+    def convert(row: Row) -> Row:
+        prompt, chosen = split_row(row, "chosen")
+        other, rejected = split_row(row, "rejected")
+        if prompt != other:
+            raise BadRow(_TWO_PROMPTS)
+        if chosen == rejected:
+            raise BadRow("`chosen` and `rejected` are the same")
+        return {
+            "prompt": filled(prompt, "prompt"),
+            "chosen": filled(chosen, "chosen"),
+            "rejected": filled(rejected, "rejected"),
+        }
+
+    return _convert(dataset, convert, drop_bad_rows)
+
+
+def to_completions(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
+    """Make rows for supervised fine-tuning: `prompt` and `completion`, or `messages`, or `text`.
+
+    Of preference rows, `chosen` is the completion.
+
+    Args:
+        dataset: Completion, `messages`, preference or `text` rows; the first of these that the columns allow.
+        drop_bad_rows: Whether to leave out rows with an empty prompt, completion or text, instead of refusing the
+            dataset.
+
+    Returns:
+        The columns of that kind, and every column that was not one of the sources.
+
+    Raises:
+        ValueError: If the columns are none of these, rows cannot be used, or none is left.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"], "chosen": [" Hello!"], "rejected": [" No."]})
+        >>> to_completions(rows)[0]
+        {'prompt': 'Hi', 'completion': ' Hello!'}
+    """
+    kind = _columns(dataset, ["prompt", "completion"], ["messages"], ["chosen"], ["text"])[-1]
+
+    def convert(row: Row) -> Row:
+        if kind == "text":
+            return {"text": filled(row["text"], "text")}
+        if kind == "messages":
+            filled(split_dialogue(row["messages"])[1], "last assistant message")
+            return {"messages": row["messages"]}
+        prompt, completion = split_row(row, kind)
+        return {"prompt": filled(prompt, "prompt"), "completion": filled(completion, kind)}
+
+    return _convert(dataset, convert, drop_bad_rows)
+
+
+def split_by_prompt(dataset: Dataset, test_size: float, seed: int) -> DatasetDict:
+    """Hold out a share of the prompts, with all of their rows, for the evaluation.
+
+    A hash of prompt and seed decides the side. So a prompt lies on the same side in every stage and whatever other
+    rows there are, and no stage trains on what another one tests on. The share is met on average. A side that would
+    be empty gets one prompt.
+
+    Args:
+        dataset: Converted rows. The prompt is `prompt`, or what precedes the last assistant turn of `messages`, or the
+            whole `text`.
+        test_size: Share of the prompts, between 0 and 1.
+        seed: Another seed gives another split.
+
+    Returns:
+        The splits `train` and `test`, both in the order of the rows.
+
+    Raises:
+        ValueError: If the rows have none of these columns or only one prompt, or `test_size` is out of range.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["a", "b", "a", "c"]})
+        >>> splits = split_by_prompt(rows, test_size=0.3, seed=0)
+        >>> set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
+        set()
+    """
+    if not 0.0 < test_size < 1.0:
+        raise ValueError(f"`test_size` must lie between 0 and 1, got {test_size}.")
+    column = _columns(dataset, ["prompt"], ["messages"], ["text"])[0]
+
+    def place(value: Any) -> float:
+        prompt = split_dialogue(value)[0] if column == "messages" else value
+        digest = hashlib.sha256(f"{seed} {json.dumps(prompt, sort_keys=True)}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+
+    places = [place(value) for value in dataset[column]]
+    distinct = sorted(set(places))
+    if len(distinct) < 2:
+        raise ValueError("All rows have the same prompt, so none can be held out. Give a test split of its own.")
+    limit = min(max(test_size, distinct[1]), distinct[-1])  # the test prompts lie below it
+    return DatasetDict(
+        train=dataset.select([index for index, place in enumerate(places) if place >= limit]),
+        test=dataset.select([index for index, place in enumerate(places) if place < limit]),
+    )
+
+
+def check_prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
+    """Refuse prompts that do not fit into the context.
+
+    Args:
+        dataset: Rows with a column `prompt`; chats are measured as the chat template renders them for generation.
+        tokenizer: The policy's tokenizer.
+        max_prompt_tokens: Tokens that the context leaves for a prompt.
+
+    Raises:
+        ValueError: If a prompt is longer, or there is no room for any.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> rows = Dataset.from_dict({"prompt": ["the film", "the film was long"]})
+        >>> check_prompt_lengths(rows, word_tokenizer(["the", "film", "was", "long"]), max_prompt_tokens=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: 1 of 2 prompts do not fit into the context: row 1 has 4 tokens, and at most 3 are left for ...
+    """
+    _columns(dataset, ["prompt"])
+    if max_prompt_tokens < 1:
+        raise ValueError(
+            f"The context leaves {max_prompt_tokens} tokens for a prompt. Lower `max_completion_length`, or use a "
+            "model with a longer context."
+        )
+    prompts = list(dataset["prompt"])
+    if prompts and isinstance(prompts[0], list):
+        encoded: Any = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompts)
+    too_long = [(index, len(ids)) for index, ids in enumerate(encoded["input_ids"]) if len(ids) > max_prompt_tokens]
+    if too_long:
+        index, length = too_long[0]
+        raise ValueError(
+            f"{len(too_long)} of {len(prompts)} prompts do not fit into the context: row {index} has {length} tokens, "
+            f"and at most {max_prompt_tokens} are left for a prompt. Shorten or remove such rows, lower "
+            "`max_completion_length`, or use a model with a longer context."
+        )
+
+
+def _columns(dataset: Dataset, *kinds: list[str]) -> list[str]:
+    """Return the first of several kinds of rows that the columns allow."""
+    for kind in kinds:
+        if set(kind) <= set(dataset.column_names):
+            return kind
+    expected = ", or ".join(" and ".join(f"`{column}`" for column in kind) for kind in kinds)
+    raise ValueError(f"Expected the columns {expected}; found {_names(dataset)}. Rename the columns.")
+
+
+def _names(dataset: Dataset) -> str:
+    return ", ".join(f"`{column}`" for column in dataset.column_names)
+
+
+def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: bool) -> Dataset:
+    """Replace the source columns by what `convert` makes of them, without the rows that it refuses."""
+    used = [column for column in _SOURCES if column in dataset.column_names]
+    kept: list[int] = []
+    rows: list[Row] = []
+    bad: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(dataset.select_columns(used).with_format(None)):
+        try:
+            for column, value in row.items():
+                check_kind(value, column)
+            rows.append(convert(row))
+        except BadRow as problem:
+            bad[str(problem)].append(index)
+        else:
+            kept.append(index)
+    listed = "; ".join(f"{len(found)} x {reason} (first: row {found[0]})" for reason, found in bad.items())
+    message = f"{len(dataset) - len(rows)} of {len(dataset)} rows cannot be used: {listed}."
+    if not rows:
+        raise ValueError(f"No row is left. {message}")
+    if set(bad) - {_TWO_PROMPTS} and not drop_bad_rows:
+        raise ValueError(f"{message} Correct them, or leave them out with `drop_bad_rows: true`.")
+    if bad:
+        logger.warning("Left out: %s", message)
+    converted = Dataset.from_dict({column: [row[column] for row in rows] for column in rows[0]})
+    others = dataset.remove_columns(used)
+    if not others.column_names:
+        return converted
+    others = others.select(kept).flatten_indices(keep_in_memory=True)
+    return concatenate_datasets([converted, others], axis=1)
+
+
+def _prompt(row: Row) -> Any:
+    """Return the prompt of a row that has `prompt`, `chosen` or `messages`."""
+    dialogue = next((column for column in ("chosen", "messages") if column in row), None)
+    return row["prompt"] if dialogue is None else split_row(row, dialogue)[0]
+
+
+def _first_words(text: str, count: int) -> str:
+    ends = [word.end() for word in islice(re.finditer(r"\S+", text), count)]
+    return text[: ends[-1]]

@@ -1,0 +1,143 @@
+"""Load rows: from the hub, or from local json, jsonl, csv and parquet files and folders of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets.table import InMemoryTable
+
+_SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".csv", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Dataset:
+    r"""Load one split of a dataset. Local files are read into memory, so nothing stale can come from a cache.
+
+    Args:
+        name: One of
+            - a json, jsonl, csv or parquet file (json and jsonl also as `.gz`), which is one split, `train`;
+            - a folder of such files named after their splits (`train.jsonl`, `test.jsonl`; parquet shards as on the
+              hub, `train-00000-of-00002.parquet`);
+            - a folder written by `save_to_disk`;
+            - otherwise a dataset id on the hub. Code that comes with a dataset is never run.
+        config: Configuration of a dataset on the hub.
+        split: Split to load; on the hub also a slice such as `train[:10%]`.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: If there is neither a local file or folder nor a dataset on the hub of this name.
+        ValueError: If the file's type or the split is unknown, a file is broken, or there are no rows.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "prompts.jsonl"
+        >>> _ = path.write_text('{"prompt": "The film was"}\n{"prompt": "I"}\n')
+        >>> load_rows(str(path))["prompt"][:]
+        ['The film was', 'I']
+    """
+    if not name:
+        raise ValueError("No dataset was named. Set `dataset_name` to a dataset id on the hub or a local file.")
+    path = Path(name).expanduser()
+    if path.exists() and config is not None:
+        raise ValueError(f"{path} is local, but `dataset_config` ({config!r}) is for datasets on the hub. Remove it.")
+    if path.is_dir():
+        rows = _read_folder(path, split)
+    elif path.exists():
+        _check_split(path, split, ["train"])
+        rows = _read_file(path)
+    elif _HUB_ID.fullmatch(name) and not name.endswith(_SUFFIXES):
+        rows = _download(name, config, split)
+    else:
+        raise FileNotFoundError(f"There is no file or folder {path} (from {Path.cwd()}). Check `dataset_name`.")
+    if len(rows) == 0:
+        raise ValueError(f"Split {split!r} of {name} has no rows.")
+    return rows
+
+
+def _download(name: str, config: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(name, config, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no local file or folder, and could not be loaded from the hub as a dataset id: {error}"
+        ) from error
+
+
+def _read_folder(folder: Path, split: str) -> Dataset:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        # In memory, because otherwise later steps would write their caches into the user's folder.
+        saved = load_from_disk(str(folder), keep_in_memory=True)
+        splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+        _check_split(folder, split, splits)
+        return splits[split]
+    files: dict[str, list[Path]] = {}
+    for path in sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)):
+        files.setdefault(_SHARD.sub("", path.name.removesuffix(_suffix(path))), []).append(path)
+    if not files:
+        raise ValueError(f"{folder} holds none of the files that can be read here ({', '.join(_SUFFIXES)}).")
+    _check_split(folder, split, files)
+    if len({_suffix(path) for path in files[split]}) > 1:
+        names = ", ".join(path.name for path in files[split])
+        raise ValueError(f"{folder} holds split {split!r} more than once: {names}. Give the path of one file.")
+    return concatenate_datasets([_read_file(path) for path in files[split]])
+
+
+def _check_split(path: Path, split: str, known: Any) -> None:
+    if split not in known:
+        raise ValueError(f"{path} has no split {split!r}. Its splits: {', '.join(map(repr, known))}.")
+
+
+def _suffix(path: Path) -> str:
+    suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(f"{path} is of an unknown type. Files that can be read: {', '.join(_SUFFIXES)}.")
+    return suffix
+
+
+def _read_file(path: Path) -> Dataset:
+    suffix = _suffix(path)
+    try:
+        if suffix == ".parquet":
+            return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+        if suffix == ".csv":
+            quoted_lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            return Dataset(InMemoryTable(pyarrow.csv.read_csv(path, parse_options=quoted_lines)))
+        rows = _read_json(path)
+        # Not `Dataset.from_list`: it takes the columns of the first row for those of all.
+        columns = dict.fromkeys(column for row in rows for column in row)
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """Read one list of objects, or one object per line, whatever the file's name says."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    # Not `splitlines`, which also cuts at rare line ends that may stand inside a JSON string.
+    whole = text.lstrip().startswith("[")
+    pieces = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows: list[Any] = []
+    for first_line, piece in pieces:
+        try:
+            value = json.loads(piece)
+        except json.JSONDecodeError as error:
+            line = first_line + error.lineno - 1
+            raise ValueError(f"{path}, line {line}: not valid JSON ({error.msg}).") from error
+        found = value if whole else [value]
+        if not all(isinstance(row, dict) for row in found):
+            raise ValueError(f'{path}, line {first_line}: expected a JSON object per row, such as {{"prompt": ...}}.')
+        rows += found
+    return rows

@@ -1,0 +1,63 @@
+"""The training and the held-out rows of a stage."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from datasets import Dataset, DatasetDict
+
+from rlhf_recipes.config import DataArguments
+from rlhf_recipes.data.formats import split_by_prompt
+from rlhf_recipes.data.loading import load_rows
+
+
+class Converter(Protocol):
+    """Bring rows into the columns of a stage: `to_prompts`, `to_preferences` or `to_completions`."""
+
+    def __call__(self, dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
+        """Convert all rows."""
+        ...
+
+
+def load_splits(data_args: DataArguments, convert: Converter) -> DatasetDict:
+    r"""Load the rows that a stage trains on and those that it is evaluated on.
+
+    Without a test split of its own, `test_size` of the prompts are held out with all of their rows. The same prompts
+    are held out whatever the seed of the run, so that no stage trains on a prompt that another stage tests on.
+
+    Args:
+        data_args: Which rows, and how many at most: the first ones.
+        convert: What makes the stage's columns.
+
+    Returns:
+        The splits `train` and `test`, converted.
+
+    Raises:
+        FileNotFoundError: If the dataset is not found.
+        ValueError: If it has no rows, wrong columns or unusable rows, or only one prompt and no test split.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from rlhf_recipes.data import to_completions
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> rows = [{"prompt": f"prompt {number}", "completion": "yes"} for number in range(20)]
+        >>> _ = path.write_text("\n".join(map(json.dumps, rows)))
+        >>> splits = load_splits(DataArguments(str(path), max_train_rows=5), to_completions)
+        >>> len(splits["train"]), set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
+        (5, set())
+    """
+
+    def load(split: str) -> Dataset:
+        rows = load_rows(data_args.dataset_name or "", config=data_args.dataset_config, split=split)
+        return convert(rows, drop_bad_rows=data_args.drop_bad_rows)
+
+    rows = load(data_args.dataset_train_split)
+    if data_args.dataset_test_split is None:
+        splits = split_by_prompt(rows, data_args.test_size, seed=0)
+    else:
+        splits = DatasetDict(train=rows, test=load(data_args.dataset_test_split))
+    for name, most in (("train", data_args.max_train_rows), ("test", data_args.max_test_rows)):
+        if most is not None and most < len(splits[name]):
+            splits[name] = splits[name].select(range(most))
+    return splits

@@ -1,0 +1,79 @@
+"""A simulated annotator: prefers what has the higher gold score, with the noise of a real one."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal, NamedTuple
+
+from rlhf_recipes.data.synthetic.gold import GoldScore
+
+Choice = Literal["first", "second", "tie"]
+
+
+class Completion(NamedTuple):
+    """A completion as an annotator sees it: its text, and whether it came to its end."""
+
+    text: str
+    finished: bool = True
+
+
+class Annotator:
+    """Chooses between two completions like a noisy human.
+
+    With probability `lapse` the choice is a coin flip. Otherwise scores closer than `tie_margin` are a tie, and
+    else `first` wins with the Bradley-Terry probability `sigmoid((gold_first - gold_second) / temperature)`.
+
+    Source: R. A. Bradley and M. E. Terry, "Rank Analysis of Incomplete Block Designs", 1952, with the constant error
+    rate of https://huggingface.co/papers/1706.03741, section 2.2.3.
+
+    Args:
+        gold: The score that it perceives.
+        temperature: Gold points; 0 always picks the better one.
+        lapse: Share of choices made without looking, between 0 and 1.
+        tie_margin: Gold points below which a difference is not noticed; 0 knows no ties.
+        seed: Seed of its randomness.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> annotator = Annotator(GoldScore.of_grammar(eos_token_id=1), temperature=0.0)
+        >>> prompt = "we tried the soup at the inn :"
+        >>> annotator.choose(prompt, Completion("the sauce was stale ."), Completion("the sauce was fresh ."))
+        'second'
+    """
+
+    def __init__(
+        self,
+        gold: GoldScore,
+        temperature: float = 0.5,
+        lapse: float = 0.05,
+        tie_margin: float = 0.25,
+        seed: int = 0,
+    ) -> None:
+        if temperature < 0 or tie_margin < 0 or not 0 <= lapse <= 1:
+            raise ValueError(
+                "`temperature` and `tie_margin` must not be negative and `lapse` must lie between 0 and 1, got "
+                f"temperature={temperature}, tie_margin={tie_margin}, lapse={lapse}."
+            )
+        self.gold = gold
+        self.temperature = temperature
+        self.lapse = lapse
+        self.tie_margin = tie_margin
+        self._rng = random.Random(seed)
+
+    def choose(self, prompt: str, first: Completion, second: Completion) -> Choice:
+        """Say which completion is better; the answer depends only on the arguments and the state of its randomness."""
+        if self._rng.random() < self.lapse:
+            return "first" if self._rng.random() < 0.5 else "second"
+        scores = [sum(self.gold.parts(prompt, text, finished).values()) for text, finished in (first, second)]
+        difference = scores[0] - scores[1]
+        if abs(difference) < self.tie_margin:
+            return "tie"
+        return "first" if self._rng.random() < self._probability(difference) else "second"
+
+    def _probability(self, difference: float) -> float:
+        if self.temperature == 0.0:
+            return 0.5 * (1.0 + (difference > 0) - (difference < 0))
+        return 0.5 * (1.0 + math.tanh(difference / self.temperature / 2))  # the sigmoid, which cannot overflow

@@ -1,0 +1,81 @@
+"""Training and held-out rows of a stage."""
+
+import json
+
+import pytest
+
+from rlhf_recipes.config import DataArguments
+from rlhf_recipes.data import to_completions, to_preferences, to_prompts
+from rlhf_recipes.data.splits import load_splits
+
+ROWS = [
+    {"prompt": f"p{number}", "completion": f"c{repeat}", "chosen": "good", "rejected": "bad"}
+    for number in range(40)
+    for repeat in range(2)
+]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(rows, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write_rows
+
+
+def test_a_share_of_the_prompts_is_held_out_with_all_of_their_rows(write):
+    splits = load_splits(DataArguments(write(ROWS), test_size=0.25), to_completions)
+    train, test = (set(splits[split]["prompt"]) for split in ("train", "test"))
+    assert train.isdisjoint(test)
+    assert train | test == {row["prompt"] for row in ROWS}
+    assert len(splits["train"]) == 2 * len(train)
+    assert 3 <= len(test) <= 17
+    assert splits["train"].column_names == ["prompt", "completion"]
+
+
+def test_every_stage_holds_out_the_same_prompts(write):
+    arguments = DataArguments(write(ROWS), test_size=0.3)
+    completions, pairs, prompts = (load_splits(arguments, f) for f in (to_completions, to_preferences, to_prompts))
+    for split in ("train", "test"):
+        assert set(completions[split]["prompt"]) == set(pairs[split]["prompt"]) == set(prompts[split]["prompt"])
+
+
+def test_a_test_split_of_its_own_is_used_whole(write, tmp_path):
+    write(ROWS[:6])
+    write(ROWS[4:10], "test.jsonl")
+    splits = load_splits(DataArguments(str(tmp_path), dataset_test_split="test"), to_completions)
+    assert splits["train"]["prompt"][:] == [row["prompt"] for row in ROWS[:6]]
+    assert splits["test"]["prompt"][:] == [row["prompt"] for row in ROWS[4:10]]
+
+
+def test_splits_have_names(write, tmp_path):
+    write(ROWS[:6], "good.jsonl")
+    write(ROWS[6:8], "held_out.jsonl")
+    arguments = DataArguments(str(tmp_path), dataset_train_split="good", dataset_test_split="held_out")
+    splits = load_splits(arguments, to_completions)
+    assert (len(splits["train"]), len(splits["test"])) == (6, 2)
+
+
+def test_limits_take_the_first_rows(write):
+    path = write(ROWS)
+    whole = load_splits(DataArguments(path), to_completions)
+    few = load_splits(DataArguments(path, max_train_rows=3, max_test_rows=1), to_completions)
+    assert few["train"][:] == whole["train"][:3]
+    assert few["test"][:] == whole["test"][:1]
+    many = load_splits(DataArguments(path, max_train_rows=10**6, max_test_rows=10**6), to_completions)
+    assert many["train"][:] == whole["train"][:]
+
+
+def test_bad_rows_are_refused_or_dropped(write):
+    path = write([*ROWS, {**ROWS[0], "completion": ""}])
+    with pytest.raises(ValueError, match="drop_bad_rows: true"):
+        load_splits(DataArguments(path), to_completions)
+    splits = load_splits(DataArguments(path, drop_bad_rows=True), to_completions)
+    assert len(splits["train"]) + len(splits["test"]) == len(ROWS)
+
+
+def test_a_stage_without_a_dataset_says_so():
+    with pytest.raises(ValueError, match="Set `dataset_name`"):
+        load_splits(DataArguments(), to_completions)

@@ -1,0 +1,70 @@
+"""Run a stage's script in this process, as it is, with a tiny model."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_recipes.config import parse_stage
+
+# Small and fast; a test overrides what it is about.
+_TINY = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "lora_r": 4,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def load_stage(repo_root):
+    """Import `recipes/<stage>.py` anew."""
+
+    def load(stage):
+        spec = importlib.util.spec_from_file_location(f"recipes_{stage}", repo_root / "recipes" / f"{stage}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def run_stage(load_stage, tiny_model_path, tmp_path):
+    """Run a stage: `run_stage("sft", dataset_name=..., max_steps=3)` gives its folder, files and trainer."""
+
+    def run(stage, **options):
+        folder = tmp_path / "tiny" / stage
+        options = {**_TINY, "model_name_or_path": tiny_model_path, "output_dir": str(folder), **options}
+        argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        module = load_stage(stage)
+        made = []
+        trainer = next(name for name in vars(module) if name.endswith("Trainer"))
+        original = getattr(module, trainer)
+        setattr(module, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])
+        module.main(*parse_stage(module.ARGUMENTS, argv))
+        folder = type(folder)(options["output_dir"])
+        return SimpleNamespace(
+            folder=folder, trainer=made[0], evaluation=json.loads((folder / "evaluation.json").read_text())
+        )
+
+    return run
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows as a jsonl file and return its path."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write

@@ -1,0 +1,367 @@
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
+
+from rlhf_recipes.config import DataArguments, check_output_dir, parse_stage, validate_fields
+
+
+@dataclass
+class Settings:
+    steps: int = 3
+    rate: float = 0.1
+    critic: Literal["adapter", "head"] = "adapter"
+    level: Literal[1, 2] = 1
+    clip: float | None = 0.2
+    folder: str = "outputs"
+    note: str | None = None
+    fast: bool = True
+    weights: list[float] | None = None
+    modules: list[str] = field(default_factory=list)
+    extra: dict[str, Any] | str | None = None
+    strategy: IntervalStrategy | str = "no"
+
+
+@dataclass
+class Required:
+    needed: int
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parse a YAML text and command-line arguments into Settings."""
+
+    def parse(text, *argv, types=Settings):
+        path = tmp_path / "stage.yaml"
+        path.write_text(text)
+        (settings, *_) = parse_stage(types, ["--config", str(path), *argv])
+        return settings
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("rate: 1e-5", "rate", 1e-5),  # PyYAML alone reads this as text
+        ("rate: -1E+2", "rate", -100.0),
+        ("weights: [+1e1]", "weights", [10.0]),
+        ("rate: .5", "rate", 0.5),
+        ("rate: 5.e+2", "rate", 500.0),
+        ("rate: '1e-5'", "rate", 1e-5),
+        ("rate: 2", "rate", 2),
+        ("rate: .inf", "rate", float("inf")),
+        ("steps: -1", "steps", -1),
+        ("steps: '10'", "steps", 10),
+        ("critic: head", "critic", "head"),
+        ("level: 2", "level", 2),
+        ("clip: null", "clip", None),
+        ("clip: 1e-1", "clip", 0.1),
+        ("note: no", "note", "no"),  # PyYAML alone reads this as False
+        ("note: 1.2.3", "note", "1.2.3"),
+        ("note: 'null'", "note", "null"),
+        ("fast: no", "fast", False),
+        ("fast: false", "fast", False),
+        ("fast: True", "fast", True),
+        ("weights: [1e-1, 2]", "weights", [0.1, 2]),
+        ("modules: [q, v]", "modules", ["q", "v"]),
+        ("extra: {min_lr: 1e-6, cycles: 2}", "extra", {"min_lr": 1e-6, "cycles": 2}),
+        ("strategy: no", "strategy", "no"),
+        ("strategy: steps", "strategy", "steps"),
+    ],
+)
+def test_yaml_values_arrive(parse, text, name, value):
+    got = getattr(parse(text), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(parse):
+    settings = parse("rate: 1e-3\nsteps: 7", "--rate", "3e-4", "--critic=head")
+    assert (settings.rate, settings.steps, settings.critic, settings.folder) == (3e-4, 7, "head", "outputs")
+
+
+def test_the_place_and_form_of_the_config_option_do_not_matter(tmp_path):
+    path = tmp_path / "stage.yaml"
+    path.write_text("steps: 7")
+    for argv in (
+        [f"--config={path}", "--rate", "2"],
+        ["--rate", "2", "--config", str(path)],
+        ["--rate", "2", "--config", str(path), "--note", "x"],
+    ):
+        (settings,) = parse_stage([Settings], argv)
+        assert (settings.steps, settings.rate) == (7, 2.0)
+
+
+def test_without_arguments_those_of_the_process_count(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--steps", "9"])
+    assert parse_stage(Settings)[0].steps == 9
+
+
+def test_an_args_file_beside_the_script_is_not_read(monkeypatch, tmp_path):
+    (tmp_path / "ppo.args").write_text("--steps 99")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "ppo.py")])
+    assert parse_stage(Settings)[0].steps == 3
+
+
+def test_a_required_field_may_come_from_yaml(parse):
+    assert parse("needed: 4", types=Required).needed == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 2.5", "`steps` must be a whole number, got 2.5 (float)"),
+        ("steps: true", "`steps` must be a whole number, got True (bool)"),
+        ("steps: null", "`steps` must be a whole number, got None"),
+        ("steps: 1e3", "`steps` must be a whole number, got 1000.0 (float)"),
+        ("steps: many", "--steps: invalid int value: 'many'"),
+        ("rate: fast", "--rate: invalid float value: 'fast'"),
+        ("rate: [0.1]", "`rate` must be a number, got [0.1] (list)"),
+        ("critic: k9", "`critic` must be 'adapter' or 'head', got 'k9' (str)"),
+        ("level: '2'", "`level` must be 1 or 2, got '2' (str)"),
+        ("level: true", "`level` must be 1 or 2, got True (bool)"),
+        ("clip: {a: 1}", "`clip` must be a number or null, got {'a': 1} (dict)"),
+        ("folder: 7", "`folder` must be text (a number in quotes), got 7 (int)"),
+        ("folder: null", "`folder` must be text (a number in quotes), got None (NoneType)"),
+        ("fast: yes please", "--fast: Truthy value expected: got yes please"),
+        ("fast: 1", "`fast` must be true or false, got 1 (int)"),
+        ("weights: [a]", "`weights` must be a list of items that are a number or null, got ['a'] (list)"),
+        ("weights: 0.5", "`weights` must be a list"),
+        ("modules: q", "`modules` must be a list of items that are text"),
+        ("extra: 3", "`extra` must be a mapping or text (a number in quotes) or null, got 3 (int)"),
+    ],
+)
+def test_ill_typed_yaml_values_are_errors(parse, text, expected):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is compared below
+        parse(text)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--steps", "2.5"], "--steps: invalid int value: '2.5'"),
+        (["--critic", "k9"], "--critic: invalid choice: 'k9'"),
+        (["--fast", "maybe"], "--fast: Truthy value expected: got maybe"),
+        (["--stepps", "2"], "Unknown option on the command line: '--stepps' (did you mean '--steps'?)"),
+        (
+            ["--step", "2"],
+            "Unknown option on the command line: '--step' (did you mean '--steps'?)",
+        ),  # no abbreviations
+        (["--stepps=2"], "'--stepps' (did you mean '--steps'?)"),
+        (["zzz"], "Unknown option on the command line: 'zzz'."),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_wrong_command_lines_are_errors(argv, expected):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        parse_stage(Settings, argv)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("critc: head", r"Unknown key in .*stage.yaml: 'critc' \(did you mean 'critic'\?\)\."),
+        ("help: 1", r"Unknown key in .*: 'help'"),  # the parser has it as an option, but no dataclass as a field
+        ("zzz: 1\nstepz: 2", r"Unknown keys in .*: 'zzz', 'stepz' \(did you mean 'steps'\?\)"),
+        ("5: 1", r"Unknown key in .*: '5'"),
+        ("- steps", r"stage.yaml must hold a mapping of `field: value` lines, found list"),
+        ("", r"must hold a mapping of `field: value` lines, found NoneType"),
+        ("steps: [", r"(?s)stage.yaml is not valid YAML: .*line 1"),
+        ("folder: !!python/object/apply:os.getcwd []", r"not valid YAML: .*could not determine a constructor"),
+    ],
+)
+def test_wrong_files_and_keys_are_errors(parse, text, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse(text)
+
+
+def test_a_missing_config_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no config file .*no\.yaml"):
+        parse_stage(Settings, ["--config", str(tmp_path / "no.yaml")])
+    with pytest.raises(FileNotFoundError, match="There is no config file"):
+        parse_stage(Settings, ["--config", str(tmp_path)])
+
+
+def test_yaml_resolvers_of_other_programs_stay_as_they_were():
+    assert yaml.safe_load("a: 1e-5\nb: no") == {"a": "1e-5", "b": False}
+
+
+def test_bad_values_stop_before_a_config_is_built(parse):
+    @dataclass
+    class Strict:
+        gamma: float = 1.0
+
+        def __post_init__(self):
+            raise AssertionError("built from a value that was never checked")
+
+    with pytest.raises(ValueError, match="`gamma` must be a number, got None"):
+        parse("gamma: null", types=Strict)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda **kwargs: SFTConfig("out", use_cpu=True, bf16=False, **kwargs),
+        lambda **kwargs: RewardConfig("out", use_cpu=True, bf16=False, **kwargs),
+        lambda **kwargs: GRPOConfig("out", use_cpu=True, bf16=False, **kwargs),
+    ],
+    ids=["sft", "reward", "grpo"],
+)
+def test_trl_configs_pass_after_their_post_init(config):
+    validate_fields(config())
+    validate_fields(
+        config(
+            lr_scheduler_type="cosine",
+            lr_scheduler_kwargs={"num_cycles": 1},
+            eval_strategy="steps",
+            eval_steps=5,
+            report_to=["wandb"],
+            resume_from_checkpoint=True,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+        )
+    )
+    wrong = config()
+    wrong.gradient_accumulation_steps = 2.5
+    with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` must be a whole number, got 2\.5"):
+        validate_fields(wrong)
+
+
+def test_trl_model_config_passes_with_one_target_module():
+    validate_fields(ModelConfig())
+    validate_fields(ModelConfig(lora_target_modules=["all-linear"]))  # its `__post_init__` unpacks the list
+
+
+def test_validate_fields_judges_what_python_code_gives():
+    validate_fields(Settings(strategy=IntervalStrategy.STEPS, clip=None, weights=[1, 0.5]))
+    validate_fields(Settings(extra=argparse.Namespace()))  # an object: not judged
+    for wrong in ({"critic": "k9"}, {"steps": 1.0}, {"fast": "yes"}, {"weights": ["a"]}, {"rate": True}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            validate_fields(Settings(**wrong))
+
+
+def test_what_was_built_is_checked_too():
+    @dataclass
+    class WrongDefault:
+        steps: int = 2.5
+
+    with pytest.raises(ValueError, match="`steps` must be a whole number, got 2.5"):
+        parse_stage(WrongDefault, [])
+
+
+def test_parsing_leaves_the_annotations_intact(parse):
+    # The parser overwrites `field.type` of `float | None` by `float`: None must still be allowed afterwards.
+    parse("clip: null")
+    validate_fields(Settings(clip=None))
+
+
+def test_three_dataclasses_of_a_stage_are_parsed_together(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        "dataset_name: pairs.jsonl\nlearning_rate: 2e-4\nsave_strategy: no\nlora_r: 4\nload_in_4bit: true\n"
+        "lora_target_modules: all-linear\nuse_cpu: true\nbf16: false\noutput_dir: out\n"
+    )
+    data, training, model = parse_stage((DataArguments, SFTConfig, ModelConfig), ["--config", str(path)])
+    assert (data.dataset_name, training.learning_rate, training.save_strategy) == ("pairs.jsonl", 2e-4, "no")
+    assert (model.lora_r, model.load_in_4bit, model.lora_target_modules) == (4, True, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"test_size": 0.0}, "`test_size` must lie between 0 and 1, got 0"),
+        ({"test_size": 1}, "`test_size` must lie between 0 and 1, got 1"),
+        ({"test_size": "half"}, "`test_size` must be a number, got 'half'"),
+        ({"max_train_rows": 0}, "`max_train_rows` must be at least 1"),
+        ({"max_test_rows": -3}, "`max_test_rows` must be at least 1"),
+    ],
+)
+def test_data_arguments_are_checked(wrong, expected):
+    with pytest.raises(ValueError, match=expected):
+        DataArguments(**wrong)
+
+
+def run_in(folder, resume=None):
+    return TrainingArguments(str(folder), resume_from_checkpoint=resume, use_cpu=True)
+
+
+def checkpoint(folder, step, complete=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "adapter_model.safetensors").touch()
+    if complete:
+        (path / "trainer_state.json").touch()
+    return path
+
+
+@pytest.mark.parametrize("resume", [None, False, "false", ""])
+def test_a_new_or_empty_output_folder_is_fine(tmp_path, resume):
+    assert check_output_dir(run_in(tmp_path / "new", resume)) is None
+    assert not (tmp_path / "new").exists(), "a check creates nothing"
+    assert check_output_dir(run_in(tmp_path, resume)) is None
+
+
+def test_the_last_complete_checkpoint_is_resumed(tmp_path):
+    checkpoint(tmp_path, 9)
+    last = checkpoint(tmp_path, 10)  # before 9 in alphabetical order
+    checkpoint(tmp_path, 20, complete=False)  # the run was killed while it saved this one
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").touch()
+    for resume in (True, "true", "True", str(last)):
+        assert check_output_dir(run_in(tmp_path, resume)) == str(last)
+    assert check_output_dir(run_in(tmp_path, str(tmp_path / "checkpoint-9"))) == str(tmp_path / "checkpoint-9")
+
+
+def test_a_used_output_folder_is_refused_with_the_ways_out(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(FileExistsError) as caught:
+        check_output_dir(run_in(tmp_path))
+    assert "`--output_dir`" in str(caught.value)
+    assert "remove" in str(caught.value)
+    assert "resume" not in str(caught.value), "there is nothing to resume"
+
+    checkpoint(tmp_path, 5)
+    for resume in (None, False):
+        with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
+            check_output_dir(run_in(tmp_path, resume))
+
+
+def test_a_checkpoint_of_another_run_does_not_open_a_used_folder(tmp_path):
+    other = checkpoint(tmp_path / "other", 5)
+    checkpoint(tmp_path / "mine", 5)
+    with pytest.raises(FileExistsError, match="not empty"):
+        check_output_dir(run_in(tmp_path / "mine", str(other)))
+    assert check_output_dir(run_in(tmp_path / "new", str(other))) == str(other)
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    checkpoint(tmp_path, 5, complete=False)
+    for resume in ("true", str(tmp_path / "checkpoint-7")):
+        with pytest.raises(FileNotFoundError, match="to resume from"):
+            check_output_dir(run_in(tmp_path, resume))
+
+
+def test_a_process_that_does_not_write_does_not_take_the_writers_files_for_old_ones(tmp_path):
+    class Second:
+        output_dir, resume_from_checkpoint, should_save = str(tmp_path), None, False
+
+    (tmp_path / "wandb").mkdir()  # made by the first process a moment ago
+    assert check_output_dir(Second()) is None
+    with pytest.raises(FileExistsError):
+        check_output_dir(run_in(tmp_path))
+
+
+def test_config_imports_without_trl():
+    code = "import sys, rlhf_recipes.config; print([m for m in ('trl', 'torch', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
