@@ -63,12 +63,12 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
 
     # 2. Rewards: add your own functions to this list, and their weights to `reward_weights`. The judge has weight 0:
     #    it is logged beside the reward, and PPO does not see it.
-    if ppo_args.reward_adapter is None:
+    reward_funcs = [] if ppo_args.reward_adapter is None else [ppo_args.reward_adapter]
+    if not reward_funcs:
         raise ValueError(
-            "PPO needs a reward: set `reward_adapter`, or add a function to `reward_funcs` in recipes/ppo.py."
+            "PPO needs a reward: set `reward_adapter`, or add functions to `reward_funcs` in this script."
         )
-    reward_funcs = [ppo_args.reward_adapter]
-    weights = training_args.reward_weights or [1.0]
+    weights = training_args.reward_weights or [1.0] * len(reward_funcs)
     gold = ppo_args.gold_score
     if gold is not None:
         reward_funcs.append(GoldScore.from_file(gold) if gold.endswith(".json") else gold)

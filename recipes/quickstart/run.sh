@@ -5,7 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export HF_HUB_OFFLINE=1 # everything is made here
-launch="accelerate launch --config_file recipes/accelerate/single_process.yaml"
 out=outputs/quickstart
 
 stage() { # stage FILE COMMAND...: run the command unless the file that it ends with is there
@@ -21,11 +20,14 @@ stage() { # stage FILE COMMAND...: run the command unless the file that it ends 
 stage $out/world/world.json python recipes/quickstart/world.py
 
 # 1. SFT
-stage $out/sft/evaluation.json $launch recipes/sft.py --config recipes/quickstart/sft.yaml
+stage $out/sft/evaluation.json accelerate launch --config_file recipes/accelerate/single_process.yaml \
+  recipes/sft.py --config recipes/quickstart/sft.yaml
 
 # 2. The simulated annotator compares samples of the SFT model; the reward model learns from the choices
 stage $out/preferences/train.jsonl python recipes/quickstart/annotate.py
-stage $out/reward/evaluation.json $launch recipes/reward.py --config recipes/quickstart/reward.yaml
+stage $out/reward/evaluation.json accelerate launch --config_file recipes/accelerate/single_process.yaml \
+  recipes/reward.py --config recipes/quickstart/reward.yaml
 
 # 3. PPO, and the comparison with the SFT model on held-out prompts
-stage $out/ppo/evaluation.json $launch recipes/ppo.py --config recipes/quickstart/ppo.yaml
+stage $out/ppo/evaluation.json accelerate launch --config_file recipes/accelerate/single_process.yaml \
+  recipes/ppo.py --config recipes/quickstart/ppo.yaml

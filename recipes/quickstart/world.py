@@ -14,10 +14,10 @@ import torch
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data.synthetic import write_gold
-from rlhf_recipes.data.synthetic.grammar import Style, split_prompts, verdict, vocabulary, write_review
+from rlhf_recipes.data.synthetic.grammar import Style, rating, split_prompts, vocabulary, write_review
 from rlhf_recipes.models.tiny import tiny_llama, train_language_model, word_tokenizer
 
-# The base model has read everything; the demonstrations are cleaner, shorter of extremes, and without verdicts.
+# What the base model has read, and the demonstrations: fewer of them take sides, and none ends with a rating.
 CORPUS = Style()
 DEMONSTRATIONS = Style(positive=0.25, negative=0.25)
 
@@ -33,11 +33,11 @@ class WorldArguments:
     held_out: float = field(
         default=0.25, metadata={"help": "Share of the (place, thing) combinations that no stage trains on."}
     )
-    verdict_share: float = field(
-        default=0.5, metadata={"help": "Share of the base model's documents with a verdict after the end token."}
+    rated_share: float = field(
+        default=0.5, metadata={"help": "Share of the base model's documents with a star rating after the end token."}
     )
     hidden_size: int = field(default=128, metadata={"help": "Width of the base model, a multiple of 64."})
-    layers: int = field(default=3, metadata={"help": "Layers of the base model."})
+    layers: int = field(default=2, metadata={"help": "Layers of the base model."})
     heads: int = field(default=4, metadata={"help": "Attention heads of the base model."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of the base model."})
     batch_size: int = field(default=32, metadata={"help": "Reviews per step of the base model."})
@@ -68,7 +68,8 @@ def main(world: WorldArguments) -> None:
 
     torch.manual_seed(world.seed)
     model = tiny_llama(tokenizer, world.hidden_size, world.layers, world.heads)
-    documents = [document(rng.choice(train), world.verdict_share, tokenizer.eos_token, rng) for _ in range(world.corpus_size)]
+    chosen = rng.choices(train, k=world.corpus_size)
+    documents = [document(prompt, world.rated_share, tokenizer.eos_token, rng) for prompt in chosen]
     losses = train_language_model(
         model, tokenizer, documents, batch_size=world.batch_size, learning_rate=world.learning_rate, seed=world.seed
     )
@@ -77,9 +78,10 @@ def main(world: WorldArguments) -> None:
 
     (unfinished / "world.json").write_text(json.dumps(settings(world), indent=1) + "\n")
     unfinished.rename(folder)
+    last = losses[-10:]
     print(
         f"Made {folder}: {len(train)} training and {len(test)} held-out prompts, {len(tokenizer)} words, "
-        f"{model.num_parameters():,} parameters, final loss {sum(losses[-10:]) / len(losses[-10:]):.3f} nats per token."
+        f"{model.num_parameters():,} parameters, final loss {sum(last) / len(last):.3f} nats per token."
     )
 
 
@@ -99,14 +101,14 @@ def settings(world: WorldArguments) -> dict[str, object]:
     return {name: value for name, value in asdict(world).items() if name != "output_dir"}
 
 
-def document(prompt: str, verdict_share: float, eos_token: str, rng: random.Random) -> str:
-    """Write a document for the base model: prompt and review, in part followed by a verdict after the end token.
+def document(prompt: str, rated_share: float, eos_token: str, rng: random.Random) -> str:
+    """Write a document for the base model: prompt and review, in part followed by a rating after the end token.
 
     A reward model reads its score at the end token. A base that never had to say anything there has no summary of the
     review at that place, and a reward model on it learns almost nothing. Real pretraining text is full of such lines.
     """
     review = write_review(prompt, CORPUS, rng)
-    note = f" {eos_token} verdict {verdict(review)}" if rng.random() < verdict_share else ""
+    note = f" {eos_token} {rating(review)}" if rng.random() < rated_share else ""
     return f"{prompt} {review}{note}"
 
 
@@ -115,5 +117,4 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = parse_stage(WorldArguments)
-    main(arguments)
+    main(*parse_stage(WorldArguments))

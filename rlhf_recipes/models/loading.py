@@ -54,6 +54,7 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
         load_in_4bit=True,
         bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=_torch_dtype(model_args.dtype),
     )
 
@@ -91,13 +92,16 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         target_modules=targets,
+        target_parameters=model_args.lora_target_parameters,
         modules_to_save=model_args.lora_modules_to_save,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
 
 
-def load_tokenizer(path: str | None, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | None, *, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, ready for generation in batches (padding on the left).
 
     Args:
@@ -174,7 +178,9 @@ def upcast_trainable(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _load(auto_class: Any, path: str | None, *, dtype: str | torch.dtype = "float32", **options: Any) -> PreTrainedModel:
+def _load(
+    auto_class: Any, path: str | None, *, dtype: str | torch.dtype = "float32", **options: Any
+) -> PreTrainedModel:
     _check_path(path)
     options = {key: value for key, value in options.items() if value is not None}
     state = PartialState()

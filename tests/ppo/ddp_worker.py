@@ -11,11 +11,11 @@ from datasets import Dataset
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.evaluation.policy import evaluate_policy
 
-sft_adapter, reward_adapter, out, critic = sys.argv[1:5]
 TEXTS = ["the film was", "a story", "this actor felt", "that ending is", "the plot", "a good", "it was", "i liked"] * 2
 
 
 def make_trainer(per_device: int) -> PPOTrainer:
+    sft_adapter, reward_adapter, out, critic = sys.argv[1:5]
     args = PPOConfig(
         f"{out}/run",
         use_cpu=True,
@@ -78,7 +78,7 @@ def main() -> None:
     spread = (gathered - gathered[0]).abs().max().item()
     if rank == 0:
         result = {"processes": processes, "evaluation": evaluation, "gradients": gradients, "spread": spread}
-        Path(out, f"result_{processes}.json").write_text(json.dumps(result))
+        Path(sys.argv[3], f"result_{processes}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
     os._exit(0)  # tearing two DDP models of one process down can hang in gloo, after all work is done
 

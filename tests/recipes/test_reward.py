@@ -337,7 +337,7 @@ class TestBadInput:
 def test_the_quickstart_configuration_is_valid(load_stage, repo_root):
     config = str(repo_root / "recipes" / "quickstart" / "reward.yaml")
     data_args, training_args, model_args = parse_stage(load_stage("reward").ARGUMENTS, ["--config", config])
-    assert data_args.dataset_name.endswith("preferences.jsonl")
+    assert data_args.dataset_name.endswith("preferences")
     assert training_args.learning_rate == 2e-3
     assert not training_args.bf16
     assert model_args.load_in_4bit

@@ -40,16 +40,16 @@ class Annotator:
     Example:
         >>> annotator = Annotator(GoldScore.of_grammar(eos_token_id=1), temperature=0.0)
         >>> prompt = "we tried the soup at the inn :"
-        >>> annotator.choose(prompt, Completion("the sauce was stale ."), Completion("the sauce was fresh ."))
+        >>> annotator.choose(prompt, Completion("the sauce was awful ."), Completion("the sauce was great ."))
         'second'
     """
 
     def __init__(
         self,
         gold: GoldScore,
-        temperature: float = 0.5,
-        lapse: float = 0.05,
-        tie_margin: float = 0.25,
+        temperature: float = 0.4,
+        lapse: float = 0.03,
+        tie_margin: float = 0.3,
         seed: int = 0,
     ) -> None:
         if temperature < 0 or tie_margin < 0 or not 0 <= lapse <= 1:

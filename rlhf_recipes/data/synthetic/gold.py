@@ -62,7 +62,7 @@ class GoldScore:
         >>> prompts = ["we tried the tent at the lake :"] * 2
         >>> reviews = ["the bed was lovely .", "the bed bed bed"]
         >>> [round(score, 2) for score in gold(prompts, reviews, completion_ids=[[8, 9, 5, 4, 7, 1], [8, 9, 9, 9]])]
-        [1.26, -2.8]
+        [1.26, -3.2]
     """
 
     __name__ = "gold_score"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -45,7 +46,7 @@ VERBS = {
     NEGATIVE: _words("hated disliked regretted resented endured"),
 }
 JOINERS = _words(", and but while")
-VERDICTS = {POSITIVE: "good", NEUTRAL: "mixed", NEGATIVE: "bad"}
+STARS = _words("one two three four five")
 
 # Word classes. `START` and `END` stand for the edges of a review: the colon before it and the end token after it.
 START, END, STOP, JOINER = "start", "end", "stop", "joiner"
@@ -98,7 +99,7 @@ def vocabulary() -> list[str]:
         (True, True)
     """
     things = [thing for topic in TOPICS.values() for thing in topic.things]
-    words = [*_words("tried at : verdict"), *VERDICTS.values(), *things, *PLACES]
+    words = [*_words("tried at : stars"), *STARS, *things, *PLACES]
     return list(dict.fromkeys(words + [word for words in WORD_CLASSES.values() for word in words]))
 
 
@@ -157,7 +158,7 @@ def write_review(prompt: str, style: Style, rng: random.Random) -> str:
 
     Example:
         >>> write_review("we tried the ferry at the pier :", Style(), random.Random(3))
-        'the speed felt graceful while they liked the seat while the seat felt graceful .'
+        'the speed felt perfect while they enjoyed the seat while the seat felt perfect .'
     """
     return _Writer(topic_of(prompt), style, rng).write()
 
@@ -171,16 +172,17 @@ def topic_of(prompt: str) -> str:
     raise ValueError(f"The prompt {prompt!r} names no thing of this world; one of its words must be a thing.")
 
 
-def verdict(review: str) -> str:
-    """Sum a review up in one word: more praise, more blame, or neither.
+def rating(review: str) -> str:
+    """Sum a review up in one to five stars, by the number of its words of praise less those of blame.
 
     Example:
-        >>> verdict("the view was lovely , we loved the bed but the carpet looked ugly .")
-        'good'
+        >>> rating("the view was lovely , we loved the bed but the carpet looked shabby .")
+        'four stars'
     """
     words = set(review.split())
     praise, blame = (len(words.intersection(ADJECTIVES[side] + VERBS[side])) for side in (POSITIVE, NEGATIVE))
-    return VERDICTS[POSITIVE if praise > blame else NEGATIVE if blame > praise else NEUTRAL]
+    steps = math.copysign(math.ceil(min(abs(praise - blame), 4) / 2), praise - blame)
+    return f"{STARS[2 + int(steps)]} stars"
 
 
 def _prompts(combinations: list[tuple[str, str]], rng: random.Random) -> list[str]:
