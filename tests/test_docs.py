@@ -44,6 +44,7 @@ def commands(text):
     """Launch commands in a page, a script, a docstring or a comment, one string each."""
     text = re.sub(r"(?m)^\s*(#|>) ?", "", text)
     text = re.sub(r"\\\n\s*", " ", text)
+    text = re.sub(r'(?m)^\w+=".*"$', "", text)  # the start of a command, kept in a shell variable
     return re.findall(r"(?:accelerate launch |python (?=recipes/))[^`\n]*", text)
 
 

@@ -85,7 +85,7 @@ def make_pairs(load_stage, tmp_path):
         folder = tmp_path / "data"
         options = {"dataset_name": dataset_name, "output_dir": folder, **options}
         argv = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-        script.main(*parse_stage(script.PairsArguments, argv))
+        script.main(*parse_stage(script.ARGUMENTS, argv))
         return folder
 
     return make
@@ -93,17 +93,12 @@ def make_pairs(load_stage, tmp_path):
 
 @pytest.fixture
 def reviews(tmp_path):
-    """Made-up reviews: (file, the texts). Long enough for prompts, half of them positive."""
-    rows = [
-        {
-            "text": f"film number {n} is long .<br /> it felt {'warm' if n % 2 else 'cold'} to us , all things considered .",
-            "label": n % 2,
-        }
-        for n in range(60)
-    ]
+    """A file of made-up reviews, long enough for prompts, half of them positive."""
+    text = "film number {} is long .<br /> it felt {} to us , all things considered ."
+    rows = [{"text": text.format(n, ("cold", "warm")[n % 2]), "label": n % 2} for n in range(60)]
     path = tmp_path / "reviews.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path, rows
+    return path
 
 
 @pytest.fixture
@@ -144,7 +139,7 @@ def check(run, judged_by):
 
 
 def test_movie_sentiment_on_made_up_rows(stages, make_pairs, reviews, reward_judge):
-    data = make_pairs(reviews[0])
+    data = make_pairs(reviews)
     run = stages("movie_sentiment", data / "texts", data / "pairs", gold_score=reward_judge(data / "judge_pairs"))
     check(run, judged_by="gold_score")
     assert run.ppo.trainer.reward_weights.tolist() == [1.0, 0.0, 1.0], "the judge does not count, a missing end does"
@@ -170,21 +165,20 @@ def reward_judge(run_stage, repo_root, base, tmp_path):
     return train
 
 
-def test_movie_sentiment_on_real_reviews(stages, make_pairs, shared_data):
-    data = make_pairs(shared_data / "movie_reviews" / "reviews.jsonl.gz")
+def test_movie_sentiment_on_real_reviews(stages, make_pairs, reward_judge, shared_data):
+    data = make_pairs(shared_data / "movie_reviews" / "reviews.jsonl.gz", max_words=20)
     assert len(load_rows(str(data / "texts"))) > 1300
-    check(stages("movie_sentiment", data / "texts", data / "pairs"), judged_by="reward_score")
+    run = stages("movie_sentiment", data / "texts", data / "pairs", gold_score=reward_judge(data / "judge_pairs"))
+    check(run, judged_by="gold_score")
 
 
 def test_movie_sentiment_pairs_of_real_snippets(make_pairs, shared_data):
     path = shared_data / "sentence_polarity" / "snippets.jsonl.gz"
-    data = make_pairs(path)
+    data = make_pairs(path, max_words=60)  # no snippet is longer
     with gzip.open(path, "rt") as file:
         labels = {" ".join(row["text"].split()): row["label"] for row in map(json.loads, file)}
     sides = {name: load_rows(str(data / name)) for name in ("pairs", "judge_pairs")}
-    seen = [
-        {row[side].strip() for row in rows for side in ("chosen", "rejected")} for rows in sides.values()
-    ]
+    seen = [{row[side].strip() for row in rows for side in ("chosen", "rejected")} for rows in sides.values()]
     assert not seen[0] & seen[1], "the reward model and the judge learn from different texts"
     for rows in sides.values():
         assert len(rows) > 1500
