@@ -31,7 +31,7 @@ class AnnotationArguments:
     pairs: int = field(default=4_500, metadata={"help": "Pairs that are shown to the annotator."})
     temperature: float = field(default=0.4, metadata={"help": "Noise of the annotator's choices, in gold points."})
     lapse: float = field(default=0.03, metadata={"help": "Share of choices that are made without looking."})
-    tie_margin: float = field(default=0.3, metadata={"help": "Difference that the annotator does not notice."})
+    tie_margin: float = field(default=1.0, metadata={"help": "Difference that the annotator does not notice."})
     max_new_tokens: int = field(default=24, metadata={"help": "Length at which completions are cut off."})
     batch_size: int = field(default=256, metadata={"help": "Completions that are sampled at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of prompts, samples and choices."})
@@ -53,7 +53,7 @@ def main(args: AnnotationArguments) -> None:
 
     # The annotator reads texts and sees whether they came to their end; the reward model gets the very tokens, so
     # that a review which was cut off has no end token.
-    rows, ties, alike = [], [], 0
+    rows, alike = [], 0
     for prompt, *pair in zip(prompts, firsts, seconds, strict=True):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair]
         seen = [Completion(text, ids[-1] == tokenizer.eos_token_id) for text, ids in zip(texts, pair, strict=True)]
@@ -61,15 +61,13 @@ def main(args: AnnotationArguments) -> None:
         if texts[0] == texts[1]:
             alike += 1
             continue
-        row = {"prompt": prompt}
+        # A tie is a label of one half; which of the two stands as `chosen` then says nothing.
+        row = {"prompt": prompt, "label": 0.5 if choice == "tie" else 1.0}
         for side, index in (("chosen", choice == "second"), ("rejected", choice != "second")):
             row[side] = " " + texts[index]
             row[f"{side}_ids"] = tokenizer(prompt)["input_ids"] + pair[index]
             row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *seen[index]).values())
-        if choice == "tie":
-            ties.append({**row, "label": 0.5})  # for the loss, `chosen` is the first of the two
-        else:
-            rows.append(row)
+        rows.append(row)
 
     start_run(
         recipe=folder.resolve().parent.name,
@@ -78,12 +76,12 @@ def main(args: AnnotationArguments) -> None:
         config=asdict(args),
         parent=args.sft_adapter,
     )
-    for name, judged in (("train", rows), ("ties", ties)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
-    agree = sum(row["gold_chosen"] > row["gold_rejected"] for row in rows) / len(rows)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = [row for row in rows if row["label"] == 1.0]
+    agree = sum(row["gold_chosen"] > row["gold_rejected"] for row in choices) / len(choices)
     print(
-        f"{len(rows)} choices and {len(ties)} ties in {folder}, {alike} pairs of the same text left out; {agree:.3f} "
-        "of the choices agree with the gold score."
+        f"{len(choices)} choices and {len(rows) - len(choices)} ties in {folder}, {alike} pairs of the same text left "
+        f"out; {agree:.3f} of the choices agree with the gold score."
     )
 
 

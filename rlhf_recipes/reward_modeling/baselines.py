@@ -48,7 +48,8 @@ def pair_baselines(train: Dataset, test: Dataset, level: float = 0.95) -> dict[s
     right on that pair.
 
     Args:
-        train: Training pairs with the columns `prompt`, `chosen` and `rejected`, text or chats.
+        train: Training pairs with the columns `prompt`, `chosen` and `rejected`, text or chats, and maybe `label`,
+            the probability that `chosen` wins: 1 where it is missing. Ties (0.5) are left out.
         test: Held-out pairs with the same columns.
         level: Probability that the intervals are to cover the true accuracy, taking the pairs as independent.
 
@@ -66,7 +67,7 @@ def pair_baselines(train: Dataset, test: Dataset, level: float = 0.95) -> dict[s
         >>> {name: baseline["accuracy"] for name, baseline in baselines.items()}
         {'longer': 1.0, 'shorter': 0.0, 'tfidf': 1.0}
     """
-    chosen, rejected = completion_texts(test)
+    chosen, rejected = winners_and_losers(test)
     longer = np.array([len(text.strip()) for text in chosen]) - [len(text.strip()) for text in rejected]
     scorer = fit_tfidf(train)
     return {
@@ -113,7 +114,8 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
     text is on both sides. Rows that allow no fold get scikit-learn's default strength.
 
     Args:
-        train: Pairs with the columns `prompt`, `chosen` and `rejected`, text or chats.
+        train: Pairs with the columns `prompt`, `chosen` and `rejected`, text or chats, and maybe `label`, as for
+            `pair_baselines`.
 
     Returns:
         The scorer.
@@ -129,7 +131,8 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and needed only here
 
-    chosen, rejected = completion_texts(train)
+    train = _decided(train)
+    chosen, rejected = winners_and_losers(train)
     # A punctuation mark is a word too: `!` and `?` say something.
     words = r"\w+(?:['-]\w+)*|[^\w\s]"
     vectorizer = TfidfVectorizer(token_pattern=words, ngram_range=(1, 2), sublinear_tf=True)
@@ -144,30 +147,44 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
     return TfidfScorer(vectorizer, _fit(differences, strength), strength)
 
 
-def completion_texts(pairs: Dataset) -> tuple[list[str], list[str]]:
-    """Return what was chosen and what was rejected, as texts. Of a chat it is the messages' contents, one a line.
+def winners_and_losers(pairs: Dataset) -> tuple[list[str], list[str]]:
+    """Return what people preferred and what they did not, as texts. Of a chat, the messages' contents, one a line.
 
     Args:
-        pairs: Rows with the columns `prompt`, `chosen` and `rejected`.
+        pairs: Rows with the columns `prompt`, `chosen` and `rejected`, and maybe `label`, as for `pair_baselines`.
 
     Returns:
-        `(chosen, rejected)`, two lists of texts.
+        `(winners, losers)`, two lists of texts, without the ties.
 
     Raises:
         ValueError: If a column is missing.
 
     Example:
         >>> chat = [{"role": "assistant", "content": "Hello!"}]
-        >>> completion_texts(Dataset.from_dict({"prompt": ["Hi"], "chosen": [chat], "rejected": [[]]}))
+        >>> rows = {"prompt": ["Hi"], "chosen": [[]], "rejected": [chat], "label": [0.1]}
+        >>> winners_and_losers(Dataset.from_dict(rows))
         (['Hello!'], [''])
     """
+    pairs = _decided(pairs)
+    sides = [[_text(value) for value in pairs[side]] for side in ("chosen", "rejected")]
+    rows = [(a, b) if label > 0.5 else (b, a) for a, b, label in zip(*sides, _labels(pairs), strict=True)]
+    return [winner for winner, _ in rows], [loser for _, loser in rows]
+
+
+def _decided(pairs: Dataset) -> Dataset:
+    """The pairs without the ties."""
     missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
     if missing:
         raise ValueError(
             f"Baselines need the columns `prompt`, `chosen` and `rejected`; missing: {', '.join(sorted(missing))}. "
             "Give rows as `to_preferences` makes them."
         )
-    return [_text(value) for value in pairs["chosen"]], [_text(value) for value in pairs["rejected"]]
+    return pairs.select([row for row, label in enumerate(_labels(pairs)) if label != 0.5])
+
+
+def _labels(pairs: Dataset) -> list[float]:
+    given = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
+    return [1.0 if label is None else label for label in given]
 
 
 def _text(value: Any) -> str:

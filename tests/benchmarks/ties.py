@@ -59,14 +59,13 @@ def load(path: str):
 
 
 def annotate(seed: int, folder: Path, more: list[str]) -> Path:
-    """Have the annotator judge fresh samples, and put choices and ties into one file."""
-    rows = folder / "all.jsonl"
+    """Have the annotator judge fresh samples."""
+    rows = folder / "preferences"
     if not rows.exists():
         module = load("quickstart/annotate.py")
-        options = ["--seed", str(seed), "--output_dir", str(folder / "preferences"), *more]
-        module.main(*parse_stage(module.AnnotationArguments, options))
-        parts = [(folder / "preferences" / f"{name}.jsonl").read_text() for name in ("train", "ties")]
-        rows.write_text("".join(parts))
+        module.main(
+            *parse_stage(module.AnnotationArguments, ["--seed", str(seed), "--output_dir", str(rows), *more])
+        )
     return rows
 
 
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ties"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--annotator", default="", help="options of annotate.py, such as '--tie_margin 1.0'")
+    parser.add_argument("--annotator", default="", help="options of annotate.py, such as '--tie_margin 0.3'")
     args, more = parser.parse_known_args()
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
     for seed in args.seeds:

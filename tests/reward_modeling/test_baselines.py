@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf_recipes.evaluation.metrics import proportion_interval
 from rlhf_recipes.reward_modeling import baselines
-from rlhf_recipes.reward_modeling.baselines import completion_texts, fit_tfidf, margin_accuracy, pair_baselines
+from rlhf_recipes.reward_modeling.baselines import fit_tfidf, margin_accuracy, pair_baselines, winners_and_losers
 
 GOOD, BAD = "good warm great funny".split(), "bad dull cold boring".split()
 NEUTRAL = "the film was and but this play of".split()
@@ -166,9 +166,29 @@ def test_chats_are_read_like_texts():
 def test_contents_in_parts_and_without_text():
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image", "text": None}]}]
     pairs = Dataset.from_list([{"prompt": "p", "chosen": parts, "rejected": []}])
-    assert completion_texts(pairs) == (["a\n"], [""])
+    assert winners_and_losers(pairs) == (["a\n"], [""])
     silent = Dataset.from_list([{"prompt": "p", "chosen": [{"role": "assistant", "content": None}], "rejected": []}])
-    assert completion_texts(silent) == ([""], [""])
+    assert winners_and_losers(silent) == ([""], [""])
+
+
+def test_ties_are_left_out_and_labels_below_one_half_turn_a_pair_round():
+    train, test = make_pairs(60), make_pairs(30, seed=1)
+    tie = {"prompt": "tie", "chosen": "good good good film", "rejected": "bad"}
+
+    def labelled(rows):
+        turned = [
+            {"prompt": prompt, "chosen": a, "rejected": b, "label": 1.0}
+            if index % 2
+            else {"prompt": prompt, "chosen": b, "rejected": a, "label": 0.1}
+            for index, (prompt, a, b) in enumerate(zip(rows["prompt"], rows["chosen"], rows["rejected"], strict=True))
+        ]
+        return Dataset.from_list([*turned, *[{**tie, "label": 0.5}] * 7])
+
+    plain = pair_baselines(Dataset.from_dict(train), Dataset.from_dict(test))
+    assert pair_baselines(labelled(train), labelled(test)) == plain
+    assert plain["tfidf"]["n"] == 30
+    missing = Dataset.from_list([{**tie, "label": None}, {**tie, "label": 0.0}])
+    assert winners_and_losers(missing) == (["good good good film", "bad"], ["bad", "good good good film"])
 
 
 def test_the_result_can_be_written_as_json():

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from rlhf_recipes.reward_modeling.baselines import completion_texts, fit_tfidf, margin_accuracy
+from rlhf_recipes.reward_modeling.baselines import fit_tfidf, margin_accuracy, winners_and_losers
 from rlhf_recipes.reward_modeling.certificate.functional.accuracy import (
     accuracy_advantage,
     accuracy_by,
@@ -148,7 +148,7 @@ def _gap(pairs: Pairs, train: Pairs) -> dict[str, Any]:
 
 def _baselines(pairs: Pairs, train: Dataset | None) -> dict[str, Any]:
     """Measure simple rules on the same pairs."""
-    chosen, rejected = completion_texts(_texts(pairs.decided_rows()))
+    chosen, rejected = winners_and_losers(_texts(pairs.decided_rows()))
     longer = np.array([len(text.strip()) for text in chosen]) - [len(text.strip()) for text in rejected]
     margins = {"longer": longer, "shorter": -longer}
     if train is not None:
