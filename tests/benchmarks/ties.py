@@ -63,9 +63,7 @@ def annotate(seed: int, folder: Path, more: list[str]) -> Path:
     rows = folder / "preferences"
     if not rows.exists():
         module = load("quickstart/annotate.py")
-        module.main(
-            *parse_stage(module.AnnotationArguments, ["--seed", str(seed), "--output_dir", str(rows), *more])
-        )
+        module.main(*parse_stage(module.AnnotationArguments, ["--seed", str(seed), "--output_dir", str(rows), *more]))
     return rows
 
 
