@@ -8,10 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import trl
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer
+from trl.trainer.utils import add_fused_lm_head
+
+from rlhf_recipes.models.roles import completion_states
 
 PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
 
@@ -36,7 +40,6 @@ METHODS = {
     "create_optimizer": "self model",
     "training_step": "self model inputs num_items_in_batch",
 }
-LOGPS_PARAMETERS = "self model input_ids attention_mask logits_to_keep batch_size compute_entropy"
 ATTRIBUTES = (
     "_buffered_inputs _logs _metrics _pending_extra_logs _pending_metrics _step "
     "reward_func_names reward_funcs reward_weights temperature"
@@ -67,13 +70,26 @@ def test_methods_keep_their_parameters(name):
     assert parameters == METHODS[name], moved(f"`{name}` takes other parameters", "rlhf_recipes/ppo/trainer.py")
 
 
-def test_per_token_logps_take_and_return_what_the_adapter_expects():
-    method = GRPOTrainer._get_per_token_logps_and_entropies
-    parameters = list(inspect.signature(method).parameters)
-    wanted = LOGPS_PARAMETERS.split()
-    reread = "rlhf_recipes/ppo/_trl.py"
-    assert parameters[: len(wanted)] == wanted, moved("`_get_per_token_logps_and_entropies` takes others", reread)
-    assert returned_lengths(method) == {3}, moved("it no longer returns (logps, entropies, aux_loss)", reread)
+def test_per_token_logps_return_as_many_things_as_the_override():
+    found = returned_lengths(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert found == {3}, moved("it no longer returns (logps, entropies, aux_loss)", "rlhf_recipes/ppo/engine.py")
+
+
+def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_model_path):
+    """Labels shorter than the input, with a hook that cuts the hidden states to the same length."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    ids = torch.tensor([[6, 7, 8, 9, 10]])
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    with torch.no_grad():
+        logps = (model(input_ids=ids).logits[0].double() / 0.7).log_softmax(-1)
+        with completion_states(model, 2) as states:
+            found = model(input_ids=ids, labels=ids[:, -3:], fused_lm_head=True)
+    message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/_trl.py")
+    expected = logps[[2, 3], ids[0, 3:]].float()
+    torch.testing.assert_close(found.log_probs[0, -2:], expected, atol=1e-5, rtol=1e-5, msg=message)
+    entropy = -(logps.exp() * logps).sum(-1)[2:4].float()
+    torch.testing.assert_close(found.entropy[0, -2:], entropy, atol=1e-5, rtol=1e-5, msg=message)
+    assert states[0].shape == (1, 2, model.config.hidden_size)
 
 
 def test_a_checkpoint_is_complete_when_its_trainer_state_is_written():
@@ -129,10 +145,10 @@ def test_rollout_has_the_keys_that_are_read(key):
     assert f'"{key}": ' in source, moved(f"a rollout has no `{key}`", "PPOTrainer._generate_and_score_completions")
 
 
-def test_old_logps_are_in_the_rollout_only_where_they_are_needed():
+def test_old_logps_may_be_left_out_of_the_rollout():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     message = moved("`old_per_token_logps` is handed on differently", "PPOTrainer._generate_and_score_completions")
-    assert 'output["old_per_token_logps"] = old_per_token_logps' in source, message
+    assert "if old_per_token_logps is not None:" in source, message
 
 
 @pytest.mark.parametrize("name", CONFIG_FIELDS.split())

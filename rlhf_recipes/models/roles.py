@@ -44,19 +44,27 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 @contextmanager
-def captured_hidden_states(model: nn.Module, when: bool = True) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states (B, L, H) of every forward pass of a causal model inside the block.
+def completion_states(model: nn.Module, length: int) -> Iterator[list[Tensor]]:
+    """Keep, of every forward pass of a causal model inside the block, what its completions' tokens are drawn from.
+
+    The output layer then sees the last `length + 1` positions only: what it would say of the prompt is not computed.
 
     Args:
         model: The model, with or without adapters.
-        when: Whether to collect anything: they take memory.
+        length: Tokens of the completions, at the end of the sequences.
+
+    Yields:
+        A list that gets the last hidden states `(B, length, H)` before each of these tokens, once for each pass.
     """
-    if not when:
-        yield []
-        return
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     captured: list[Tensor] = []
-    handle = base.base_model.register_forward_hook(lambda *args: captured.append(args[-1].last_hidden_state))
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, -length - 1 :]
+        captured.append(output.last_hidden_state[:, :-1])
+        return output
+
+    handle = base.base_model.register_forward_hook(keep)
     try:
         yield captured
     finally:

@@ -1,13 +1,17 @@
-"""The one place that calls TRL's per-token log-probabilities, whose signature changed four times in nine releases."""
+"""The one place that calls what is inside TRL: its output layer, its generation settings, its reward functions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import add_fused_lm_head, pad
+
+from rlhf_recipes.models.roles import completion_states
+from rlhf_recipes.ppo.padding import by_length, prompt_and_completion, put_together, sequences
 
 
 def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
@@ -21,8 +25,6 @@ def completion_logps(
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of every completion token, and the entropy where it was sampled.
 
-    Both come from the fused output layer, at the sampling temperature, without a tensor of (B, T, vocabulary).
-
     Args:
         trainer: The trainer whose engine is used.
         model: The model to run, possibly wrapped for distributed training.
@@ -30,25 +32,49 @@ def completion_logps(
         batch_size: Sequences per forward pass; all at once by default.
 
     Returns:
-        `(per_token_logps, entropies)`, each `(B, T)`, in nats.
+        `(per_token_logps, entropies)`, each `(B, T)`, in nats; 0 on padding.
     """
-    input_ids, attention_mask = prompt_and_completion(batch)
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep=batch["completion_ids"].size(1),
-        batch_size=batch_size,
-        compute_entropy=True,
-    )
+    logps, entropies, _ = policy_pass(trainer, model, batch, batch_size)
     return logps, entropies
 
 
-def prompt_and_completion(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join prompts and completions of a batch: `(input_ids, attention_mask)`, each `(B, P + T)`."""
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return input_ids, attention_mask
+def policy_pass(
+    trainer: GRPOTrainer,
+    model: Any,
+    batch: dict[str, Tensor],
+    batch_size: int | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute log-probabilities and entropies as `completion_logps` does, and what the same pass tells besides.
+
+    They come from TRL's fused output layer, at the sampling temperature, without a tensor of (B, T, vocabulary).
+
+    Args:
+        trainer: The trainer whose engine is used.
+        model: The model to run, possibly wrapped for distributed training.
+        batch: `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
+        batch_size: Sequences per forward pass; all at once by default.
+        read: What to keep of the last hidden states `(b, t, H)` from which the tokens were drawn, as `(b, t, ...)`.
+
+    Returns:
+        `(per_token_logps, entropies, kept)`: each `(B, T)`, in nats, and `(B, T, ...)` or `None` without `read`.
+    """
+    parts: list[tuple[Tensor, list[Tensor]]] = []
+    length = batch["completion_ids"].size(1)
+    for rows, part in by_length(sequences(batch), batch_size or len(batch["prompt_ids"])):
+        input_ids, attention_mask = prompt_and_completion(part)
+        scored = part["completion_ids"].size(1)
+        # The first label stands for the last prompt token, which TRL drops
+        labels = input_ids.masked_fill(attention_mask == 0, -100)[:, -scored - 1 :]
+        with (
+            trainer.accelerator.autocast(),
+            completion_states(trainer.accelerator.unwrap_model(model), scored) as states,
+        ):
+            outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+            kept = [] if read is None else [read(states[0])]
+        parts.append((rows, [outputs.log_probs, outputs.entropy, *kept]))
+    found = [put_together([(rows, values[i]) for rows, values in parts], length) for i in range(len(parts[0][1]))]
+    return found[0], found[1], found[2] if read is not None else None
 
 
 def generate(

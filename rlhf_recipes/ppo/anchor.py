@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from rlhf_recipes.models.roles import captured_hidden_states
 from rlhf_recipes.ppo import checks
-from rlhf_recipes.ppo._trl import completion_logps
+from rlhf_recipes.ppo._trl import policy_pass
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController, chunked_full_kl, kl_estimate
 
 if TYPE_CHECKING:
@@ -32,17 +30,16 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
 
     Returns:
         `old_per_token_logps`, `ref_per_token_logps` and `kl`, the KL to the reference per token (of padding too), in
-        nats, each `(B, T)`; and `anchor_hidden` `(B, T, H)` where the loss needs distributions of the anchor.
+        nats, each `(B, T)`; with a critic that is a head on the policy, `old_values` `(B, T)`; and `anchor_hidden`
+        `(B, T, H)` where the loss needs distributions of the anchor.
     """
     args, mask = trainer.args, batch["completion_mask"]
-    full = args.kl_estimator == "full"
-    with captured_hidden_states(trainer.model, when=full) as old_hidden:
-        # TRL leaves the old log-probabilities out where one update follows each rollout
-        old_logps = batch.get("old_per_token_logps")
-        if old_logps is None or full:
-            old_logps, _ = completion_logps(trainer, trainer.model, batch, batch_size)
-    with captured_hidden_states(trainer.roles.model, when=full) as ref_hidden, trainer.roles.use(trainer.reference):
-        ref_logps, _ = completion_logps(trainer, trainer.roles.model, batch, batch_size)
+    full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
+    read = (lambda states: states) if full else trainer.critic.values if head else None
+    old_logps, _, old = policy_pass(trainer, trainer.model, batch, batch_size, read)
+    with trainer.roles.use(trainer.reference):
+        keep = (lambda states: states) if full else None
+        ref_logps, _, ref = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
     if trainer.model.training and trainer.state.global_step == trainer._step == 0:
         checks.check_same_distribution(
             old_logps,
@@ -53,8 +50,12 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         )
     found = {"old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps}
     if args.kl_estimator != "full":
-        return {**found, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}
-    old, ref = (before_completion(torch.cat(parts), mask) for parts in (old_hidden, ref_hidden))
+        values = {"old_values": old} if old is not None else {}
+        return {**found, **values, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}
+    assert old is not None  # asked for
+    assert ref is not None
+    if head:
+        found["old_values"] = trainer.critic.values(old)
     if args.kl_placement == "loss":
         found["anchor_hidden"] = old if args.kl_anchor == "old" else ref
     return {**found, "kl": exact_kl(trainer, old, ref, mask, trainer.roles.model)}
@@ -92,8 +93,3 @@ def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLControl
     if args.kl_controller == "adaptive":
         return AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
     return FixedKLController(args.kl_coef)
-
-
-def before_completion(hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """The states `(B, T, H)` of `(B, P + T, H)` from which the completion's tokens were drawn."""
-    return hidden_states[:, -mask.size(1) - 1 : -1]

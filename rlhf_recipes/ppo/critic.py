@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
 from rlhf_recipes.models.roles import CRITIC, Roles
+from rlhf_recipes.ppo.padding import by_length, prompt_and_completion, put_together, sequences
 from rlhf_recipes.reward_modeling.readout import Readout
 
 if TYPE_CHECKING:
@@ -107,31 +108,34 @@ class Critic:
         with self._roles.use(self._adapter):
             return self._roles.hidden_states(input_ids, attention_mask)
 
-    def values(self, hidden_states: Tensor, completion_length: int) -> Tensor:
+    def values(self, states: Tensor) -> Tensor:
         """Read the values before each completion token.
 
         The value before a token belongs to the text so far, so it is read one position earlier; the first one is read
         at the last prompt token.
 
         Args:
-            hidden_states: Last hidden states, shape `(B, P + T, H)`.
-            completion_length: `T`.
+            states: Last hidden states of these positions, shape `(B, T, H)`.
 
         Returns:
             Values in reward units, shape `(B, T)`.
         """
-        before = hidden_states[:, -completion_length - 1 : -1]
         if self._model is None:
-            return self._roles.apply_head(CRITIC, before) + self._bias
+            return self._roles.apply_head(CRITIC, states) + self._bias
         head: Any = self._model.score
-        values: Tensor = head(before.to(head.weight.dtype))
+        values: Tensor = head(states.to(head.weight.dtype))
         return values.squeeze(-1).float()
 
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Run the critic's own network: `prompt_ids`, `completion_ids` and their masks to values `(B, T)`."""
+        length = batch["completion_ids"].size(1)
+        return self.values(self.hidden_states(*prompt_and_completion(batch))[:, -length - 1 : -1])
+
     @torch.no_grad()
-    def rollout_values(self, input_ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
-        """Compute the values `(B, length)` of a rollout without gradients, `batch_size` sequences at a time."""
-        chunks = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
-        return torch.cat([self.values(self.hidden_states(ids, mask), length) for ids, mask in chunks])
+    def rollout_values(self, batch: dict[str, Tensor], batch_size: int) -> Tensor:
+        """Compute the values `(B, T)` of a rollout without gradients, `batch_size` sequences at a time."""
+        parts = [(rows, self.forward(part)) for rows, part in by_length(sequences(batch), batch_size)]
+        return put_together(parts, batch["completion_ids"].size(1))
 
     def save(self, folder: str | Path) -> None:
         """Save the critic: as a sequence classifier, whole or as an adapter, or the head of a fully trained policy."""

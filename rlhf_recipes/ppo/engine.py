@@ -15,6 +15,7 @@ from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.ppo.padding import join, sort_within_steps
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
 if TYPE_CHECKING:
@@ -92,9 +93,17 @@ class PPOEngine(GRPOTrainer):
         new_epoch = self._step % micro_batches == 0 and self._step % self._steps_per_rollout != 0
         if self.model.training and new_epoch and micro_batches > 1 and self._buffered_inputs is not None:
             # TRL shuffles a rollout once; each further epoch over it gets minibatches of its own
-            shuffled: Any = shuffle_sequence_dict(_joined(self._buffered_inputs))
+            shuffled: Any = shuffle_sequence_dict(join(self._buffered_inputs))
             self._buffered_inputs = split_tensor_dict(shuffled, micro_batches)
-        return super()._prepare_inputs(generation_batch)
+        inputs = super()._prepare_inputs(generation_batch)
+        accumulated = self.args.gradient_accumulation_steps
+        if self.model.training and self._step % micro_batches == 0 and accumulated > 1:
+            self._buffered_inputs = sort_within_steps(self._buffered_inputs, accumulated)
+            inputs = self._buffered_inputs[0]
+        return inputs
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch as TRL does, unless the rest of the rollout is left out, and drop updates."""
@@ -119,7 +128,7 @@ class PPOEngine(GRPOTrainer):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             rank = self.accelerator.process_index
-            check_finite("norm of the gradient", norm, _joined(self._buffered_inputs), self.args.output_dir, rank)
+            check_finite("norm of the gradient", norm, join(self._buffered_inputs), self.args.output_dir, rank)
 
     # 3. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -217,9 +226,3 @@ class PPOEngine(GRPOTrainer):
         for name, mean in means.items():
             self._metrics[self.mode][name].append(mean)
         return means
-
-
-def _joined(batches: list[dict[str, Tensor]]) -> Any:
-    """Put the micro-batches of a rollout together; numbers about the whole rollout are the same in all."""
-    first = batches[0]
-    return {name: first[name] if first[name].dim() == 0 else torch.cat([b[name] for b in batches]) for name in first}

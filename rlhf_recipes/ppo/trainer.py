@@ -17,15 +17,16 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from rlhf_recipes.data.formats import check_prompt_lengths
 from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.models.loading import load_tokenizer
-from rlhf_recipes.models.roles import CRITIC, captured_hidden_states
+from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
-from rlhf_recipes.ppo._trl import add_log_probs, completion_logps, prompt_and_completion
-from rlhf_recipes.ppo.anchor import before_completion, exact_kl, make_kl_controller, policy_and_reference
+from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
+from rlhf_recipes.ppo.anchor import exact_kl, make_kl_controller, policy_and_reference
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
 from rlhf_recipes.ppo.objective import Outputs, count_items, ppo_loss
+from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards
@@ -199,8 +200,10 @@ class PPOTrainer(PPOEngine):
         batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         mask = batch["completion_mask"]
         batch |= policy_and_reference(self, batch, batch_size)
-        with self.accelerator.autocast():
-            values = self.critic.rollout_values(*prompt_and_completion(batch), mask.size(1), batch_size)
+        if "old_values" not in batch:
+            with self.accelerator.autocast():
+                batch["old_values"] = self.critic.rollout_values(batch, batch_size)
+        values = batch["old_values"]
 
         completions = Completions(
             self._completion_ids,
@@ -229,7 +232,6 @@ class PPOTrainer(PPOEngine):
             advantages = self._whiten(advantages, mask)
         return {
             **batch,
-            "old_values": values,
             "value_mask": value_mask,
             "advantages": advantages,
             "returns": returns,
@@ -242,6 +244,7 @@ class PPOTrainer(PPOEngine):
 
     # 3. The loss of one micro-batch.
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        whole, inputs = inputs, trim(inputs)
         mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
         new = self._forward(model, inputs)
         if self.model.training and self._step == 0:
@@ -261,28 +264,23 @@ class PPOTrainer(PPOEngine):
                 ptx_loss = self.ptx_texts.loss(self)
                 metrics.means["ppo/ptx_loss"] = (ptx_loss, torch.ones_like(ptx_loss))
                 loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-        checks.check_finite("loss", loss, inputs, self.args.output_dir, self.accelerator.process_index)
+        checks.check_finite("loss", loss, whole, self.args.output_dir, self.accelerator.process_index)
         self.step_metrics[self.mode].add(*metrics)
         return loss
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
         """Run policy and critic on a micro-batch, with gradients."""
         full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
-        needed = full or self.critic.kind == "head"
-        with captured_hidden_states(self.model, when=needed) as captured:
-            logps, entropies = completion_logps(self, model, inputs)
-        length = logps.size(1)
-        if self.critic.kind == "head":
-            hidden_states = captured[0]
-        else:
-            with self.accelerator.autocast():
-                hidden_states = self.critic.hidden_states(*prompt_and_completion(inputs))
+        logps, entropies, states = policy_pass(self, model, inputs, read=lambda states: states)
+        assert states is not None  # they were asked for
+        with self.accelerator.autocast():
+            values = self.critic.values(states) if self.critic.kind == "head" else self.critic.forward(inputs)
         kl = None
         if full:
             mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
-            hidden, anchor = before_completion(captured[0], mask), self.model if old else self.roles.model
-            kl = exact_kl(self, hidden, inputs["anchor_hidden"], mask, anchor, swap=old)
-        return Outputs(logps, entropies, self.critic.values(hidden_states, length), kl)
+            anchor = self.model if old else self.roles.model
+            kl = exact_kl(self, states, inputs["anchor_hidden"], mask, anchor, swap=old)
+        return Outputs(logps, entropies, values, kl)
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

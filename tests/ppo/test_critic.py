@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_recipes.models.roles import CRITIC, POLICY
-from rlhf_recipes.ppo._trl import prompt_and_completion
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from tests.ppo.support import rollout, trained, unpadded, without_chance
 
@@ -88,7 +87,7 @@ def test_a_head_on_the_trunk_reads_the_policys_states(make_trainer):
 def test_the_number_of_sequences_at_a_time_does_not_matter(make_trainer, size):
     trainer = make_trainer()
     batch = rollout(without_chance(trainer))
-    values = trainer.critic.rollout_values(*prompt_and_completion(batch), batch["advantages"].size(1), size)
+    values = trainer.critic.rollout_values(batch, size)
     mask = batch["completion_mask"].bool()
     assert_close(values[mask], batch["old_values"][mask], atol=1e-5, rtol=1e-5)
 
@@ -153,8 +152,9 @@ def test_what_is_saved_can_be_loaded(make_trainer, tiny_model_path, own_model, t
                 parameter.add_(0.05 * torch.randn_like(parameter))
     trainer.critic.save(tmp_path / "critic")
     fresh = build()
-    ids = torch.tensor([[6, 7, 8, 9, 10, 11]])
-    arguments = (ids, torch.ones_like(ids), 4, 1)
+    ids = {"prompt_ids": torch.tensor([[6, 7]]), "completion_ids": torch.tensor([[8, 9, 10, 11]])}
+    masks = {name.replace("ids", "mask"): torch.ones_like(value) for name, value in ids.items()}
+    arguments = ({**ids, **masks}, 1)
     expected = trainer.critic.rollout_values(*arguments)
     assert not torch.allclose(fresh.critic.rollout_values(*arguments), expected, atol=1e-3)
     fresh.critic.load(tmp_path / "critic")
@@ -163,7 +163,8 @@ def test_what_is_saved_can_be_loaded(make_trainer, tiny_model_path, own_model, t
         base = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
         classifier = PeftModel.from_pretrained(base, tmp_path / "critic").eval()
         with torch.no_grad():
-            assert classifier(input_ids=ids[:, :5]).logits.item() == pytest.approx(expected[0, -1].item(), abs=1e-5)
+            before_last = torch.tensor([[6, 7, 8, 9, 10]])
+            assert classifier(input_ids=before_last).logits.item() == pytest.approx(expected[0, -1].item(), abs=1e-5)
 
 
 def test_a_critic_model_that_cannot_be_one_is_refused(make_trainer, tiny_model_path):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.ppo._trl import completion_logps, prompt_and_completion
+from rlhf_recipes.ppo._trl import completion_logps
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from rlhf_recipes.ppo.objective import Outputs, kl_per_token, ppo_loss
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
@@ -179,7 +179,7 @@ class Measured:
         mask = batch["completion_mask"].bool()
         with torch.no_grad():
             logps, entropies = completion_logps(trainer, trainer.model, batch)
-            values = trainer.critic.rollout_values(*prompt_and_completion(batch), mask.size(1), 8)
+            values = trainer.critic.rollout_values(batch, 8)
         good = mask & (batch["advantages"] > 0)
         self.good, self.entropy = logps[good].mean().item(), entropies[mask].mean().item()
         self.value_error = (values - batch["returns"])[mask].square().mean().item()
@@ -297,7 +297,7 @@ def test_a_token_has_no_part_in_what_it_is_predicted_from(make_trainer):
     found = []
     for each in (batch, changed):
         with torch.no_grad():
-            values = trainer.critic.rollout_values(*prompt_and_completion(each), 6, 8)
+            values = trainer.critic.rollout_values(each, 8)
             found.append((*completion_logps(trainer, trainer.model, each), values))
     for (logps, entropies, values), (other_logps, other_entropies, other_values) in [found]:
         assert_close(logps[:, :3], other_logps[:, :3])
