@@ -17,11 +17,11 @@ from rlhf_recipes.data import load_rows, to_prompts
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.synthetic import GoldScore
 from rlhf_recipes.evaluation.alarm import AlarmLimits
-from rlhf_recipes.evaluation.callbacks import PolicyEvaluation, RewardHackingAlarm
+from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
 from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
 from rlhf_recipes.rewards import EnsembleReward, RemoteReward
-from rlhf_recipes.tracking import stage_config, start_run
+from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 
 @dataclass
@@ -130,10 +130,11 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         trainer.add_callback(
             PolicyEvaluation(trainer, rows["test"], ppo_args.evaluation_steps, gold=judge, at_end=False)
         )
+    trainer.add_callback(FrontierTracker(trainer, gold=judge))
     if ppo_args.alarm != "off":
         limits = AlarmLimits(kl_budget=ppo_args.alarm_kl_budget)
         trainer.add_callback(RewardHackingAlarm(trainer, gold=judge, action=ppo_args.alarm, limits=limits))
-    start_run(
+    run = start_run(
         recipe=Path(training_args.output_dir).resolve().parent.name,
         stage="ppo",
         output_dir=training_args.output_dir,
@@ -150,6 +151,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     evaluation = evaluate_policy(trainer, rows["test"], gold=judge, rows=ppo_args.evaluation_rows)
     if trainer.is_world_process_zero():
         print(write_evaluation(evaluation, training_args.output_dir))
+    log_outputs(run, training_args.output_dir)
     trainer.end()
 
 

@@ -33,7 +33,7 @@ from rlhf_recipes.reward_modeling import (
 )
 from rlhf_recipes.reward_modeling.baselines import pair_baselines
 from rlhf_recipes.rewards.encoding import context_length, encode_rows, is_encoder
-from rlhf_recipes.tracking import stage_config, start_run
+from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (DataArguments, PreferenceConfig, RewardModelConfig)
 
@@ -79,7 +79,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         trainer.eval_dataset = end_at_eos(trainer.eval_dataset, tokenizer.eos_token_id)
 
     # 3. Train, and score the held-out rows.
-    start_run(
+    run = start_run(
         recipe=Path(training_args.output_dir).resolve().parent.name,
         stage="reward",
         output_dir=training_args.output_dir,
@@ -97,6 +97,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
             kept = texts["test"].select(trainer.eval_dataset["_row"])
             evaluation["baselines"] = pair_baselines(texts["train"], kept)
         Path(training_args.output_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    log_outputs(run, training_args.output_dir)
     trainer.end()
 
 

@@ -15,7 +15,7 @@ from rlhf_recipes.data import to_completions
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
 from rlhf_recipes.models import load_causal_lm, load_tokenizer, lora_config, quantization_config, upcast_trainable
-from rlhf_recipes.tracking import stage_config, start_run
+from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
 
@@ -48,7 +48,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     check_tokenized(trainer, given=rows)
 
     # 3. Train, and measure the loss on the held-out rows.
-    start_run(
+    run = start_run(
         recipe=Path(training_args.output_dir).resolve().parent.name,
         stage="sft",
         output_dir=training_args.output_dir,
@@ -63,6 +63,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     if trainer.is_world_process_zero():
         evaluation = {"loss": loss, "perplexity": math.exp(loss), "n": len(trainer.eval_dataset)}
         Path(training_args.output_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    log_outputs(run, training_args.output_dir)
     trainer.end()
 
 

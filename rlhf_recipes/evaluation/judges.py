@@ -280,7 +280,7 @@ def as_text(value: Any) -> str:
         'user: Hi\nassistant: Hello'
     """
     if isinstance(value, list):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
     return str(value)
 
 

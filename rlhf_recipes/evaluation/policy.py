@@ -18,6 +18,7 @@ from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo._trl import completion_logps, generate, rewards
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
+SAMPLES = 20  # kept in the files
 SUMMARY = ("gold_score", "reward_score", "kl", "length", "eos_rate")
 
 
@@ -40,7 +41,7 @@ def evaluate_policy(
     Returns:
         For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
         `length` (tokens) and `eos_rate`; `win_rate`, `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`,
-        `seed`, and `samples`, some completions of both side by side with their scores.
+        `seed`, and `samples`, some completions of both side by side with their scores and `outcome`.
 
     Raises:
         ValueError: If there is no reward function named `gold`, or no prompt.
@@ -69,17 +70,35 @@ def evaluate_policy(
         "rows": rows,
         "prompts": len(set(indices)),
         "seed": seed,
-        "samples": [
-            {
-                "prompt": dataset[index]["prompt"],
-                "policy": ours["completion"],
-                "reference": theirs["completion"],
-                **{f"policy_{name}": ours[f"{name}_score"] for name in ("reward", "gold")},
-                **{f"reference_{name}": theirs[f"{name}_score"] for name in ("reward", "gold")},
-            }
-            for index, ours, theirs in list(zip(indices, policy, reference, strict=True))[:20]
-        ],
+        "samples": side_by_side([dataset[index]["prompt"] for index in indices[:SAMPLES]], policy, reference),
     }
+
+
+def side_by_side(
+    prompts: Sequence[Any], policy: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Put the completions of both sides for the same prompts beside each other.
+
+    Args:
+        prompts: The prompts, the first `N` rows.
+        policy: The policy's completions as `sample_rows` gives them, `N` or more.
+        reference: The reference's, if there is one.
+
+    Returns:
+        For each prompt `prompt`, `policy`, `policy_reward`, `policy_gold`, the same for `reference`, and `outcome` for
+        the policy: `win`, `loss` or `tie` by the gold score or, without one, by the reward; `None` without scores.
+    """
+    sides = [("policy", policy)] + ([] if reference is None else [("reference", reference)])
+    samples: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
+    for name, rows in sides:
+        for sample, row in zip(samples, rows, strict=False):
+            scores = {f"{name}_reward": row["reward_score"], f"{name}_gold": row["gold_score"]}
+            sample |= {name: row["completion"], **scores}
+    for sample in samples if reference is not None else ():
+        by = "reward" if sample["policy_gold"] is None else "gold"
+        ours, theirs = sample[f"policy_{by}"], sample[f"reference_{by}"]
+        sample["outcome"] = None if ours is None else "tie" if ours == theirs else "win" if ours > theirs else "loss"
+    return samples
 
 
 def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:

@@ -125,3 +125,19 @@ def rewards(
     trainer._pending_extra_logs.clear()
     trainer._pending_metrics.clear()
     return found
+
+
+def last_rollout(trainer: Any) -> list[dict[str, Any]]:
+    """What a GRPO, RLOO or PPO trainer keeps of its last rollout for its table of completions, from all processes.
+
+    Returns:
+        For each completion `prompt`, `completion` and `scores`, which has the score by each reward function (nan where
+        it gave none); at most as many as a rollout has, the newest.
+    """
+    logs = trainer._logs
+    return [
+        {"prompt": prompt, "completion": completion, "scores": dict(zip(logs["rewards"], scores, strict=True))}
+        for prompt, completion, *scores in zip(
+            logs["prompt"], logs["completion"], *logs["rewards"].values(), strict=True
+        )
+    ]

@@ -1,6 +1,7 @@
 """What a run leaves behind about itself: its W&B run, its commit, and the runs it came from."""
 
 from rlhf_recipes.tracking.lineage import git_commit, read_run, stage_config
+from rlhf_recipes.tracking.outputs import log_outputs
 from rlhf_recipes.tracking.wandb_run import start_run
 
-__all__ = ["git_commit", "read_run", "stage_config", "start_run"]
+__all__ = ["git_commit", "log_outputs", "read_run", "stage_config", "start_run"]

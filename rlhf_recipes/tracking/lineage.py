@@ -91,7 +91,7 @@ def describe_run(recipe: str, stage: str, parents: Sequence[str]) -> dict[str, A
 
     Returns:
         A record that JSON can hold: `recipe`, `stage`, `parents` (each with its `path` and, where it is a stage of
-        ours, its `stage`, `git_commit` and `wandb_run_id`), `git_commit`, `command` and `versions`.
+        ours, its `stage`, `git_commit`, `wandb_run_id` and `wandb_artifact`), `git_commit`, `command` and `versions`.
 
     Example:
         >>> describe_run("quickstart", "reward", ["Qwen/Qwen3-0.6B"])["parents"]
@@ -128,8 +128,11 @@ def stage_config(*arguments: Any) -> dict[str, Any]:
 
 
 def _describe_parent(path: str) -> dict[str, Any]:
-    record = read_run(path) or read_run(Path(path).parent) or {}  # the stage's folder, or a checkpoint in it
-    return {"path": path} | {key: record[key] for key in ("stage", "git_commit", "wandb_run_id") if key in record}
+    own = read_run(path) or {}
+    record = own or read_run(Path(path).parent) or {}  # the stage's folder, or a checkpoint in it
+    described = {key: record[key] for key in ("stage", "git_commit", "wandb_run_id") if key in record}
+    # The artifact holds what the stage ended with, not its checkpoints
+    return {"path": path} | described | {key: own[key] for key in ("wandb_artifact",) if key in own}
 
 
 def _installed_versions() -> dict[str, str]:

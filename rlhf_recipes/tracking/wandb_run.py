@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from accelerate import PartialState
 
 from rlhf_recipes.tracking.lineage import describe_run, read_run, write_run
+from rlhf_recipes.tracking.outputs import use_parents
 
 if TYPE_CHECKING:
     import wandb
@@ -38,7 +39,8 @@ def start_run(
         output_dir: Folder of the stage, which gets `run.json` with or without W&B.
         config: The full configuration of the stage, see `stage_config`.
         parent: What the stage starts from: the folder of an earlier stage, a hub id, or several (PPO starts from an
-            SFT and a reward adapter). The W&B runs of earlier stages are found by their `run.json`.
+            SFT and a reward adapter). The W&B runs of earlier stages are found by their `run.json`; an online run
+            uses the artifacts that they have logged (`log_outputs`), which joins them in W&B's lineage graph.
         report_to: The trainer's `report_to`.
 
     Returns:
@@ -61,6 +63,8 @@ def start_run(
         run = _init(record, output_dir, config)
         if not run.disabled:
             record["wandb_run_id"] = run.id
+            if not run.offline:
+                use_parents(run, record)
     write_run(output_dir, record)
     return run
 

@@ -22,9 +22,11 @@ from rlhf_recipes.evaluation.alarm import (
     read_series,
 )
 from rlhf_recipes.evaluation.callbacks.recorded import RecordingCallback
+from rlhf_recipes.evaluation.evidence import rollout_evidence
 from rlhf_recipes.evaluation.records import log_apart
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
+from rlhf_recipes.tracking.wandb_log import log_table
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -49,7 +51,9 @@ class RewardHackingAlarm(RecordingCallback):
 
     Each reason is a warning of the Python logger, an entry of `alarms.json` in the run's folder (an empty list where
     there was none), and a log entry `alarm/<kind>` (1.0), so that it is in `trainer_state.json` and in W&B. A run
-    that is resumed keeps those up to its checkpoint.
+    that is resumed keeps those up to its checkpoint. W&B also gets evidence from the last rollout, as tables:
+    `alarm/samples`, the completions that stand highest by the reward compared with the true score (without one, the
+    highest rewards), and `alarm/ngrams`, the sequences of tokens that are in the most completions.
 
     Actions: `warn` only says it. `lower_learning_rate` halves all learning rates and what the schedule makes of them.
     `raise_kl` doubles the weight of the KL penalty (to 0.05 at least) of a `PPOTrainer`, or the `beta` of TRL's GRPO
@@ -91,7 +95,7 @@ class RewardHackingAlarm(RecordingCallback):
         if len(self._keys) > len(_KEYS):
             raise ValueError(f"`keys` names {', '.join(_KEYS)}; got {sorted(keys or {})}.")
         super().__init__(trainer)
-        self._action = action
+        self._action, self._gold = action, gold
         self._limits = limits or AlarmLimits()
         self._pairs = [("reward", f"rewards/{gold}/mean")] if gold is not None else []
         self._pairs += [*pairs, *(("eval_policy/reward_score", truth) for truth in _EVALUATED)]
@@ -159,7 +163,13 @@ class RewardHackingAlarm(RecordingCallback):
         self._record({**asdict(reason), "action": done}, state)
         if state.is_world_process_zero:
             logger.warning("Reward hacking, step %d: %s (%s)", reason.step, reason.message, done)
+            self._log_evidence(reason)
         log_apart(self._trainer, logs)
+
+    def _log_evidence(self, reason: Reason) -> None:
+        found = {"step": reason.step, "kind": reason.kind, "message": reason.message}
+        for name, rows in zip(("samples", "ngrams"), rollout_evidence(self._trainer, self._gold), strict=True):
+            log_table(self._trainer, f"alarm/{name}", [found | row for row in rows])
 
     def _halve_learning_rates(self) -> float:
         scheduler = self._trainer.lr_scheduler

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from rlhf_recipes.evaluation.frontier import frontier
 from rlhf_recipes.evaluation.records import write_records
+from rlhf_recipes.tracking.wandb_log import define_axis, log_row
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,9 @@ class FrontierTracker(TrainerCallback):
     The file is made of the log history alone, so a run that is resumed, or a finished one
     (`rlhf_recipes.evaluation.frontier.frontier`), gives the same.
 
+    In W&B the points are `frontier/reward` and `frontier/gold` against `frontier/distance`, and the same with
+    `frontier_eval/` for the evaluation.
+
     Source: https://huggingface.co/papers/2210.10760, figure 1.
 
     Args:
@@ -38,15 +42,35 @@ class FrontierTracker(TrainerCallback):
 
     def __init__(self, trainer: Trainer, gold: str | None = None, kl: str = "kl") -> None:
         self._trainer = trainer
-        self._kl = kl
-        self._training = {"reward": "reward"} | ({} if gold is None else {"gold": f"rewards/{gold}/mean"})
-        self._evaluation = {"reward": "eval_policy/reward_score", "gold": "eval_policy/gold_score"}
+        gold_key = {} if gold is None else {"gold": f"rewards/{gold}/mean"}
+        held_out = {"reward": "eval_policy/reward_score", "gold": "eval_policy/gold_score"}
+        # Name of the curve in the file, in W&B, the key of its KL and those of its scores
+        self._curves = (
+            ("training", "frontier", kl, {"reward": "reward", **gold_key}),
+            ("evaluation", "frontier_eval", "eval_policy/kl", held_out),
+        )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the file anew."""
-        if state.is_world_process_zero:
-            curves = {
-                "training": frontier(state.log_history, self._kl, self._training),
-                "evaluation": frontier(state.log_history, "eval_policy/kl", self._evaluation),
-            }
-            write_records(Path(str(self._trainer.args.output_dir)) / "frontier.json", curves)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell W&B what the horizontal axis is."""
+        for _, prefix, _, scores in self._curves:
+            define_axis(self._trainer, f"{prefix}/distance", [f"{prefix}/{name}" for name in scores])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the file anew, and send the new point to W&B."""
+        if not state.is_world_process_zero:
+            return
+        curves = {name: frontier(state.log_history, kl, scores) for name, _, kl, scores in self._curves}
+        write_records(Path(str(self._trainer.args.output_dir)) / "frontier.json", curves)
+        for _, prefix, kl, scores in self._curves:
+            for point in frontier([{"step": state.global_step, **(logs or {})}], kl, scores)["points"]:
+                shown = {key: value for key, value in point.items() if key not in ("step", "kl")}
+                log_row(self._trainer, {f"{prefix}/{key}": value for key, value in shown.items()})

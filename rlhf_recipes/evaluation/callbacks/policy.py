@@ -20,12 +20,13 @@ from rlhf_recipes.evaluation.metrics import (
     token_mean,
     win_outcomes,
 )
-from rlhf_recipes.evaluation.policy import sample_rows
+from rlhf_recipes.evaluation.policy import SAMPLES, sample_rows, side_by_side
 from rlhf_recipes.evaluation.records import finite, log_apart, read_records
 from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_batch
 from rlhf_recipes.evaluation.texts import distinct_n, self_bleu, top_ngrams
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.tracking.wandb_log import log_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,6 @@ Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 _NGRAM = 4
-_SAMPLES = 20  # kept in the file
 
 
 class PolicyEvaluation(TrainerCallback):
@@ -53,7 +53,8 @@ class PolicyEvaluation(TrainerCallback):
     say) there is nothing to compare with.
 
     What comes out is logged with the prefix `eval_` (docs/evaluation.md explains each) and is one line of
-    `policy_evaluation.jsonl` in the run's folder, with some samples side by side.
+    `policy_evaluation.jsonl` in the run's folder, with some samples side by side. W&B gets all of them as the table
+    `eval/samples`, which says of each whether it is a win, a loss or a tie.
 
     Args:
         trainer: A trainer of a causal language model.
@@ -142,7 +143,10 @@ class PolicyEvaluation(TrainerCallback):
         self._evaluated = state.global_step
         log_apart(trainer, {f"eval_{name}": value for name, value in metrics.items()})
         if state.is_world_process_zero:
-            record = {"step": state.global_step, "seed": self._seed, **metrics, "samples": self._samples(policy)}
+            prompts = [self._dataset[index]["prompt"] for index in self._indices]
+            rows = side_by_side(prompts, policy, self._reference)
+            log_table(trainer, "eval/samples", rows)
+            record = {"step": state.global_step, "seed": self._seed, **metrics, "samples": rows[:SAMPLES]}
             with self._file().open("a", encoding="utf-8") as file:
                 file.write(_line(record))
 
@@ -175,18 +179,6 @@ class PolicyEvaluation(TrainerCallback):
                 logger.exception("The judge failed, and its numbers are left out.")
         broadcast_object_list(answer)
         return {f"judge_{name}": value for name, value in answer[0].items()}
-
-    def _samples(self, policy: list[Row]) -> list[Row]:
-        samples = []
-        for number, index in enumerate(self._indices[:_SAMPLES]):
-            sample = {"prompt": self._dataset[index]["prompt"]}
-            for side, rows in (("policy", policy), ("reference", self._reference)):
-                if rows is not None:
-                    row = rows[number]
-                    sample |= {side: row["completion"], f"{side}_reward": row["reward_score"]}
-                    sample |= {f"{side}_gold": row["gold_score"]}
-            samples.append(sample)
-        return samples
 
     def _file(self) -> Path:
         return Path(self._trainer.args.output_dir) / "policy_evaluation.jsonl"

@@ -83,7 +83,8 @@ def test_every_so_many_steps_and_at_the_end(ppo, prompts):
         metrics = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
         assert metrics == {key: value for key, value in line.items() if key not in ("step", "seed", "samples")}
     assert set(lines[0]["samples"][0]) == {
-        *("prompt", "policy", "policy_reward", "policy_gold", "reference", "reference_reward", "reference_gold")
+        *("prompt", "policy", "policy_reward", "policy_gold", "reference", "reference_reward", "reference_gold"),
+        "outcome",
     }
     assert len(lines[0]["samples"]) == 8
 
