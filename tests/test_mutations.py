@@ -29,6 +29,7 @@ KL = "rlhf_recipes/shaping/kl.py"
 METRICS = "rlhf_recipes/evaluation/metrics.py"
 TEXTS = "rlhf_recipes/evaluation/texts.py"
 ALARM = "rlhf_recipes/evaluation/alarm.py"
+EVIDENCE = "rlhf_recipes/evaluation/evidence.py"
 FRONTIER = "rlhf_recipes/evaluation/frontier.py"
 AGREEMENT = "rlhf_recipes/evaluation/agreement.py"
 PAIRS = "rlhf_recipes/reward_modeling/losses/pairs.py"
@@ -247,6 +248,7 @@ BUGS = [
     ),
     Bug(SAMPLES, "_log_choose(rank - 1, ", "_log_choose(rank, ", "TestExpectedBestOfN.test_numbers"),
     Bug(SAMPLES, "np.log(n) - (n - 1) / n", "np.log(n)", "TestBestOfN.test_numbers"),
+    Bug(EVIDENCE, "- rankdata(scores[known])", "- scores[known]", "test_ranks_are_compared"),
     Bug(SAMPLES, "second > first.max()", "second >= first.mean()", "TestScoreSpread.test_numbers"),
     Bug(SAMPLES, "float(values.std())", "float(values.std(ddof=1))", "TestDescribe.test_numbers"),
     Bug(SENSITIVITY, "[*completion[:-1], ", "[", "TestTexts.test_a_chat_changes_in_its_last_message_only"),
@@ -382,7 +384,7 @@ def test_bug_is_caught(bug, monkeypatch):
 PURE_FILES = (
     *("functional/*.py", "losses/*.py", "shaping/*.py", "metrics.py", "readout.py", "ensemble.py"),
     *("active.py", "judging.py", "ranking.py", "ratings.py", "score_intervals.py", "votes.py"),
-    *("alarm.py", "frontier.py", "agreement.py", "texts.py"),
+    *("alarm.py", "frontier.py", "agreement.py", "texts.py", "evidence.py"),
 )
 
 

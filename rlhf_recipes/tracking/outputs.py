@@ -111,8 +111,8 @@ def use_parents(run: wandb.Run, record: Mapping[str, Any]) -> None:
         if "wandb_artifact" in parent:
             try:
                 run.use_artifact(parent["wandb_artifact"])
-            except Exception:  # removed from W&B, say: no reason not to train
-                logger.warning("W&B has no artifact %s of a parent.", parent["wandb_artifact"], exc_info=True)
+            except Exception as error:  # removed from W&B, say: no reason not to train
+                logger.warning("W&B did not give the parent's artifact %s: %s", parent["wandb_artifact"], error)
 
 
 def _hand_over(run: wandb.Run, output_dir: str) -> None:
@@ -122,8 +122,8 @@ def _hand_over(run: wandb.Run, output_dir: str) -> None:
     try:
         artifact = adapter_artifact(output_dir, record)
         run.log_artifact(artifact, aliases=["latest", run.id])
-    except Exception:  # all results are on disk, and the next stage needs only those
-        logger.warning("The adapter in %s could not be logged to W&B.", output_dir, exc_info=True)
+    except Exception as error:  # all results are on disk, and the next stage needs only those
+        logger.warning("The adapter in %s could not be logged to W&B: %s", output_dir, error)
         return
     write_run(output_dir, {**record, "wandb_artifact": f"{run.entity}/{run.project}/{artifact.name}:{run.id}"})
 

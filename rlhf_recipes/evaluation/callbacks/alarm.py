@@ -22,11 +22,11 @@ from rlhf_recipes.evaluation.alarm import (
     read_series,
 )
 from rlhf_recipes.evaluation.callbacks.recorded import RecordingCallback
-from rlhf_recipes.evaluation.evidence import rollout_evidence
+from rlhf_recipes.evaluation.callbacks.rollouts import rollout_evidence
 from rlhf_recipes.evaluation.records import log_apart
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
-from rlhf_recipes.tracking.wandb_log import log_table
+from rlhf_recipes.tracking.wandb_log import current_run, log_table
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -167,6 +167,8 @@ class RewardHackingAlarm(RecordingCallback):
         log_apart(self._trainer, logs)
 
     def _log_evidence(self, reason: Reason) -> None:
+        if current_run(self._trainer) is None:
+            return
         found = {"step": reason.step, "kind": reason.kind, "message": reason.message}
         for name, rows in zip(("samples", "ngrams"), rollout_evidence(self._trainer, self._gold), strict=True):
             log_table(self._trainer, f"alarm/{name}", [found | row for row in rows])
