@@ -41,6 +41,19 @@ def own_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+@contextmanager
+def untimed(trainer: Any) -> Iterator[None]:
+    """Let TRL send no times of its parts to trackers: those of an evaluation are not those of the training.
+
+    It would even raise at the end of a training, where trackio's run is over.
+    """
+    report_to, trainer.args.report_to = trainer.args.report_to, []
+    try:
+        yield
+    finally:
+        trainer.args.report_to = report_to
+
+
 def in_batches(
     trainer: Trainer,
     dataset: Dataset,
@@ -71,7 +84,7 @@ def in_batches(
     rounds = range(0, len(batches), processes)
     for start in tqdm(rounds, desc=title, leave=False, disable=not trainer.is_world_process_zero()):
         number = min(start + rank, len(batches) - 1)  # a process without a batch repeats the last one
-        with own_randomness(seed * 1_000_003 + number):
+        with own_randomness(seed * 1_000_003 + number), untimed(trainer):
             results.append((number, sample([dataset[index] for index in batches[number]])))
     gathered = dict(gather_object(results))
     return [row for number in range(len(batches)) for row in gathered[number]][: len(indices)]
