@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
+from rlhf_recipes.evaluation.policy import evaluate_policy, side_by_side, write_evaluation
 from rlhf_recipes.models import load_causal_lm, load_policy
 
 
@@ -107,3 +107,24 @@ def test_errors(trainer, prompts):
         evaluate_policy(trainer, prompts, gold="truth")
     with pytest.raises(ValueError, match="at least one held-out prompt"):
         evaluate_policy(trainer, Dataset.from_dict({"prompt": []}))
+
+
+def test_side_by_side_says_who_wins_by_the_gold_score_or_else_the_reward():
+    def row(text, reward, gold):
+        return {"completion": text, "reward_score": reward, "gold_score": gold}
+
+    policy = [row("a", 1.0, 2.0), row("b", 9.0, 1.0), row("c", 0.0, 3.0), row("not asked for", 0.0, 0.0)]
+    reference = [row("d", 5.0, 1.0), row("e", 0.0, 4.0), row("f", 1.0, 3.0)]
+    rows = side_by_side(["p", "q", "r"], policy, reference)
+    assert [one["outcome"] for one in rows] == ["win", "loss", "tie"]
+    assert list(rows[1]) == [
+        *("prompt", "policy", "policy_reward", "policy_gold"),
+        *("reference", "reference_reward", "reference_gold", "outcome"),
+    ]
+    assert list(rows[1].values()) == ["q", "b", 9.0, 1.0, "e", 0.0, 4.0, "loss"]
+
+    no_gold = [[one | {"gold_score": None} for one in side] for side in (policy, reference)]
+    assert [one["outcome"] for one in side_by_side(["p", "q", "r"], *no_gold)] == ["loss", "win", "loss"]
+    no_score = [[one | {"reward_score": None} for one in side] for side in no_gold]
+    assert [one["outcome"] for one in side_by_side(["p"], *no_score)] == [None]
+    assert list(side_by_side(["p"], policy, None)[0]) == ["prompt", "policy", "policy_reward", "policy_gold"]

@@ -9,7 +9,7 @@ from rlhf_recipes.evaluation.callbacks.rollouts import rollout_evidence
 
 
 def gold_score(completion_ids, **kwargs):
-    return [None if len(ids) == 1 else -float(len(ids)) for ids in completion_ids]
+    return [None if ids[0] % 4 == 0 else float(7 * ids[0] % 11) for ids in completion_ids]
 
 
 @pytest.fixture
@@ -23,10 +23,12 @@ def trainer(make_trainer, reward_adapter):
 def test_samples_are_the_rows_of_the_last_rollout_by_their_ranks(trainer, tmp_path):
     table = pd.read_parquet(sorted((tmp_path / "run" / "completions").glob("*.parquet"))[-1])
     samples, _ = rollout_evidence(trainer, gold="gold_score")
+    assert 2 < table["gold_score"].notna().sum() < len(table), "some scores are known, and some are not"
     assert len(samples) == min(10, table["gold_score"].notna().sum())
     known = table[table["gold_score"].notna()]
     distance = known["reward"].rank() - known["gold_score"].rank()
     worst = table.loc[distance.idxmax()]
+    assert worst["reward"] < known["reward"].max(), "the highest reward alone must not be the answer"
     assert samples[0]["completion"] == worst["completion"]
     assert samples[0]["reward"] == pytest.approx(2 * worst["reward"])  # weighed
     assert samples[0]["rewards/reward"] == pytest.approx(worst["reward"])
@@ -38,7 +40,9 @@ def test_without_a_true_score_the_highest_rewards_and_unknown_scores_are_empty(t
         samples, _ = rollout_evidence(trainer, gold)
         rewards = [sample["reward"] for sample in samples]
         assert rewards == sorted(rewards, reverse=True)
-        assert all(sample["rewards/gold_score"] is None or sample["rewards/gold_score"] < 0 for sample in samples)
+        golds = [sample["rewards/gold_score"] for sample in samples]
+        assert None in golds
+        assert all(gold is None or gold >= 0 for gold in golds)
 
 
 def test_ngrams_are_sequences_of_four_tokens_of_the_completions(trainer):
