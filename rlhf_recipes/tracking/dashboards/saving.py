@@ -40,6 +40,7 @@ def as_json(workspace: ws.Workspace) -> dict[str, Any]:
     """What is sent to W&B for a workspace, as JSON can hold it.
 
     Example:
+        >>> from rlhf_recipes.tracking.dashboards import ppo_workspace
         >>> as_json(ppo_workspace("me", "rlhf-recipes"))["displayName"]
         'PPO'
     """
