@@ -328,6 +328,12 @@ BUGS = [
         "1.0 if ngrams else 0.0\n\n\ndef top",
         "TestDistinct.test_numbers",
     ),
+    Bug(
+        TEXTS,
+        "message.get('role')",
+        "message.get('name')",
+        "TestAsText.test_messages_become_lines_and_other_values_their_text",
+    ),
     Bug(TEXTS, "in dict.fromkeys(_ngrams(sequence, n))", "in _ngrams(sequence, n)", "TestTopNgrams.test_numbers"),
     Bug(TEXTS, "1.0 - len(set(ngrams)) / len(ngrams)", "1.0 - 1.0 / len(ngrams)", "TestRepeatedShare.test_numbers"),
     Bug(TEXTS, "texts[:i] + texts[i + 1 :]", "texts", "TestSelfBleu.test_the_same_and_the_entirely_different"),

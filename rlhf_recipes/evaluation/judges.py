@@ -18,6 +18,7 @@ from typing import Any, get_args
 import httpx
 
 from rlhf_recipes.evaluation.metrics import bootstrap_interval
+from rlhf_recipes.evaluation.texts import as_text
 from rlhf_recipes.reward_modeling.judging import Choice, Judge, Judgement, judge_in_both_orders
 
 logger = logging.getLogger(__name__)
@@ -270,18 +271,6 @@ class PairJudge:
                 except (ValueError, KeyError, TypeError):
                     logger.warning("A line of %s is damaged and is passed over.", self._cache)
         return answers
-
-
-def as_text(value: Any) -> str:
-    r"""Write a prompt or a completion as text: messages become lines with their roles.
-
-    Example:
-        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-        'user: Hi\nassistant: Hello'
-    """
-    if isinstance(value, list):
-        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
-    return str(value)
 
 
 def _fill(question: str, prompt: str, first: str, second: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +119,18 @@ def self_bleu(sequences: Sequence[Sequence[Hashable]], rows: int = 100, seed: in
     bleu = BLEU(effective_order=True, tokenize="none")
     scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
     return round(float(np.mean(scores)) / 100, 12)
+
+
+def as_text(value: Any) -> str:
+    r"""Write a prompt or a completion as text: messages become lines with their roles.
+
+    Example:
+        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        'user: Hi\nassistant: Hello'
+    """
+    if isinstance(value, list):
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
+    return str(value)
 
 
 def _ngrams(sequence: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from rlhf_recipes.evaluation.texts import distinct_n, repeated_share, self_bleu, top_ngrams
+from rlhf_recipes.evaluation.texts import as_text, distinct_n, repeated_share, self_bleu, top_ngrams
 
 sets = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=6)
 
@@ -79,3 +79,10 @@ class TestSelfBleu:
     def test_one_completion_is_refused(self):
         with pytest.raises(ValueError, match="got 1. Give at least two"):
             self_bleu([[1, 2]])
+
+
+class TestAsText:
+    def test_messages_become_lines_and_other_values_their_text(self):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": []}, {"content": "x"}]
+        assert as_text(messages) == "user: Hi\nassistant: None\nNone: x"
+        assert [as_text("a"), as_text(3), as_text([])] == ["a", "3", ""]
