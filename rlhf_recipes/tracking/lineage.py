@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -102,7 +103,7 @@ def describe_run(recipe: str, stage: str, parents: Sequence[str]) -> dict[str, A
         "stage": stage,
         "parents": [_describe_parent(path) for path in parents],
         "git_commit": git_commit(),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "versions": {"python": platform.python_version(), **_installed_versions()},
     }
 
@@ -125,6 +126,13 @@ def stage_config(*arguments: Any) -> dict[str, Any]:
     for argument in arguments:
         config |= argument.to_dict() if hasattr(argument, "to_dict") else asdict(argument)
     return config
+
+
+def _command() -> str:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return shlex.join(["python", *sys.orig_argv[1:]])
+    return shlex.join(["accelerate", "launch", "--num_processes", processes, *sys.argv])
 
 
 def _describe_parent(path: str) -> dict[str, Any]:

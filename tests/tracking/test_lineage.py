@@ -60,7 +60,7 @@ def test_without_git_the_commit_is_none(tmp_path, monkeypatch):
 
 
 def test_record_names_command_versions_and_parents(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes/ppo.py", "--run_name", "two words"])
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3.11", "recipes/ppo.py", "--run_name", "two words"])
     sft, reward = tmp_path / "sft", tmp_path / "reward"
     write_run(sft, {"stage": "sft", "git_commit": "abc", "wandb_run_id": "r1", "command": "left out"})
     write_run(reward, {"stage": "reward", "git_commit": None})
@@ -76,7 +76,15 @@ def test_record_names_command_versions_and_parents(tmp_path, monkeypatch):
         {"path": "org/model"},
     ]
     assert record["versions"]["trl"].startswith("1.")
-    assert record["command"] == "recipes/ppo.py --run_name 'two words'"
+    assert record["command"] == "python recipes/ppo.py --run_name 'two words'"
+
+
+def test_the_command_of_several_processes_starts_as_many(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["recipes/ppo.py", "--config", "x.yaml"])
+    assert describe_run("quickstart", "ppo", [])["command"] == (
+        "accelerate launch --num_processes 2 recipes/ppo.py --config x.yaml"
+    )
 
 
 def test_record_is_read_as_it_was_written(tmp_path):
