@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights, read_config
+from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 
 if TYPE_CHECKING:
     from rlhf_recipes.reward_modeling.readout import Readout
@@ -160,6 +161,26 @@ class Roles:
         hidden_states: Tensor = outputs.last_hidden_state
         return hidden_states
 
+    def hidden_states_and_below(self, input_ids: Tensor, attention_mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The same, and the states (B, L, H) that enter the upper `count` layers."""
+        with states_below(self._base, count) as below:
+            hidden_states = self.hidden_states(input_ids, attention_mask)
+        return hidden_states, below[0]
+
+    def hidden_states_of_top(self, below: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+        """Last hidden states (B, L, H) from those that enter the upper `count` layers, without running the others."""
+        with only_top(self._base, count):
+            outputs = self._base.base_model(inputs_embeds=below, attention_mask=attention_mask, use_cache=False)
+        hidden_states: Tensor = outputs.last_hidden_state
+        return hidden_states
+
+    def freeze_below(self, role: str, count: int) -> None:
+        """Train a role's adapter in the upper `count` layers only."""
+        upper = {id(parameter) for parameter in decoder_layers(self._base)[-count:].parameters()}
+        for name, parameter in self.model.named_parameters():
+            if f".{role}." in name and not name.startswith("heads.") and id(parameter) not in upper:
+                parameter.requires_grad_(False)
+
     def apply_head(self, role: str, hidden_states: Tensor) -> Tensor:
         """Read a role's number at every position: (B, L, H) -> (B, L), in float32."""
         values: Tensor = self.heads[role](hidden_states.float())
@@ -182,13 +203,17 @@ class Roles:
         Returns:
             For each sequence the scores after each of its tokens, shape `(L,)`; the last is the sequence's score.
         """
-        scores: list[Tensor] = []
+        scores: dict[int, Tensor] = {}
+        order = sorted(
+            range(len(sequences)), key=lambda row: -len(sequences[row])
+        )  # rows of like length: less padding
         with self.use(role):
             for start in range(0, len(sequences), batch_size):
-                chunk = sequences[start : start + batch_size]
-                rows = self.apply_head(role, self.hidden_states(*self._padded(chunk, pad_token_id)))
-                scores.extend(row[: len(ids)] for row, ids in zip(rows, chunk, strict=True))
-        return scores
+                chunk = order[start : start + batch_size]
+                padded = self._padded([sequences[row] for row in chunk], pad_token_id)
+                values = self.apply_head(role, self.hidden_states(*padded))
+                scores |= {row: each[: len(sequences[row])] for row, each in zip(chunk, values, strict=True)}
+        return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
     def last_token_attention(

@@ -171,6 +171,13 @@ class PPOConfig(GRPOConfig):
             "A head on the policy's trunk always starts at zero."
         },
     )
+    critic_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Upper layers in which the critic's adapter is trained. Those below stay as they start, and run "
+            "once per rollout. null: all layers."
+        },
+    )
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the critic; null: ten times `learning_rate`."}
     )

@@ -39,6 +39,7 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     *("value_clip", "score_clip", "overlong_buffer", "placement_gamma", "kl_target", "kl_horizon"),
     *("gae_lambda_alpha", "target_kl", "ratio_threshold", "critic_learning_rate", "ptx_batch_size", "ptx_max_length"),
+    "critic_layers",
 )
 
 
@@ -132,6 +133,9 @@ def check_contradictions(config: PPOConfig) -> None:
         ),
         f"`overlong_buffer` is {config.overlong_buffer}, more than `max_completion_length` ({longest}). Lower it": (
             config.overlong_buffer is not None and config.overlong_buffer > longest
+        ),
+        f"`critic_layers` is about the critic's adapter, but `critic` is {config.critic!r}. Remove it": (
+            config.critic_layers is not None and config.critic != "adapter"
         ),
         "`critic_warmup_explained_variance` ends a warm-up that was not begun. Set `critic_warmup_steps`, its longest "
         "duration": config.critic_warmup_explained_variance is not None and config.critic_warmup_steps == 0,

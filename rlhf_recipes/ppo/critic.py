@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
 from rlhf_recipes.models.roles import CRITIC, Roles
+from rlhf_recipes.models.top_layers import decoder_layers
 from rlhf_recipes.ppo.padding import by_length, prompt_and_completion, put_together, sequences
 from rlhf_recipes.reward_modeling.readout import Readout
 
@@ -62,7 +63,8 @@ class Critic:
         reward_role: str | None = None,
         model: str | PreTrainedModel | None = None,
     ) -> None:
-        self.kind = args.critic
+        self.kind, self.layers = args.critic, args.critic_layers
+        self._checked = False  # whether the upper layers alone were compared with the whole network
         self._policy, self._roles, self._model = policy, roles, None
         self._adapter = POLICY if self.kind == "head" else CRITIC
         self._bias = 0.0  # of the normalised score that the critic starts from, which a head without bias cannot hold
@@ -94,6 +96,19 @@ class Critic:
                 "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. "
                 "Give the folder of a reward adapter as a reward function, or set `critic_init: policy`."
             )
+
+        if self.layers is not None:
+            layers = len(decoder_layers(roles.model.get_base_model()))
+            if self.layers >= layers:
+                raise ValueError(
+                    f"`critic_layers` is {self.layers}, but the base has {layers} layers. Give fewer, or leave it out "
+                    "to train all."
+                )
+
+    def freeze_below(self) -> None:
+        """Keep the critic's adapter as it starts below the layers that are trained."""
+        if self.layers is not None:
+            self._roles.freeze_below(CRITIC, self.layers)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the critic's network: `(B, P + T)` token ids to `(B, P + T, H)`."""
@@ -127,15 +142,62 @@ class Critic:
         return values.squeeze(-1).float()
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Run the critic's own network: `prompt_ids`, `completion_ids` and their masks to values `(B, T)`."""
+        """Run the critic's own network on a micro-batch of a rollout.
+
+        Args:
+            batch: `prompt_ids`, `completion_ids` and their masks, and what `rollout_values` kept.
+
+        Returns:
+            Values in reward units, shape `(B, T)`.
+        """
         length = batch["completion_ids"].size(1)
-        return self.values(self.hidden_states(*prompt_and_completion(batch))[:, -length - 1 : -1])
+        input_ids, attention_mask = prompt_and_completion(batch)
+        if self.layers is None:
+            hidden = self.hidden_states(input_ids, attention_mask)
+        else:
+            below = torch.cat([batch["prompt_below"], batch["completion_below"]], dim=1)
+            with self._roles.use(self._adapter):
+                hidden = self._roles.hidden_states_of_top(below, attention_mask, self.layers)
+        return self.values(hidden[:, -length - 1 : -1])
 
     @torch.no_grad()
-    def rollout_values(self, batch: dict[str, Tensor], batch_size: int) -> Tensor:
-        """Compute the values `(B, T)` of a rollout without gradients, `batch_size` sequences at a time."""
-        parts = [(rows, self.forward(part)) for rows, part in by_length(sequences(batch), batch_size)]
-        return put_together(parts, batch["completion_ids"].size(1))
+    def rollout_values(self, batch: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+        """Compute the values of a rollout without gradients, `batch_size` sequences at a time.
+
+        Returns:
+            `old_values` `(B, T)`; with `critic_layers` also `prompt_below` `(B, P, H)` and `completion_below`
+            `(B, T, H)`, the states that enter the layers that are trained.
+
+        Raises:
+            ValueError: If the upper layers alone do not give what they give in the whole network.
+        """
+        length, width = batch["completion_ids"].size(1), batch["prompt_ids"].size(1)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for rows, part in by_length(sequences(batch), batch_size):
+            found = {"old_values": self.forward(part)} if self.layers is None else self._values_and_below(part)
+            for name, value in found.items():
+                parts.setdefault(name, []).append((rows, value))
+        return {
+            name: put_together(each, width, left=True) if name.startswith("prompt_") else put_together(each, length)
+            for name, each in parts.items()
+        }
+
+    def _values_and_below(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.layers is not None
+        length = part["completion_ids"].size(1)
+        with self._roles.use(self._adapter):
+            hidden, below = self._roles.hidden_states_and_below(*prompt_and_completion(part), self.layers)
+        values = self.values(hidden[:, -length - 1 : -1])
+        found = {"prompt_below": below[:, :-length], "completion_below": below[:, -length:]}
+        if not self._checked:
+            mask, again = part["completion_mask"].bool(), self.forward({**part, **found})
+            if not torch.allclose(again[mask], values[mask], atol=1e-2, rtol=1e-2):
+                raise ValueError(
+                    "The upper layers of this model alone give other values than within the whole network, so it "
+                    "changes what enters them. Leave `critic_layers` out."
+                )
+            self._checked = True
+        return {"old_values": values, **found}
 
     def save(self, folder: str | Path) -> None:
         """Save the critic: as a sequence classifier, whole or as an adapter, or the head of a fully trained policy."""

@@ -69,12 +69,13 @@ def by_length(batch: dict[str, Tensor], batch_size: int) -> Iterator[tuple[Tenso
         yield rows, trim({name: value[rows] for name, value in batch.items()})
 
 
-def put_together(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
+def put_together(parts: list[tuple[Tensor, Tensor]], length: int, left: bool = False) -> Tensor:
     """Join what was computed of the parts of `by_length`.
 
     Args:
         parts: For each part the indices of its rows `(b,)` and a tensor `(b, t, ...)` with `t` at most `length`.
-        length: `T`.
+        length: `T`, or `P`.
+        left: Whether what was cut off was on the left, as of prompts.
 
     Returns:
         A tensor `(B, T, ...)` in the order of the batch, 0 where a part was cut off.
@@ -88,7 +89,8 @@ def put_together(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
     first = parts[0][1]
     whole = first.new_zeros(count, length, *first.shape[2:])
     for rows, values in parts:
-        whole[rows, : values.size(1)] = values
+        columns = slice(length - values.size(1), None) if left else slice(values.size(1))
+        whole[rows, columns] = values
     return whole
 
 

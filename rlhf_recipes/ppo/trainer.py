@@ -150,6 +150,7 @@ class PPOTrainer(PPOEngine):
         if self.trains_whole_model:
             add_log_probs(self, self.roles.model.get_base_model())
         checks.set_trainable(self.model, self.roles)
+        self.critic.freeze_below()
         self.updates = UpdateControl(args, self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
         self.kl_coef = args.kl_coef
@@ -202,7 +203,7 @@ class PPOTrainer(PPOEngine):
         batch |= policy_and_reference(self, batch, batch_size)
         if "old_values" not in batch:
             with self.accelerator.autocast():
-                batch["old_values"] = self.critic.rollout_values(batch, batch_size)
+                batch |= self.critic.rollout_values(batch, batch_size)
         values = batch["old_values"]
 
         completions = Completions(

@@ -38,7 +38,9 @@ def make_environment(folder: Path) -> Path:
             raise RuntimeError(f"{folder} has TRL {found}, not {TRL}. Give another folder by `--environment`.")
     else:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pinned = [f"{name}=={version(name)}" for name in ("transformers", "peft", "datasets", "accelerate")]
+    pinned = [
+        f"{name}=={version(name)}" for name in ("transformers", "peft", "datasets", "accelerate", "bitsandbytes")
+    ]
     # torch first and alone, so that the build which an index or wheel folder offers is kept
     for packages in ([f"torch=={version('torch').split('+')[0]}"], [f"trl=={TRL}", *pinned, "rich"]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)

@@ -42,6 +42,8 @@ SETS = {
     "critics": {
         "adapter": [],
         "adapter, policy's learning rate": ["--critic_learning_rate", "3e-4"],
+        "adapter, upper two of three layers": ["--critic_layers", "2"],
+        "adapter, uppermost of three layers": ["--critic_layers", "1"],
         "head": ["--critic", "head"],
     },
 }

@@ -296,7 +296,7 @@ def test_disable_dropout(make_trainer, tiny_model_path, critic):
     assert logged(trainer, "ppo/ratio_max") == pytest.approx([1.0, 1.0], abs=1e-5)
     batch = rollout(trainer)
     trainer.model.train()
-    again = trainer.critic.rollout_values(batch, 8)
+    again = trainer.critic.rollout_values(batch, 8)["old_values"]
     mask = batch["completion_mask"].bool()
     assert batch["old_values"][mask].abs().max() > 1e-4
     assert_close(again[mask], batch["old_values"][mask], atol=1e-6, rtol=1e-5)

@@ -87,7 +87,7 @@ def test_a_head_on_the_trunk_reads_the_policys_states(make_trainer):
 def test_the_number_of_sequences_at_a_time_does_not_matter(make_trainer, size):
     trainer = make_trainer()
     batch = rollout(without_chance(trainer))
-    values = trainer.critic.rollout_values(batch, size)
+    values = trainer.critic.rollout_values(batch, size)["old_values"]
     mask = batch["completion_mask"].bool()
     assert_close(values[mask], batch["old_values"][mask], atol=1e-5, rtol=1e-5)
 
@@ -155,10 +155,10 @@ def test_what_is_saved_can_be_loaded(make_trainer, tiny_model_path, own_model, t
     ids = {"prompt_ids": torch.tensor([[6, 7]]), "completion_ids": torch.tensor([[8, 9, 10, 11]])}
     masks = {name.replace("ids", "mask"): torch.ones_like(value) for name, value in ids.items()}
     arguments = ({**ids, **masks}, 1)
-    expected = trainer.critic.rollout_values(*arguments)
-    assert not torch.allclose(fresh.critic.rollout_values(*arguments), expected, atol=1e-3)
+    expected = trainer.critic.rollout_values(*arguments)["old_values"]
+    assert not torch.allclose(fresh.critic.rollout_values(*arguments)["old_values"], expected, atol=1e-3)
     fresh.critic.load(tmp_path / "critic")
-    assert torch.equal(fresh.critic.rollout_values(*arguments), expected)
+    assert torch.equal(fresh.critic.rollout_values(*arguments)["old_values"], expected)
     if kind == "adapter" and not whole:  # the format of reward models, which anybody can read
         base = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
         classifier = PeftModel.from_pretrained(base, tmp_path / "critic").eval()

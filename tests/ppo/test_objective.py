@@ -179,7 +179,7 @@ class Measured:
         mask = batch["completion_mask"].bool()
         with torch.no_grad():
             logps, entropies = completion_logps(trainer, trainer.model, batch)
-            values = trainer.critic.rollout_values(batch, 8)
+            values = trainer.critic.rollout_values(batch, 8)["old_values"]
         good = mask & (batch["advantages"] > 0)
         self.good, self.entropy = logps[good].mean().item(), entropies[mask].mean().item()
         self.value_error = (values - batch["returns"])[mask].square().mean().item()
@@ -297,7 +297,7 @@ def test_a_token_has_no_part_in_what_it_is_predicted_from(make_trainer):
     found = []
     for each in (batch, changed):
         with torch.no_grad():
-            values = trainer.critic.rollout_values(each, 8)
+            values = trainer.critic.rollout_values(each, 8)["old_values"]
             found.append((*completion_logps(trainer, trainer.model, each), values))
     for (logps, entropies, values), (other_logps, other_entropies, other_values) in [found]:
         assert_close(logps[:, :3], other_logps[:, :3])

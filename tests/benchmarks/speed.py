@@ -1,0 +1,159 @@
+"""Time and memory of an update: this project's PPO, TRL 1.12's PPO, TRL's GRPO and RLOO, and the floor.
+
+    python tests/benchmarks/speed.py                      # 27M, fixed lengths, float32
+    python tests/benchmarks/speed.py --sizes 1.3M 27M --lengths fixed ragged --precisions fp32 bf16 4bit
+    python tests/benchmarks/speed.py --growth             # against batch, length and vocabulary
+    python tests/benchmarks/speed.py --short              # this project against the floor, a guard of two minutes
+
+Every measurement is a process of its own; the systems take turns, and medians are compared. See README.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from learning_vs_trl112 import CACHE, make_environment
+from speed_world import LENGTHS, SIZES, make_world
+
+HERE = Path(__file__).resolve().parent
+SYSTEMS = ["trl112", "ppo_head", "ppo_adapter", "ppo_adapter_half", "floor_head", "floor_adapter", "grpo", "rloo"]
+PHASES = ["update", "generate", "score", "train", "rest"]
+# (what, of which system, relative to which, at most); the bars of the update hold for 27M and up with fixed lengths.
+BARS = [
+    ("update", "ppo_head", "trl112", 0.60),
+    ("update", "ppo_adapter_half", "trl112", 0.85),
+    ("update", "ppo_head", "floor_head", 1.15),
+    ("update", "ppo_adapter", "floor_adapter", 1.15),
+    ("peak_mib", "ppo_head", "trl112", 0.45),
+]
+
+
+def measure(system: str, world: Path, python: str, options: dict[str, object]) -> dict:
+    """Run one system once, and return its medians."""
+    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "CUDA_VISIBLE_DEVICES": ""}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [python, HERE / "speed_worker.py", world, system, *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | quiet | threads,
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError(f"{system} failed; the end of its output:\n{(done.stdout + done.stderr)[-2000:]}")
+    result = json.loads(found[0].removeprefix("RESULT "))
+    print(f"  {system}: {result['update']:.2f} s, {result['peak_mib']:.0f} MiB", flush=True)
+    return result
+
+
+def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Measure all systems, round by round, and take medians."""
+    options = {"precision": precision, "updates": given.updates, "batch": given.batch}
+    options |= {"micro_batch": given.micro_batch or given.batch}
+    found = {system: [] for system in given.systems}
+    for _ in range(given.rounds):
+        for system in given.systems:
+            found[system].append(measure(system, world, pythons.get(system, sys.executable), options))
+    keys = [*PHASES, "tokens", "peak_mib"]
+    return {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
+
+
+def table(medians: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| system | s per update | generate | score | train | rest | tokens | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for system, row in medians.items():
+        times = " | ".join(f"{row[phase]:.2f}" for phase in PHASES)
+        lines.append(f"| {system} | {times} | {row['tokens']:.0f} | {row['peak_mib']:.0f} |")
+    return "\n".join(lines)
+
+
+def judge(medians: dict[str, dict[str, float]], bars) -> list[tuple[bool, str]]:
+    """Compare with the bars whose systems were measured."""
+    verdicts = []
+    for what, system, other, most in bars:
+        if {system, other} <= medians.keys():
+            ratio = medians[system][what] / medians[other][what]
+            word = "PASS" if ratio <= most else "FAIL"
+            verdicts.append((ratio <= most, f"{word} {what} of {system} / {other}: {ratio:.3f} (at most {most})"))
+    return verdicts
+
+
+def growth(given) -> None:
+    """Exponents of time and memory against batch, completion length and vocabulary, from log-log slopes."""
+    axes = {
+        "batch": [{"batch": n, "micro_batch": n} for n in (8, 16, 32)],
+        "completion_length": [{"completion_length": n} for n in (24, 48, 96)],
+        "vocabulary": [{"vocabulary": n} for n in (2000, 8000, 32000)],
+    }
+    for system in ("ppo_head", "ppo_adapter"):
+        for axis, points in axes.items():
+            results = []
+            for point in points:
+                options = {"batch": 16, "micro_batch": 16, "updates": 2} | point
+                vocabulary = options.pop("vocabulary", 2000)
+                world = make_world(given.output.resolve(), given.sizes[0], "fixed", given.texts, vocabulary)
+                results.append(measure(system, world, sys.executable, options))
+            sizes = [point[axis] for point in points]
+            for what in ("update", "peak_mib"):
+                slope = math.log(results[-1][what] / results[0][what]) / math.log(sizes[-1] / sizes[0])
+                values = ", ".join(f"{result[what]:.2f}" for result in results)
+                print(f"{system} {what} against {axis} {sizes}: {values}; exponent {slope:.2f}", flush=True)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--environment", type=Path, default=CACHE, help="of TRL 1.12; made if need be (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/speed"), help="where models go (%(default)s)")
+    parser.add_argument("--texts", type=Path, help="jsonl.gz with dialogues in `chosen`; default: made-up reviews")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["27M"])
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["fixed"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "4bit"], default=["fp32"])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=3, help="of a round; the first does not count (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--micro_batch", type=int, help="default: the batch")
+    parser.add_argument("--growth", action="store_true", help="measure growth in place of the comparison")
+    parser.add_argument("--short", action="store_true", help="this project against the floor only, small batch")
+    given = parser.parse_args(argv)
+    if given.short:
+        given.systems, given.rounds, given.updates, given.batch = (
+            ["ppo_head", "ppo_adapter", "floor_head", "floor_adapter"],
+            1,
+            2,
+            8,
+        )
+    return given
+
+
+def main(argv=None) -> int:
+    given = parse(argv)
+    if given.growth:
+        growth(given)
+        return 0
+    pythons = {"trl112": str(make_environment(given.environment))} if "trl112" in given.systems else {}
+    verdicts = []
+    for size in given.sizes:
+        for lengths in given.lengths:
+            world = make_world(given.output.resolve(), size, lengths, given.texts)
+            for precision in given.precisions:
+                print(f"{size}, {lengths} lengths, {precision}", flush=True)
+                medians = compare(given, world, precision, pythons)
+                print(table(medians))
+                bars = BARS if size != "1.3M" and lengths == "fixed" else []
+                verdicts += judge(medians, bars)
+                (world / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
+    print("\n".join(text for _, text in verdicts))
+    return 0 if all(passed for passed, _ in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""Measure one system of the speed benchmark in a process of its own, and print one line of JSON.
+
+It runs in two environments, so this project is imported only where it is measured.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from speed_world import LORA
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
+
+
+def seconds() -> float:
+    """The time: of this process's work if it has one thread, so that others on the machine do not count; else all."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+@dataclass
+class Clock:
+    """When the phases of an update begin and end: generate, score, train, and the rest.
+
+    `score` is everything between the start of an update and its first training pass but the generation; `train` lasts
+    until the last optimizer step; `rest` is what follows until the update is over.
+    """
+
+    generate: float = 0.0
+    first_pass: float | None = None
+    last_step: float = 0.0
+    start: float = 0.0
+    tokens: int = 0
+    updates: list[dict[str, float]] = field(default_factory=list)
+
+    def timed(self, function):
+        """Count a function's time as generation."""
+
+        def wrapped(*args, **kwargs):
+            begin = seconds()
+            result = function(*args, **kwargs)
+            self.generate += seconds() - begin
+            return result
+
+        return wrapped
+
+    def marks_pass(self, function):
+        """Note when a function is called first in an update, with gradients."""
+
+        def wrapped(*args, **kwargs):
+            if torch.is_grad_enabled() and self.first_pass is None:
+                self.first_pass = seconds()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def marks_step(self, function):
+        """Note when a function, the optimizer's step, has ended."""
+
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            self.last_step = seconds()
+            return result
+
+        return wrapped
+
+    def begin(self):
+        self.generate, self.first_pass, self.tokens = 0.0, None, 0
+        self.start = seconds()
+
+    def end(self):
+        now = seconds()
+        self.updates.append(
+            {
+                "update": now - self.start,
+                "generate": self.generate,
+                "score": self.first_pass - self.start - self.generate,
+                "train": self.last_step - self.first_pass,
+                "rest": now - self.last_step,
+                "tokens": self.tokens,
+            }
+        )
+        self.begin()
+
+
+class Updates(TrainerCallback):
+    """Tell the clock when an update, of several optimizer steps, begins and ends."""
+
+    def __init__(self, clock, steps):
+        self.clock, self.steps = clock, steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.clock.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            self.clock.end()
+
+
+def import_libraries(system: str) -> None:
+    """Import all that a system needs, so that its own memory can be told from that of the libraries."""
+    names = ["trl", "peft", "datasets", "bitsandbytes", "transformers.models.llama.modeling_llama"]
+    names += {"trl112": ["trl.experimental.ppo"], "grpo": ["trl.trainer.grpo_trainer"]}.get(system, [])
+    names += ["trl.trainer.rloo_trainer"] if system == "rloo" else []
+    names += ["rlhf_recipes.ppo.trainer"] if system.startswith("ppo_") else []
+    for name in names:
+        importlib.import_module(name)
+
+
+def memory(name: str) -> float:
+    """A line of the process's status in MiB: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def load(world: Path, kind, precision: str, **options):
+    """Load a model of the benchmark in float32, bfloat16 or 4 bits."""
+    if precision == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        options["device_map"] = {"": "cpu"}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return kind.from_pretrained(world / "policy", dtype=dtype, **options)
+
+
+def prompts(world: Path):
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": json.loads((world / "prompts.json").read_text())})
+
+
+def common(given) -> dict:
+    """Settings that all trainers share."""
+    return {
+        "output_dir": str(given.world / "out" / given.system),
+        "per_device_train_batch_size": given.micro_batch,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "temperature": 1.0,
+        "bf16": given.precision == "bf16",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 1,
+    }
+
+
+def grpo_like(given, clock: Clock) -> None:
+    """PPO of this project, and TRL's GRPO and RLOO: they share an engine."""
+    import datasets
+    import trl
+    from peft import LoraConfig
+
+    datasets.disable_progress_bars()
+    accumulation = given.batch // given.micro_batch
+    engine = {
+        "max_steps": given.updates * given.epochs,
+        "gradient_accumulation_steps": accumulation,
+        "num_iterations": given.epochs,
+        "max_completion_length": given.completion_length,
+    }
+    callback = Updates(clock, given.epochs)
+    lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    shared = {
+        "train_dataset": prompts(given.world),
+        "processing_class": AutoTokenizer.from_pretrained(given.world / "policy"),
+        "peft_config": lora,
+        "callbacks": [callback],
+    }
+    if given.system in ("grpo", "rloo"):
+        make_config, make_trainer = {
+            "grpo": (trl.GRPOConfig, trl.GRPOTrainer),
+            "rloo": (trl.RLOOConfig, trl.RLOOTrainer),
+        }[given.system]
+        options = {"activation_checkpointing": False} if given.system == "grpo" else {"gradient_checkpointing": False}
+        config = make_config(beta=0.05, num_generations=4, **common(given), **engine, **options)
+        reward = load(given.world, AutoModelForSequenceClassification, given.precision, num_labels=1)
+        trainer = make_trainer(load(given.world, AutoModelForCausalLM, given.precision), reward, config, **shared)
+    else:
+        from rlhf_recipes import PPOConfig, PPOTrainer
+        from rlhf_recipes.models import load_causal_lm
+
+        half = AutoConfig.from_pretrained(given.world / "policy").num_hidden_layers // 2
+        config = PPOConfig(
+            critic=given.system.split("_")[1],
+            critic_layers=half if given.system == "ppo_adapter_half" else None,
+            activation_checkpointing=False,
+            **common(given),
+            **engine,
+        )
+        quantization = None
+        if given.precision == "4bit":
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+        model = load_causal_lm(str(given.world / "policy"), quantization_config=quantization, dtype=dtype)
+        trainer = PPOTrainer(model, str(given.world / "reward"), config, **shared)
+    trainer.create_optimizer()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model()
+    base.generate = clock.timed(base.generate)
+    trainer.compute_loss = clock.marks_pass(trainer.compute_loss)
+    trainer.optimizer.step = clock.marks_step(trainer.optimizer.step)
+    rollout = trainer._generate_and_score_completions
+
+    def counted(inputs):
+        batch = rollout(inputs)
+        clock.tokens = int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
+        return batch
+
+    trainer._generate_and_score_completions = counted
+    trainer.train()
+
+
+def trl112(given, clock: Clock) -> None:
+    """PPO of TRL 1.12, with LoRA for policy and critic, and a whole reward model."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    tokenizer = AutoTokenizer.from_pretrained(given.world / "policy", padding_side="left")
+
+    def pad(row):
+        ids = tokenizer(row["prompt"])["input_ids"]
+        return {"input_ids": [tokenizer.pad_token_id] * (32 - len(ids)) + ids}
+
+    rows = prompts(given.world).map(pad, remove_columns="prompt")
+    parts = [load(given.world, AutoModelForCausalLM, given.precision)]
+    parts += [load(given.world, AutoModelForSequenceClassification, given.precision, num_labels=1) for _ in range(2)]
+    if given.precision == "4bit":
+        parts[:2] = [prepare_model_for_kbit_training(part, use_gradient_checkpointing=False) for part in parts[:2]]
+    policy, value, reward = parts
+    value = get_peft_model(value, LoraConfig(task_type="SEQ_CLS", **LORA))
+    config = PPOConfig(
+        total_episodes=given.batch * given.updates,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
+        num_mini_batches=1,
+        num_ppo_epochs=given.epochs,
+        response_length=given.completion_length,
+        local_rollout_forward_batch_size=given.micro_batch,
+        stop_token="eos" if "ragged" in given.world.name else None,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        **common(given),
+    )
+    ppo_trainer.batch_generation = clock.timed(ppo_trainer.batch_generation)
+    ppo_trainer.forward = clock.marks_pass(ppo_trainer.forward)
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(given.batch)),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        callbacks=[Updates(clock, 1)],
+    )
+    trainer.optimizer.step = clock.marks_step(trainer.optimizer.step)
+    trainer.train()
+
+
+def floor(given, clock: Clock) -> None:
+    """The same generation, forward and backward passes, and nothing else: what no trainer can do without.
+
+    With `head` the critic reads the policy's hidden states; with `adapter` it has passes of its own. The old
+    log-probabilities, the reference, the reward (and the critic's adapter) take one forward pass each.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = AutoTokenizer.from_pretrained(given.world / "policy", padding_side="left")
+    model = load(given.world, AutoModelForCausalLM, given.precision)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    texts, own = prompts(given.world)["prompt"], given.system == "floor_adapter"
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
+    for update in range(given.updates):
+        clock.begin()
+        inputs = tokenizer(texts[update * given.batch : (update + 1) * given.batch], return_tensors="pt", padding=True)
+        with torch.no_grad(), autocast(given):
+            sequences = clock.timed(model.generate)(
+                **inputs, max_new_tokens=given.completion_length, do_sample=True, top_k=0, top_p=1.0
+            )
+            length = sequences.size(1) - inputs["input_ids"].size(1)
+            ends = (sequences[:, -length:] == tokenizer.eos_token_id).int()
+            mask = torch.cat([inputs["attention_mask"], (ends.cumsum(1) - ends == 0).long()], dim=1)
+            clock.tokens = int(mask.sum())
+            for batch in zip(sequences.split(given.micro_batch), mask.split(given.micro_batch), strict=True):
+                passes(model, batch, length, heads=2, trunks=2 if own else 1)
+        for _ in range(given.epochs):
+            clock.first_pass = clock.first_pass or seconds()
+            for batch in zip(sequences.split(given.micro_batch), mask.split(given.micro_batch), strict=True):
+                with autocast(given):
+                    loss = passes(model, batch, length, heads=1, trunks=1 if own else 0)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.last_step = seconds()
+        clock.end()
+
+
+def autocast(given):
+    return torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16")
+
+
+def passes(model, batch, length, heads: int, trunks: int):
+    """Run the model with its output layer, or its trunk alone, and return a loss over all of it."""
+    ids, mask = batch
+    loss = torch.zeros(())
+    for _ in range(heads):
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits[:, :-1]
+        loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten())
+    for _ in range(trunks):
+        loss = loss + model.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state.float().mean()
+    return loss
+
+
+SYSTEMS = {
+    "ppo_adapter": grpo_like,
+    "ppo_adapter_half": grpo_like,
+    "ppo_head": grpo_like,
+    "trl112": trl112,
+    "grpo": grpo_like,
+    "rloo": grpo_like,
+    "floor_adapter": floor,
+    "floor_head": floor,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("world", type=Path)
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "4bit"], default="fp32")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--micro_batch", type=int, default=32)
+    parser.add_argument("--completion_length", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--updates", type=int, default=3, help="the first is not counted if there are more")
+    given = parser.parse_args()
+    import_libraries(given.system)
+    torch.manual_seed(0)
+    imports = memory("VmRSS")
+    clock = Clock()
+    SYSTEMS[given.system](given, clock)
+    counted = clock.updates[1:] or clock.updates
+    result = {name: statistics.median(update[name] for update in counted) for name in counted[0]}
+    result |= {"all": clock.updates, "imports_mib": imports, "peak_mib": memory("VmHWM") - imports}
+    print("RESULT " + json.dumps(result | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}))
+
+
+if __name__ == "__main__":
+    main()

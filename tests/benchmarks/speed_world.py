@@ -1,0 +1,105 @@
+"""The files that all sides of the speed benchmark read: one model per size, a reward adapter, and prompts.
+
+Models are random. What a token costs does not depend on the weights; how long completions get does, so the output
+layer is set to draw the end token with a chosen probability.
+"""
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+PROMPT_LENGTH = 32
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LENGTHS = {"fixed": 1e-12, "ragged": 1 / 24}  # probability of the end token at each step
+SIZES = {
+    "1.3M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
+    "27M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408},
+    "0.5B": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "tie_word_embeddings": True,
+    },
+}
+VOCABULARY = {"1.3M": 2000, "27M": 2000, "0.5B": 151_936}
+
+
+def make_world(folder: Path, size: str, lengths: str, texts: Path | None, vocabulary: int | None = None) -> Path:
+    """Write the model, the reward adapter and the prompts of one size, unless they are there, and name the folder."""
+    from rlhf_recipes.models.tiny import word_tokenizer
+
+    vocabulary = vocabulary or VOCABULARY[size]
+    world = folder / f"{size}_{lengths}_{vocabulary}"
+    if (world / "prompts.json").exists():
+        return world
+    turns = read_prompts(texts)
+    counts = Counter(word for turn in turns for word in turn)
+    words = [word for word, _ in counts.most_common(min(vocabulary, 2000) - 3)]
+    words += [f"unused{index}" for index in range(vocabulary - 3 - len(words))]
+    tokenizer = word_tokenizer(words)
+    torch.manual_seed(0)
+    model = make_model(size, vocabulary, tokenizer)
+    set_end_probability(model, tokenizer.eos_token_id, LENGTHS[lengths])
+    for part in (model, tokenizer):
+        part.save_pretrained(world / "policy")
+    scorer = AutoModelForSequenceClassification.from_pretrained(world / "policy", num_labels=1)
+    scorer = get_peft_model(scorer, LoraConfig(task_type="SEQ_CLS", **LORA))
+    scorer.save_pretrained(world / "reward")
+
+    long = [word for turn in turns for word in turn]
+    fixed = [long[start : start + PROMPT_LENGTH] for start in range(0, len(long) - PROMPT_LENGTH, PROMPT_LENGTH)]
+    chosen = fixed if lengths == "fixed" else [turn[-PROMPT_LENGTH:] for turn in turns]
+    (world / "prompts.json").write_text(json.dumps([" ".join(turn) for turn in chosen[:1024]]))
+    return world
+
+
+def read_prompts(texts: Path | None) -> list[list[str]]:
+    """Words of the first turns of people in a file of dialogues, or of made-up reviews."""
+    if texts is None:
+        from rlhf_recipes.data.synthetic import grammar
+
+        rng = random.Random(0)
+        prompts, _ = grammar.split_prompts(0.25, rng)
+        return [f"{prompt} {grammar.write_review(prompt, grammar.Style(), rng)}".split() for prompt in prompts]
+    with gzip.open(texts, "rt") as lines:
+        first = [json.loads(line)["chosen"].split("\n\nHuman: ")[1].split("\n\nAssistant:")[0] for line in lines]
+    return [turn.split() for turn in dict.fromkeys(first) if turn.split()]
+
+
+def make_model(size, vocabulary, tokenizer):
+    """A Llama with random weights, or a Qwen2 for the shape of Qwen2.5-0.5B."""
+    kind, make = (Qwen2Config, Qwen2ForCausalLM) if size == "0.5B" else (LlamaConfig, LlamaForCausalLM)
+    options = {"max_position_embeddings": 512, "tie_word_embeddings": False} | SIZES[size]
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    model = make(kind(vocab_size=vocabulary, **options, **tokens))
+    model.generation_config.do_sample = True
+    return model
+
+
+@torch.no_grad()
+def set_end_probability(model, end: int, probability: float) -> None:
+    """Give all embeddings a common part, which the last hidden states keep, and point the end token's row along it."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    common = 5 * embeddings.std() * torch.ones(embeddings.size(1))
+    embeddings += common
+    ids = torch.randint(3, len(embeddings), (8, 32))
+    direction = common / common.norm()
+    states = model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(states)
+    logits[:, end] = -torch.inf
+    wanted = (logits.logsumexp(dim=1) + torch.tensor(probability / (1 - probability)).log()).mean()
+    head[end] = direction * wanted / (states @ direction).mean()
