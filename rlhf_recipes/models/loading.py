@@ -245,6 +245,8 @@ def _load(
         **options,
     )
     _keep_4bit_differentiable(model)
+    if getattr(model, "is_quantized", False):
+        _let_go_of_the_file(model)
     return model, set(info["missing_keys"])
 
 
@@ -256,6 +258,14 @@ def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_go_of_the_file(model: torch.nn.Module) -> None:
+    # On a CPU, weights that are not quantized are views of the file, which is mapped into memory as a whole: as long
+    # as one of them is there, so is every weight that was read to be quantized.
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _position_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
