@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_p
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from rlhf_recipes.ppo.padding import join, sort_within_steps
+from rlhf_recipes.ppo.out_of_memory import phase
+from rlhf_recipes.ppo.roles_table import roles_table
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
 if TYPE_CHECKING:
@@ -64,6 +67,17 @@ class PPOEngine(GRPOTrainer):
     def _steps_per_rollout(self) -> int:
         return self.args.micro_batches_per_rollout * self.args.num_iterations
 
+    @phase("train")  # of what is in no other phase, such as the first step of the optimizer
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; the main process first prints what the roles take in memory."""
+        if self.is_world_process_zero():
+            sys.stdout.write(roles_table(self))
+        return super().train(*args, **kwargs)
+
+    @phase("generate")
+    def _generate(self, prompts: list[Any]) -> Any:
+        return super()._generate(prompts)
+
     # 1. Two learning rates
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create TRL's optimizer, with groups of its own for the critic, which learns faster than the policy."""
@@ -105,6 +119,7 @@ class PPOEngine(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
 
+    @phase("train")
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch as TRL does, unless the rest of the rollout is left out, and drop updates."""
         if self.updates.stopped and self._step % self._steps_per_rollout != 0:

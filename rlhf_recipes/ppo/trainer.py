@@ -27,6 +27,7 @@ from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
 from rlhf_recipes.ppo.objective import Outputs, count_items, ppo_loss
 from rlhf_recipes.ppo.padding import trim
+from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards
@@ -194,6 +195,7 @@ class PPOTrainer(PPOEngine):
         return Scored(self._scores, token_rewards, attention, potentials)
 
     # 2. The rollout: completions from TRL, then values, token rewards and advantages.
+    @phase("score")
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
