@@ -24,11 +24,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="make one HTML file of what runs left on disk")
     report.add_argument("folders", nargs="+", help="folders of recipes or of single stages; several are compared")
     report.add_argument("--output_dir", help="where the files go (default: report/ in the first folder)")
-    given = parser.parse_args(arguments)
+    commands.add_parser(
+        "plan",
+        help="print what memory a PPO run takes, before it is started",
+        usage="%(prog)s --config FILE [--field value] [--budget_gib GIB] [--prompt_length TOKENS]",
+    )
+    given, words = parser.parse_known_args(arguments)
     try:
+        if given.command == "plan":
+            sys.stdout.write(_plan(words))
+            return 0
+        if words:
+            parser.error(f"unrecognized arguments: {' '.join(words)}")
         path = write_report(given.folders, given.output_dir)
-    except OSError as error:
-        sys.stderr.write(f"rlhf-recipes report: {printable(error)}\n")
+    except (OSError, ValueError) as error:
+        if given.command == "report" and isinstance(error, ValueError):
+            raise
+        sys.stderr.write(f"rlhf-recipes {given.command}: {printable(error)}\n")
         return 2
     sys.stdout.write(f"{printable(path)}\n")
     return 0
+
+
+def _plan(words: list[str]) -> str:
+    from rlhf_recipes.planning.report import write_plan  # it imports TRL, which takes seconds
+
+    return write_plan(words)

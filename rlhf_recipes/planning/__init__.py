@@ -1,0 +1,1 @@
+"""How much memory a run takes, computed before it starts and without its weights."""
