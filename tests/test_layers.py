@@ -23,13 +23,16 @@ PURE = (
     "reward_modeling.certificate.functional",
     "shaping",
     "evaluation.metrics",
+    "planning.memory",
+    "planning.phases",
+    "planning.sizes",
 )
 LAYERS = [
     PURE,
     ("checkpoints", "config", "data", "rewards"),
     ("models",),
     ("ppo", "reward_modeling"),
-    ("evaluation", "tracking"),
+    ("evaluation", "planning", "tracking"),
 ]
 PURE_IMPORTS = {"torch", "numpy", "scipy", *sys.stdlib_module_names}
 

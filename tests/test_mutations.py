@@ -48,6 +48,7 @@ CALIBRATION, LENGTH = f"{CERTIFICATE}/calibration.py", f"{CERTIFICATE}/length.py
 SAMPLES, SENSITIVITY = f"{CERTIFICATE}/samples.py", f"{CERTIFICATE}/sensitivity.py"
 BENCHMARK, VERDICT = f"{CERTIFICATE}/benchmark.py", f"{CERTIFICATE}/verdict.py"
 ENSEMBLE = "rlhf_recipes/rewards/ensemble.py"
+MEMORY, PHASES = "rlhf_recipes/planning/memory.py", "rlhf_recipes/planning/phases.py"
 
 
 class Bug(NamedTuple):
@@ -60,6 +61,33 @@ class Bug(NamedTuple):
 
 
 BUGS = [
+    Bug(MEMORY, "sum(vars(self).values())", "max(vars(self).values())", "test_total_is_the_sum_of_the_parts"),
+    Bug(MEMORY, "blocks = linear / 64", "blocks = linear / 128", "test_weight_bytes_numbers"),
+    Bug(MEMORY, "(3 if network.gated else 1)", "3", "test_kept_per_layer_numbers"),
+    Bug(
+        MEMORY, "network.layers * tokens * kept_per_layer", "tokens * kept_per_layer", "test_kept_activations_numbers"
+    ),
+    Bug(MEMORY, "(3, 2) if backward else (4, 3)", "(3, 2)", "test_working_memory_numbers"),
+    Bug(MEMORY, "tokens = min(rows, TILE_TOKENS)", "tokens = rows", "test_logits_memory_numbers"),
+    Bug(MEMORY, "6 * 4 * _KL_POSITIONS", "4 * _KL_POSITIONS", "test_small_terms_numbers"),
+    Bug(MEMORY, "return layer * (network.layers + 1)", "return layer * network.layers", "test_small_terms_numbers"),
+    Bug(MEMORY, "sizes.rollout * (16 * sizes.prompt", "sizes.rollout * (8 * sizes.prompt", "test_small_terms_numbers"),
+    Bug(MEMORY, 'sizes.device == "cpu" and sizes.weight_bytes == 2', "False", "test_small_terms_numbers"),
+    Bug(MEMORY, "return sizes.quantized_bits == 0", "return False", "test_kept_per_layer_numbers"),
+    Bug(PHASES, "sizes.trained * sizes.optimizer_bytes", "sizes.trained", "test_generate_numbers"),
+    Bug(PHASES, "low, high = 1, 2", "low, high = 2, 3", "test_largest_rollout_fits_and_the_next_does_not"),
+    Bug(PHASES, "weights=sizes.others)", "weights=common.weights)", "test_load_numbers"),
+    Bug(PHASES, "sizes.rollout * sizes.prompt, backward", "sizes.rollout, backward", "test_generate_numbers"),
+    Bug(PHASES, "max(sizes.micro_batch, sizes.evaluation_batch)", "sizes.micro_batch", "test_score_numbers"),
+    Bug(PHASES, "policy + critic + layer", "policy + layer", "test_train_numbers"),
+    Bug(PHASES, "sizes.critic_network or sizes.network", "sizes.network", "test_critic_takes_what_it_is"),
+    Bug(PHASES, "max(PHASES, key=", "min(PHASES, key=", "test_peak_names_the_largest_phase"),
+    Bug(
+        PHASES,
+        "max(fitting, default=None)",
+        "min(fitting, default=None)",
+        "test_largest_micro_batch_is_one_of_the_candidates",
+    ),
     Bug(MASKS, "masked_fill(~mask.bool(), 0.0)", "mul(mask)", "test_counted_stops_values_and_gradients"),
     Bug(
         MASKS,
@@ -391,6 +419,7 @@ PURE_FILES = (
     *("functional/*.py", "losses/*.py", "shaping/*.py", "metrics.py", "readout.py", "ensemble.py"),
     *("active.py", "judging.py", "ranking.py", "ratings.py", "score_intervals.py", "votes.py"),
     *("alarm.py", "frontier.py", "agreement.py", "texts.py", "evidence.py"),
+    *("alarm.py", "frontier.py", "agreement.py", "texts.py", "planning/memory.py", "planning/phases.py"),
 )
 
 

@@ -76,7 +76,7 @@ def weight_bytes(network: NetworkSizes, bytes_per_weight: int, bits: int = 0) ->
     Example:
         >>> sizes = NetworkSizes(64, 1, 2, 2, 32, 128, 100, True, 7, 40_960, 12_992, 8192, 6400)
         >>> weight_bytes(sizes, 4), weight_bytes(sizes, 4, bits=4)
-        (215808, 80732.0)
+        (215808, 80760.0)
     """
     other, linear = network.other_parameters * bytes_per_weight, network.linear_parameters
     if bits == 0:
@@ -128,8 +128,8 @@ def kept_activations(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSiz
     """Bytes that the forward pass of a micro-batch keeps for its backward pass.
 
     Without checkpointing, all that its layers keep; with it, the input of each layer. Under autocast also 16-bit
-    copies of the adapter. After the last layer: two norms' worth of hidden states and the output layer's copy of
-    them, in float32.
+    copies of the adapter. After the last layer: its output, which the last norm keeps, the norm's result, and the
+    output layer's copy of that, in float32.
     """
     tokens = sizes.micro_batch * sizes.length
     last = 3 * 4 * network.hidden * tokens

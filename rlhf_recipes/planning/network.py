@@ -1,4 +1,4 @@
-"""Shapes of models and adapters from their configurations: models are built on torch's meta device, without weights."""
+"""Shapes of models and adapters from their configurations: models are built without weights, on a meta device."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _generate(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
 
 
 def _score(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
-    scoring = replace(sizes, micro_batch=sizes.scoring_batch)
+    scoring = replace(sizes, micro_batch=max(sizes.micro_batch, sizes.evaluation_batch))
     tokens = scoring.micro_batch * scoring.length
     layer = replace(common, activations=working_memory(scoring, tokens, backward=False))
     states = 2 * 4 * tokens * sizes.network.hidden

@@ -69,8 +69,8 @@ def describe(sizes: RunSizes, args: PPOConfig) -> list[str]:
         f"base       {total:,} parameters, {form}, {compute}, on {'a CPU' if sizes.device == 'cpu' else 'a GPU'}",
         f"roles      policy, reference, critic ({critic[args.critic]}), rewards; {sizes.trained:,} trained parameters",
         f"lengths    {sizes.prompt} + {sizes.completion} tokens (longest prompt, longest completion)",
-        f"batches    {completions} completions per rollout, {sizes.micro_batch} in a micro-batch of training, "
-        f"{sizes.scoring_batch} in one of scoring",
+        f"batches    {completions} completions per rollout, {sizes.micro_batch} in a micro-batch, "
+        f"{sizes.evaluation_batch} in one of an evaluation",
         f"per update {completions * sizes.completion:,} completion tokens at most, {completions * sizes.length:,} "
         f"with prompts; {args.num_iterations} epochs of them in {args.steps_per_rollout} optimizer steps",
     ]
@@ -154,5 +154,5 @@ def _caveats(sizes: RunSizes) -> list[str]:
     return [
         "on a CPU this is what tensors take. With glibc's default settings, blocks that were freed stay with the "
         f"process, which was measured to take up to {HEAP_FACTOR} times the peak of training; "
-        "MALLOC_MMAP_THRESHOLD_=1048576 in the run's environment gives them back, and costs time."
+        "MALLOC_MMAP_THRESHOLD_=262144 in the run's environment gives them back, and costs time."
     ]

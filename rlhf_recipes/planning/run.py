@@ -89,7 +89,7 @@ def run_sizes(
         exact_kl=training_args.kl_estimator == "full",
         optimizer_bytes=optimizer_bytes(training_args.optim),
         micro_batch=micro_batch,
-        scoring_batch=max(micro_batch, training_args.per_device_eval_batch_size),
+        evaluation_batch=training_args.per_device_eval_batch_size,
         rollout=micro_batch * training_args.micro_batches_per_rollout,
         prompt=prompt_length,
         completion=training_args.max_completion_length or 0,

@@ -78,8 +78,8 @@ class RunSizes:
         eager: Whether the attention keeps its weights (`attn_implementation: eager`).
         exact_kl: Whether the KL is over the whole vocabulary (`kl_estimator: full`).
         optimizer_bytes: Bytes of optimizer state for each trained number.
-        micro_batch: Sequences in a forward pass of training.
-        scoring_batch: Sequences in a forward pass of scoring: those of training, or of the evaluation.
+        micro_batch: Sequences in a forward pass of scoring and training.
+        evaluation_batch: Sequences in a forward pass of scoring in an evaluation.
         rollout: Completions in a rollout of one process, which are generated together.
         prompt: Tokens of the longest prompt.
         completion: Tokens of the longest completion.
@@ -103,7 +103,7 @@ class RunSizes:
     exact_kl: bool
     optimizer_bytes: float
     micro_batch: int
-    scoring_batch: int
+    evaluation_batch: int
     rollout: int
     prompt: int
     completion: int

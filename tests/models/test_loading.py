@@ -1,11 +1,13 @@
 """Loading of tokenizers and bases, and the two ways in which 4-bit weights go silently wrong."""
 
 import shutil
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig, set_seed
 from trl import ModelConfig
@@ -270,3 +272,13 @@ class TestFourBits:
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
         (logits * weights).sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="which files are mapped is read from Linux's /proc")
+def test_a_quantized_model_lets_go_of_its_file(tiny_model_path):
+    """Weights that stay as they are in the file are views of it; one of them would keep all of it in memory."""
+    config = quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
+    model = load_causal_lm(tiny_model_path, quantization_config=config, dtype="float32")
+    assert f"{tiny_model_path}/model.safetensors" not in Path("/proc/self/maps").read_text()
+    embedding = load_file(f"{tiny_model_path}/model.safetensors")["model.embed_tokens.weight"]
+    assert_close(model.get_input_embeddings().weight.data, embedding, rtol=0, atol=0)
