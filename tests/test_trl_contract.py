@@ -27,6 +27,7 @@ METHODS = {
     ),
     "_calculate_rewards": "self inputs prompts completions completion_ids_list",
     "_compute_loss": "self model inputs",
+    "_generate": "self prompts",
     "_generate_and_score_completions": "self inputs",
     "_get_train_sampler": "self dataset",
     "_load_best_model": "self",

@@ -180,6 +180,20 @@ def exact_kl_memory(sizes: RunSizes) -> float:
     return 6 * 4 * _KL_POSITIONS * sizes.network.vocabulary if sizes.exact_kl else 0
 
 
+def first_logits_memory(sizes: RunSizes) -> float:
+    """Bytes of the logits after the prompts, from which the first tokens are drawn.
+
+    Copies of them in float32, as at each token. On a CPU with 16-bit weights also a copy of the output matrix for each
+    completion: the last hidden states are a slice, which torch multiplies as a batch of matrices, and its 16-bit
+    kernel there wants each of them whole.
+    """
+    network = sizes.network
+    logits = LOGITS_COPIES * 4 * sizes.rollout * network.vocabulary
+    if sizes.device == "cpu" and sizes.weight_bytes == 2:
+        logits += 2 * sizes.rollout * network.vocabulary * network.hidden
+    return logits
+
+
 def cache_bytes(sizes: RunSizes) -> float:
     """Bytes of keys and values of a whole rollout at its last token, and of one layer's copy while it grows.
 

@@ -12,6 +12,7 @@ from rlhf_recipes.planning.memory import (
     PhaseMemory,
     cache_bytes,
     exact_kl_memory,
+    first_logits_memory,
     kept_activations,
     kept_per_layer,
     logits_memory,
@@ -27,7 +28,7 @@ PHASES = ("load", "generate", "score", "train")
 def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
     """Peak memory of each phase of a PPO run.
 
-    - load: the weights, with the largest tensor twice, and on a CPU the whole file while it is converted or
+    - load: the weights, on a GPU the largest tensor twice, and on a CPU the whole file while it is converted or
       quantized. A file that is used as it is is mapped, and counts from the first forward pass on.
     - generate: keys and values of a whole rollout and the logits of one step, or one layer's work on all prompts.
     - score: old and reference log-probabilities, values and rewards, a micro-batch at a time, without gradients: one
@@ -59,7 +60,7 @@ def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
 
 
 def _load(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
-    largest = 4 * sizes.network.largest_parameter
+    largest = 4 * sizes.network.largest_parameter if sizes.device == "cuda" else 0
     after = replace(common, optimizer=0)
     if sizes.device == "cpu" and sizes.file_bytes == 0:
         return replace(after, weights=sizes.others)
@@ -69,10 +70,11 @@ def _load(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
 
 def _generate(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
     prompts = replace(common, activations=working_memory(sizes, sizes.rollout * sizes.prompt, backward=False))
+    first_token = replace(common, logits=first_logits_memory(sizes))
     last_token = replace(
         common, cache=cache_bytes(sizes), logits=LOGITS_COPIES * 4 * sizes.rollout * sizes.network.vocabulary
     )
-    return max(prompts, last_token, key=lambda memory: memory.total)
+    return max(prompts, first_token, last_token, key=lambda memory: memory.total)
 
 
 def _score(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:

@@ -16,6 +16,7 @@ from rlhf_recipes.planning.memory import (
     cache_bytes,
     casts_inputs,
     exact_kl_memory,
+    first_logits_memory,
     kept_activations,
     kept_per_layer,
     logits_memory,
@@ -128,6 +129,9 @@ def test_logits_memory_numbers():
 def test_small_terms_numbers():
     assert exact_kl_memory(SIZES) == 0
     assert exact_kl_memory(replace(SIZES, exact_kl=True)) == 6 * 4 * 512 * 100
+    assert first_logits_memory(SIZES) == 5 * 4 * 6 * 100
+    assert first_logits_memory(AUTOCAST) == 5 * 4 * 6 * 100 + 2 * 6 * 100 * 8
+    assert first_logits_memory(replace(AUTOCAST, device="cuda")) == 5 * 4 * 6 * 100
     assert cache_bytes(SIZES) == 2 * 6 * 5 * 1 * 4 * 4 * 3
     assert rollout_bytes(SIZES) == 6 * (16 * 3 + 40 * 2)
 

@@ -46,7 +46,7 @@ def test_load_numbers():
     assert ppo_memory(without)["load"].total == WEIGHTS + 4 * 800 + rest  # the largest tensor twice
     assert ppo_memory(CPU)["load"].total == ADAPTERS + FIXED_BYTES["cpu"] + rest  # mapped weights are not read yet
     converted = ppo_memory(replace(CPU, file_bytes=50_000))["load"]
-    assert converted.weights == WEIGHTS + 50_000 + 3200
+    assert converted.weights == WEIGHTS + 50_000
     assert ppo_memory(replace(CPU, others=777))["load"].weights == 777
 
 
@@ -58,6 +58,8 @@ def test_generate_numbers():
     assert (generate.cache, generate.logits, generate.activations) == (2 * 6 * 5 * 4 * 4 * 3, 5 * 4 * 6 * 100, 0)
     long = ppo_memory(replace(SIZES, prompt=300))["generate"]
     assert (long.cache, long.logits, long.activations) == (0, 0, 6 * 300 * 352)  # the prompts take more
+    wide = ppo_memory(replace(CPU, weight_bytes=2, network=replace(NETWORK, hidden=800)))["generate"]
+    assert (wide.cache, wide.logits) == (0, 5 * 4 * 6 * 100 + 2 * 6 * 100 * 800)  # the first token does
 
 
 def test_score_numbers():
