@@ -23,7 +23,7 @@ CUDA_CONTEXT_BYTES = 512 * MIB
 TRAINING_BYTES = {"cpu": 12 * MIB, "cuda": 0}
 
 # How many times its tensors' peak a process was measured to take on a CPU with glibc's default settings, at most:
-# torch asks for aligned blocks, for which a freed block of the same size is too small (docs/performance.md).
+# freed blocks stay with the process (docs/performance.md).
 HEAP_FACTOR = 5
 
 # TRL's output layer makes logits of at most this many tokens and vocabulary entries at a time.
