@@ -134,9 +134,6 @@ def check_contradictions(config: PPOConfig) -> None:
         f"`overlong_buffer` is {config.overlong_buffer}, more than `max_completion_length` ({longest}). Lower it": (
             config.overlong_buffer is not None and config.overlong_buffer > longest
         ),
-        f"`critic_layers` is about the critic's adapter, but `critic` is {config.critic!r}. Remove it": (
-            config.critic_layers is not None and config.critic != "adapter"
-        ),
         "`critic_warmup_explained_variance` ends a warm-up that was not begun. Set `critic_warmup_steps`, its longest "
         "duration": config.critic_warmup_explained_variance is not None and config.critic_warmup_steps == 0,
         "`critic_warmup_steps` leaves no optimizer step for the policy. Raise `max_steps`": 0

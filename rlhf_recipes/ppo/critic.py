@@ -98,6 +98,10 @@ class Critic:
             )
 
         if self.layers is not None:
+            if self.kind != "adapter":
+                raise ValueError(
+                    f"`critic_layers` is about the critic's adapter, but `critic` is {self.kind!r}. Remove it."
+                )
             layers = len(decoder_layers(roles.model.get_base_model()))
             if self.layers >= layers:
                 raise ValueError(
