@@ -16,8 +16,8 @@ from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
-from rlhf_recipes.ppo.padding import join, sort_within_steps
 from rlhf_recipes.ppo.out_of_memory import phase
+from rlhf_recipes.ppo.padding import join, sort_within_steps
 from rlhf_recipes.ppo.roles_table import roles_table
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
 

@@ -26,8 +26,8 @@ from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
 from rlhf_recipes.ppo.objective import Outputs, count_items, ppo_loss
-from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.out_of_memory import phase
+from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards

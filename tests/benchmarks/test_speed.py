@@ -1,0 +1,45 @@
+"""The speed benchmark: its models, its verdicts, and its short form as a guard."""
+
+import pytest
+import speed
+import torch
+from speed_world import LENGTHS, make_model, make_world, set_end_probability
+
+from rlhf_recipes.models.tiny import word_tokenizer
+
+
+@pytest.mark.parametrize("probability", LENGTHS.values())
+def test_the_end_token_comes_as_often_as_it_is_set(probability):
+    tokenizer = word_tokenizer([f"w{index}" for index in range(500)])
+    torch.manual_seed(0)
+    model = make_model("1.3M", len(tokenizer), tokenizer)
+    set_end_probability(model, tokenizer.eos_token_id, probability)
+    with torch.no_grad():
+        drawn = model(torch.randint(3, len(tokenizer), (16, 40))).logits.softmax(-1)[..., tokenizer.eos_token_id]
+    assert drawn.mean().item() == pytest.approx(probability, rel=0.2)
+    assert drawn.max() < 10 * probability
+
+
+def test_the_world_has_prompts_of_the_length_that_it_is_named_after(tmp_path):
+    import json
+
+    for lengths, wanted in (("fixed", {32}), ("ragged", set(range(1, 33)))):
+        world = make_world(tmp_path, "1.3M", lengths, texts=None)
+        found = {len(prompt.split()) for prompt in json.loads((world / "prompts.json").read_text())}
+        assert found <= wanted
+        assert len(found) == 1 if lengths == "fixed" else len(found) > 5
+
+
+def test_verdicts_by_hand():
+    medians = {"ours": {"update": 6.0}, "theirs": {"update": 10.0}}
+    bars = [("update", "ours", "theirs", 0.6), ("update", "theirs", "ours", 1.6), ("update", "ours", "absent", 1.0)]
+    assert speed.judge(medians, bars) == [
+        (True, "PASS update of ours / theirs: 0.600 (at most 0.6)"),
+        (False, "FAIL update of theirs / ours: 1.667 (at most 1.6)"),
+    ]
+
+
+@pytest.mark.slow
+def test_an_update_costs_no_more_than_its_passes(tmp_path, capsys):
+    """About two minutes: both critics against the bare forward and backward passes."""
+    assert speed.main(["--short", "--output", str(tmp_path)]) == 0, capsys.readouterr().out
