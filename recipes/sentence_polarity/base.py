@@ -1,4 +1,4 @@
-"""A base for the recipe's reward models: random but for its word vectors, which come from the texts.
+"""A base for the recipe's reward models: word vectors from the texts, and layers that pass their mean on.
 
 python recipes/sentence_polarity/base.py --kind encoder --output_dir outputs/sentence_polarity/encoder_base
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_recipes.config import parse_stage
@@ -40,9 +41,10 @@ class BaseArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width, a multiple of 64."})
     layers: int = field(default=1, metadata={"help": "Number of layers."})
     heads: int = field(default=2, metadata={"help": "Number of attention heads."})
-    dropout: float = field(default=0.5, metadata={"help": "Dropout of the encoder. Llama has none."})
+    dropout: float = field(default=0.5, metadata={"help": "Dropout of the encoder's layers. Llama has none."})
+    attention_dropout: float = field(default=0.25, metadata={"help": "Share of the words that a text's score misses."})
     context_length: int = field(default=128, metadata={"help": "Longest sequence that the model is made for."})
-    window: int = field(default=5, metadata={"help": "How far apart two words occur together, at most."})
+    window: int = field(default=15, metadata={"help": "How far apart two words occur together, at most."})
     vector_std: float = field(default=0.05, metadata={"help": "Spread of the numbers in the word vectors."})
     seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
 
@@ -63,6 +65,7 @@ def main(args: BaseArguments) -> None:
     vectors = args.vector_std * word_vectors(texts, words, args.hidden_size, args.window)
     rows = tokenizer.convert_tokens_to_ids(words)
     model.get_input_embeddings().weight.data[rows] = torch.tensor(vectors, dtype=torch.float32)
+    model.config.initializer_range = 0.002  # the head that a reward model adds starts near 0, not in a random direction
 
     start_run(
         recipe=folder.resolve().parent.name,
@@ -95,11 +98,15 @@ def encoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokeni
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout / 2,
+        attention_probs_dropout_prob=args.attention_dropout,
         max_position_embeddings=args.context_length,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer, BertModel(config)
+    model = BertModel(config)
+    for layer in model.encoder.layer:
+        pass_on(layer.attention.self.value, layer.attention.output.dense)
+    pass_on(model.pooler.dense)
+    return tokenizer, model
 
 
 def decoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
@@ -108,7 +115,17 @@ def decoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokeni
     sizes = {"hidden_size": args.hidden_size, "layers": args.layers, "heads": args.heads}
     config = tiny_llama(tokenizer, **sizes, max_position_embeddings=args.context_length).config
     config.initializer_range = 0.02  # layers that start small do not drown the word vectors
-    return tokenizer, LlamaForCausalLM(config)
+    config.attention_dropout = args.attention_dropout
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        pass_on(layer.self_attn.v_proj, layer.self_attn.o_proj)
+    return tokenizer, model
+
+
+def pass_on(*linears: nn.Linear) -> None:
+    """Let layers start as the identity: what attention then passes on is the mean of the words' vectors."""
+    for linear in linears:
+        nn.init.eye_(linear.weight)
 
 
 def word_vectors(texts: Sequence[Sequence[str]], words: Sequence[str], size: int, window: int) -> NDArray[np.float64]:
