@@ -29,7 +29,10 @@ def script_of(path):
 
 
 def commands(page):
-    """Yield script and arguments of every Python command in a bash script or in the bash blocks of a page."""
+    """Yield script and arguments of every Python command in a bash script or in the bash blocks of a page.
+
+    A command in a loop is read once, with the first value.
+    """
     text = page.read_text()
     if page.suffix == ".md":
         text = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text))
@@ -40,6 +43,8 @@ def commands(page):
         words = shlex.split(line, comments=True)
         if len(words) == 1 and re.fullmatch(r"\w+=.*", words[0]):
             name, variables[name] = words[0].split("=", 1)
+        if words[:1] == ["for"]:
+            variables[words[1]] = words[3]
         scripts = [index for index, word in enumerate(words) if re.fullmatch(r"recipes/.*\.py", word)]
         if scripts:
             yield words[scripts[0]], words[scripts[0] + 1 :]
