@@ -1,6 +1,6 @@
 """After stage 2: one reward model with the mean weights of several runs that differ in their seeds (WARM).
 
-python recipes/average_rewards.py --reward_models outputs/my/reward_0 outputs/my/reward_1 --output_dir outputs/my/reward
+python recipes/average_rewards.py --reward_models outputs/my/run_0 outputs/my/run_1 --output_dir outputs/my/reward
 """
 
 from dataclasses import asdict, dataclass, field

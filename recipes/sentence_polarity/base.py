@@ -65,7 +65,7 @@ def main(args: BaseArguments) -> None:
     vectors = args.vector_std * word_vectors(texts, words, args.hidden_size, args.window)
     rows = tokenizer.convert_tokens_to_ids(words)
     model.get_input_embeddings().weight.data[rows] = torch.tensor(vectors, dtype=torch.float32)
-    model.config.initializer_range = 0.002  # the head that a reward model adds starts near 0, not in a random direction
+    model.config.initializer_range = 0.002  # a reward model's head starts near 0, not in a random direction
 
     start_run(
         recipe=folder.resolve().parent.name,

@@ -12,7 +12,9 @@ from safetensors import safe_open
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
-from rlhf_recipes.models import load_reward_model
+from rlhf_recipes.models import load_reward_model, load_sequence_classifier, load_tokenizer
+from rlhf_recipes.reward_modeling.averaging import average_reward_models
+from rlhf_recipes.reward_modeling.baselines import fit_tfidf
 
 WORDS = "the film was and but this play of".split()
 
@@ -128,6 +130,30 @@ def test_more_dimensions_than_words_are_refused(script):
         script("base").word_vectors([["a", "b"]], ["a", "b"], size=3, window=2)
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_attention_starts_as_the_mean_of_the_words(script, write_rows, tmp_path, kind):
+    """With queries of 0 every word counts the same; a new head starts near 0."""
+    base = str(tmp_path / "base")
+    texts = write_rows([{"text": f"n{number} {' '.join(WORDS)}"} for number in range(70)])
+    script("base", kind=kind, dataset_name=texts, output_dir=base, hidden_size=64, dropout=0.0)
+    model, tokenizer = load_sequence_classifier(base).eval(), load_tokenizer(base)
+    layer = (model.bert.encoder.layer if kind == "encoder" else model.model.layers)[0]
+    attention = layer.attention if kind == "encoder" else layer.self_attn
+    (attention.self.query if kind == "encoder" else attention.q_proj).weight.data.zero_()
+    inner = (
+        [attention.self.value, attention.output.dense] if kind == "encoder" else [attention.v_proj, attention.o_proj]
+    )
+    seen = []
+    inner[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    inner[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(**tokenizer("the film was n1", return_tensors="pt", return_token_type_ids=False))
+    words, read = seen
+    assert words.shape == read.shape
+    assert_allclose(read[0, -1].detach(), words[0].mean(dim=0).detach(), atol=1e-6)
+    head = model.classifier if kind == "encoder" else model.score
+    assert 0.0 < head.weight.abs().max() < 0.01
+
+
 def test_comparison_by_hand(script):
     """Positives 3, 1, -1 and negatives 1, -2 of the model: 4.5 of 6 pairs; 2 + 1 of 5 snippets."""
     labels = np.array([1, 1, 1, 0, 0])
@@ -164,3 +190,40 @@ def test_two_steps_of_training(script, run_stage, repo_root, snippets, tmp_path,
     result = json.loads(printed[printed.index("{") :])
     assert result["snippets"] == 8
     assert 0.0 <= result["model_pair_accuracy"] <= 1.0
+
+
+@pytest.mark.slow
+def test_reward_models_reach_tfidf(script, load_stage, repo_root, shared_data, tmp_path):
+    """The recipe on the real data, with three runs of each kind instead of five, which takes about 3 minutes.
+
+    Five runs are above TF-IDF by less than chance moves a run on another machine (docs/results.md), so each model may
+    be half a percent behind here; the sum of both must be ahead.
+    """
+    data = shared_data / "sentence_polarity" / "snippets.jsonl.gz", shared_data / "movie_reviews" / "reviews.jsonl.gz"
+    script("pairs", dataset_name=data[0], more_texts=data[1], output_dir=tmp_path / "data")
+    for kind, options in {"encoder": {}, "decoder": {"attention_dropout": 0.6}}.items():
+        base = tmp_path / f"{kind}_base"
+        script("base", kind=kind, dataset_name=tmp_path / "data" / "texts", output_dir=base, **options)
+        members = [tmp_path / f"{kind}_{seed}" for seed in range(3)]
+        for seed, folder in enumerate(members):
+            stage = load_stage("reward")
+            stage.pair_baselines = lambda train, test: {}  # `compare` measures TF-IDF, once
+            files = {"model_name_or_path": base, "dataset_name": tmp_path / "data" / "pairs", "output_dir": folder}
+            options = {"config": repo_root / "recipes" / "sentence_polarity" / f"{kind}.yaml", **files, "seed": seed}
+            options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+            argv = [str(text) for option, value in options.items() for text in (f"--{option}", value)]
+            stage.main(*parse_stage(stage.ARGUMENTS, argv))
+        average_reward_models(members, tmp_path / kind)
+
+    compare = script("compare")
+    test = load_rows(str(tmp_path / "data" / "snippets"), split="test")
+    scores = {kind: compare.score(str(tmp_path / kind), "review :", test) for kind in ("encoder", "decoder")}
+    scores["both"] = sum(score / score.std() for score in scores.values())
+    tfidf = fit_tfidf(load_rows(str(tmp_path / "data" / "pairs")))(test["text"])
+    labels = np.array(test["label"])
+    results = {name: compare.compare(labels, model=score, tfidf=tfidf) for name, score in scores.items()}
+    differences = {name: result["difference_pair_accuracy"] for name, result in results.items()}
+    assert results["both"]["tfidf_pair_accuracy"] > 0.855, "the baseline is as strong as it was"
+    assert differences["both"] > 0.0
+    assert min(differences.values()) > -0.005
+    assert all(result["difference_pair_accuracy_ci"][1] > 0.0 for result in results.values())
