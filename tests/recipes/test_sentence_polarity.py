@@ -194,7 +194,7 @@ def test_two_steps_of_training(script, run_stage, repo_root, snippets, tmp_path,
 
 @pytest.mark.slow
 def test_reward_models_reach_tfidf(script, load_stage, repo_root, shared_data, tmp_path):
-    """The recipe on the real data, with three runs of each kind instead of five, which takes about 3 minutes.
+    """The recipe on the real data, with three runs of each kind instead of five, which takes 5 minutes.
 
     Five runs are above TF-IDF by less than chance moves a run on another machine (docs/results.md), so each model may
     be half a percent behind here; the sum of both must be ahead.
