@@ -45,6 +45,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
             old_logps,
             ref_logps,
             mask,
+            trainer.half_precision,
             what="the policy must equal its reference",
             cause="The policy's adapter changed after the reference was copied from it, or the base did.",
         )

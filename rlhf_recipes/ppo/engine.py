@@ -59,6 +59,12 @@ class PPOEngine(GRPOTrainer):
         return self.model is not self.roles.model
 
     @property
+    def half_precision(self) -> bool:
+        """Whether the networks compute in 16 bits."""
+        weights = self.roles.model.get_base_model().dtype
+        return self.accelerator.mixed_precision in ("bf16", "fp16") or weights != torch.float32
+
+    @property
     def mode(self) -> str:
         """Whose metrics these are: `train` or `eval`."""
         return "train" if self.model.training else "eval"

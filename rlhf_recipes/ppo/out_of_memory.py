@@ -46,12 +46,12 @@ def explain_out_of_memory(phase: str, sizes: Callable[[], str]) -> Iterator[None
         sizes: Says, after the error, what the batch was.
 
     Example:
-        >>> with explain_out_of_memory("train", lambda: "2 sequences"):
-        ...     raise torch.OutOfMemoryError("no memory")
-        Traceback (most recent call last):
-        ...
-        torch.OutOfMemoryError: no memory
-        PPO ran out of memory in the phase 'train' (2 sequences). What helps, in this order: ...
+        >>> try:
+        ...     with explain_out_of_memory("train", lambda: "2 sequences"):
+        ...         raise torch.OutOfMemoryError("no memory")
+        ... except torch.OutOfMemoryError as error:
+        ...     print(error.__notes__[0].split(". ")[0])
+        PPO ran out of memory in the phase 'train' (2 sequences)
     """
     try:
         yield

@@ -255,6 +255,7 @@ class PPOTrainer(PPOEngine):
                 new.logps,
                 old_logps,
                 mask,
+                self.half_precision,
                 what="every ratio of new to old policy must be 1",
                 cause="Dropout, or a layer that computes differently in training and in evaluation, is on.",
             )

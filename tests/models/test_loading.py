@@ -275,10 +275,11 @@ class TestFourBits:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="which files are mapped is read from Linux's /proc")
-def test_a_quantized_model_lets_go_of_its_file(tiny_model_path):
+def test_a_quantized_model_lets_go_of_its_file(tiny_model_path, tmp_path):
     """Weights that stay as they are in the file are views of it; one of them would keep all of it in memory."""
     config = quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
-    model = load_causal_lm(tiny_model_path, quantization_config=config, dtype="float32")
+    tiny_model_path = shutil.copytree(tiny_model_path, tmp_path / "model")  # which no other test has loaded
+    model = load_causal_lm(str(tiny_model_path), quantization_config=config, dtype="float32")
     assert f"{tiny_model_path}/model.safetensors" not in Path("/proc/self/maps").read_text()
     embedding = load_file(f"{tiny_model_path}/model.safetensors")["model.embed_tokens.weight"]
     assert_close(model.get_input_embeddings().weight.data, embedding, rtol=0, atol=0)

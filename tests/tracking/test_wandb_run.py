@@ -12,14 +12,15 @@ STAGE = {"recipe": "quickstart", "stage": "sft", "config": {"learning_rate": 0.5
 
 # Two stages of one recipe, the first of which is then resumed; what W&B knows of each is printed.
 PIPELINE = """
-import json, torch, wandb
+import json, sys, torch, wandb
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 from rlhf_recipes.tracking import start_run
 
 def show(run):
     facts = {"id": run.id, "group": run.group, "job_type": run.job_type, "name": run.name, "dir": run.dir}
-    print("RUN", json.dumps({**facts, "offline": run.offline, "config": dict(run.config)}))
+    line = "RUN " + json.dumps({**facts, "offline": run.offline, "config": dict(run.config)})
+    sys.stdout.write("\\n" + line + "\\n")  # in one piece: W&B writes to the same stream from a thread
 
 def start(stage, parent):
     options = {"config": {"learning_rate": 0.5}, "parent": parent, "report_to": ["wandb"]}
