@@ -47,6 +47,7 @@ RESAMPLING, ACCURACY = f"{CERTIFICATE}/resampling.py", f"{CERTIFICATE}/accuracy.
 CALIBRATION, LENGTH = f"{CERTIFICATE}/calibration.py", f"{CERTIFICATE}/length.py"
 SAMPLES, SENSITIVITY = f"{CERTIFICATE}/samples.py", f"{CERTIFICATE}/sensitivity.py"
 BENCHMARK, VERDICT = f"{CERTIFICATE}/benchmark.py", f"{CERTIFICATE}/verdict.py"
+PADDING, JOINED = "rlhf_recipes/ppo/padding.py", "test_what_is_read_and_how_it_is_joined_by_hand"
 MEAN_WEIGHTS = "rlhf_recipes/reward_modeling/mean_weights.py"
 ENSEMBLE = "rlhf_recipes/rewards/ensemble.py"
 MEMORY, PHASES = "rlhf_recipes/planning/memory.py", "rlhf_recipes/planning/phases.py"
@@ -290,6 +291,19 @@ BUGS = [
     Bug(BENCHMARK, "highest[0] / highest.sum()", "highest[0]", "TestBestOfKCredit.test_numbers"),
     Bug(BENCHMARK, "max(good) - min(good)", "max(good) - max(bad)", "TestTiesScore.test_numbers"),
     Bug(VERDICT, "order.index(reason.level))", "-order.index(reason.level))", "TestJudge.test_numbers"),
+    Bug(
+        PADDING,
+        '[batch["prompt_ids"], batch["completion_ids"]]',
+        '[batch["completion_ids"], batch["prompt_ids"]]',
+        JOINED,
+    ),
+    Bug(PADDING, '"prompt_mask", "completion_ids", "completion_mask")}', '"prompt_mask", "completion_ids")}', JOINED),
+    Bug(PADDING, "value[:, -prompt:]", "value[:, :prompt]", "test_trimming_by_hand"),
+    Bug(PADDING, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
+    Bug(PADDING, "descending=True", "descending=False", "test_parts_by_length_are_the_whole_batch"),
+    Bug(PADDING, "if left else", "if not left else", "test_parts_that_were_cut_on_the_left_by_hand"),
+    Bug(PADDING, "[start : start + per_step]", "[:per_step]", "test_sorting_moves_no_row_to_another_step"),
+    Bug(PADDING, "torch.cat([b[name] for b in batches])", "torch.cat([b[name] for b in batches[:1]])", JOINED),
     Bug(MEAN_WEIGHTS, ".mean(dim=0).to(", ".sum(dim=0).to(", "test_mean_weights"),
     Bug(MEAN_WEIGHTS, "member[name].double()", "member[name]", "test_mean_weights"),
     Bug(ENSEMBLE, "std(dim=0, correction=0)", "std(dim=0)", "TestAggregateScores.test_numbers"),
@@ -422,7 +436,7 @@ PURE_FILES = (
     *("functional/*.py", "losses/*.py", "shaping/*.py", "metrics.py", "readout.py", "ensemble.py"),
     *("active.py", "judging.py", "ranking.py", "ratings.py", "score_intervals.py", "votes.py", "mean_weights.py"),
     *("alarm.py", "frontier.py", "agreement.py", "texts.py", "evidence.py"),
-    *("planning/memory.py", "planning/phases.py"),
+    *("planning/memory.py", "planning/phases.py", "ppo/padding.py"),
 )
 
 

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rlhf_recipes.ppo.padding import by_length, join, put_together, sequences, sort_within_steps, trim
+from rlhf_recipes.ppo.padding import (
+    by_length,
+    count_columns,
+    join,
+    prompt_and_completion,
+    put_together,
+    sequences,
+    sort_within_steps,
+    trim,
+)
 
 
 def make_batch(prompts, completions, spare=2):
@@ -66,6 +75,27 @@ def test_parts_by_length_are_the_whole_batch(lengths, size):
     assert torch.equal(again[mask], batch["completion_ids"][mask])
     masks = put_together([(index, part["completion_mask"]) for index, part in parts], width)
     assert torch.equal(masks, batch["completion_mask"])
+
+
+def test_what_is_read_and_how_it_is_joined_by_hand():
+    batch = make_batch([1, 2], [2, 1], spare=0)
+    assert list(sequences(batch)) == ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask"]
+    input_ids, attention_mask = prompt_and_completion(batch)
+    assert input_ids.tolist() == [[100, 101, 0, 1], [102, 103, 2, 3]]
+    assert attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
+    whole = join([batch, batch])
+    assert whole["completion_ids"].tolist() == 2 * batch["completion_ids"].tolist()
+    assert whole["total"] == batch["total"]
+
+
+def test_parts_that_were_cut_on_the_left_by_hand():
+    parts = [(torch.tensor([1]), torch.tensor([[7.0]])), (torch.tensor([0]), torch.tensor([[1.0, 2.0]]))]
+    assert put_together(parts, 3, left=True).tolist() == [[0.0, 1.0, 2.0], [0.0, 0.0, 7.0]]
+
+
+def test_columns_are_counted_by_hand():
+    assert count_columns(torch.tensor([[0, 0, 1], [0, 1, 1]])) == 2
+    assert count_columns(torch.zeros(2, 3)) == 1
 
 
 def test_what_is_put_together_passes_gradients_on():
