@@ -7,35 +7,12 @@ from hypothesis import given
 
 from rlhf_recipes.planning.memory import FIXED_BYTES, TRAINING_BYTES
 from rlhf_recipes.planning.phases import PHASES, largest_micro_batch, largest_rollout, peak, ppo_memory
-from rlhf_recipes.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
+from rlhf_recipes.planning.sizes import AdapterSizes
+from tests.planning.support import NETWORK
+from tests.planning.support import SIZES as CPU
 
-NETWORK = NetworkSizes(8, 2, 2, 1, 4, 16, 100, True, 14, 1152, 1640, 128, 800)
-ADAPTER = AdapterSizes(600, 14, 64, 40)
 NO_ADAPTER = AdapterSizes(0, 0, 0, 0)
-SIZES = RunSizes(
-    network=NETWORK,
-    policy=ADAPTER,
-    critic=ADAPTER,
-    critic_network=None,
-    frozen=1200,
-    others=0,
-    heads=2,
-    weight_bytes=4,
-    quantized_bits=0,
-    autocast=False,
-    checkpointing=False,
-    eager=False,
-    exact_kl=False,
-    optimizer_bytes=8,
-    micro_batch=2,
-    evaluation_batch=2,
-    rollout=6,
-    prompt=3,
-    completion=2,
-    device="cuda",
-    file_bytes=0,
-)
-CPU = replace(SIZES, device="cpu")
+SIZES = replace(CPU, device="cuda")
 WEIGHTS, ADAPTERS, TRAINED = 4 * 2792, 4 * (1208 + 1200 + 8), 1208
 
 
