@@ -157,14 +157,13 @@ def logits_memory(sizes: RunSizes, backward: bool) -> float:
     """Bytes with which TRL's fused output layer computes log-probabilities and entropies of a micro-batch.
 
     It never makes a tensor of (batch, tokens, vocabulary), but tiles of up to 4096 tokens and 32768 vocabulary
-    entries, one after the other. On a GPU, tokens are those of the completions, a kernel works on the tile in place,
-    and the tile is allocated in its full width. On a CPU all tokens but the last of each row count, and torch makes
-    copies in float32: three forward; backward eight and a tile of truth values; and in 16 bits one of the tile's
-    gradient and of the piece of the output matrix. Backward also has the gradient of the hidden states in float32.
+    entries, one after the other. Tokens are those of the completions. On a GPU a kernel works on the tile in place,
+    and the tile is allocated in its full width. On a CPU torch makes copies in float32: three forward; backward eight
+    and a tile of truth values; and in 16 bits one of the tile's gradient and of the piece of the output matrix.
+    Backward also has the gradient of the hidden states in float32.
     """
     network, compute = sizes.network, sizes.compute_bytes
-    per_row = sizes.length - 1 if sizes.device == "cpu" else sizes.completion
-    rows = sizes.micro_batch * per_row
+    rows = sizes.micro_batch * sizes.completion
     tokens = min(rows, TILE_TOKENS)
     width = min(network.vocabulary, TILE_VOCABULARY) if sizes.device == "cpu" else TILE_VOCABULARY
     piece = 0 if compute == 4 else min(network.vocabulary, TILE_VOCABULARY) * network.hidden * (4 if backward else 2)

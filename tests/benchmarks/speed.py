@@ -149,6 +149,8 @@ def main(argv=None) -> int:
                 medians = compare(given, world, precision, pythons)
                 print(table(medians))
                 bars = BARS if size != "1.3M" and lengths == "fixed" else []
+                if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
+                    bars = [(what, system, other, 1.3) for what, system, other, _ in bars]
                 verdicts += judge(medians, bars)
                 (world / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
     print("\n".join(text for _, text in verdicts))

@@ -41,7 +41,7 @@ def test_generate_numbers():
 
 def test_score_numbers():
     score = ppo_memory(replace(CPU, evaluation_batch=4))["score"]
-    assert (score.activations, score.logits) == (2 * 4 * 20 * 8, 16 * 100 * 16)
+    assert (score.activations, score.logits) == (2 * 4 * 20 * 8, 8 * 100 * 16)
     small = replace(NETWORK, vocabulary=1)
     assert ppo_memory(replace(CPU, network=small))["score"].activations == 10 * 352
     assert ppo_memory(replace(CPU, exact_kl=True))["score"].logits == 6 * 4 * 512 * 100
@@ -53,8 +53,8 @@ def test_train_numbers():
     assert (train.activations, train.logits) == (2 * kept + 10 * 256, 0)  # the critic's backward pass begins
     assert train.optimizer == 12 * TRAINED
     assert train.rest == FIXED_BYTES["cpu"] + TRAINING_BYTES["cpu"] + 6 * 128
-    train = ppo_memory(CPU)["train"]
-    assert (train.activations, train.logits) == (kept, 8 * 100 * 37 + 256)  # the policy's output layer
+    train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=200)))["train"]
+    assert (train.activations, train.logits) == (kept, 4 * 200 * 37 + 128)  # the policy's output layer
     again = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1), checkpointing=True))["train"]
     assert again.activations == 2 * (640 + 960) + 10 * 576 + 10 * 256
 
