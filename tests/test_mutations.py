@@ -300,6 +300,7 @@ BUGS = [
     Bug(PADDING, '"prompt_mask", "completion_ids", "completion_mask")}', '"prompt_mask", "completion_ids")}', JOINED),
     Bug(PADDING, "value[:, -prompt:]", "value[:, :prompt]", "test_trimming_by_hand"),
     Bug(PADDING, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
+    Bug(PADDING, '["prompt_mask"].sum(dim=1) + ', '["prompt_mask"].sum(dim=1) - ', "test_rows_are_measured_by_hand"),
     Bug(PADDING, "descending=True", "descending=False", "test_parts_by_length_are_the_whole_batch"),
     Bug(PADDING, "if left else", "if not left else", "test_parts_that_were_cut_on_the_left_by_hand"),
     Bug(PADDING, "[start : start + per_step]", "[:per_step]", "test_sorting_moves_no_row_to_another_step"),

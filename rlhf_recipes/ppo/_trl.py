@@ -44,7 +44,7 @@ def policy_pass(
     batch: dict[str, Tensor],
     batch_size: int | None = None,
     read: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Any]:
     """Compute log-probabilities and entropies as `completion_logps` does, and what the same pass tells besides.
 
     They come from TRL's fused output layer, at the sampling temperature, without a tensor of (B, T, vocabulary).

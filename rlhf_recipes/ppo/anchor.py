@@ -14,6 +14,8 @@ from rlhf_recipes.ppo._trl import policy_pass
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController, chunked_full_kl, kl_estimate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -35,10 +37,9 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
     """
     args, mask = trainer.args, batch["completion_mask"]
     full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
-    read = (lambda states: states) if full else trainer.critic.values if head else None
-    old_logps, _, old = policy_pass(trainer, trainer.model, batch, batch_size, read)
+    old_logps, _, old = policy_pass(trainer, trainer.model, batch, batch_size, what_to_keep(trainer, full))
     with trainer.roles.use(trainer.reference):
-        keep = (lambda states: states) if full else None
+        keep = keep_states if full else None
         ref_logps, _, ref = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
     if trainer.model.training and trainer.state.global_step == trainer._step == 0:
         checks.check_same_distribution(
@@ -53,13 +54,23 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
     if args.kl_estimator != "full":
         values = {"old_values": old} if old is not None else {}
         return {**found, **values, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}
-    assert old is not None  # asked for
-    assert ref is not None
     if head:
         found["old_values"] = trainer.critic.values(old)
     if args.kl_placement == "loss":
         found["anchor_hidden"] = old if args.kl_anchor == "old" else ref
     return {**found, "kl": exact_kl(trainer, old, ref, mask, trainer.roles.model)}
+
+
+def keep_states(states: Tensor) -> Tensor:
+    """For `policy_pass`: keep the states `(B, T, H)` themselves."""
+    return states
+
+
+def what_to_keep(trainer: PPOTrainer, full: bool) -> Callable[[Tensor], Tensor] | None:
+    """What a pass of the policy keeps for others: states for an exact KL, else the values of a head, else nothing."""
+    if full:
+        return keep_states
+    return trainer.critic.values if trainer.critic.kind == "head" else None
 
 
 def exact_kl(

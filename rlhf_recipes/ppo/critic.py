@@ -139,11 +139,12 @@ class Critic:
         Returns:
             Values in reward units, shape `(B, T)`.
         """
-        if self._model is None:
-            return self._roles.apply_head(CRITIC, states) + self._bias
-        head: Any = self._model.score
-        values: Tensor = head(states.to(head.weight.dtype))
-        return values.squeeze(-1).float()
+        with torch.autocast(states.device.type, enabled=False):  # the network may run in 16 bits, the head does not
+            if self._model is None:
+                return self._roles.apply_head(CRITIC, states) + self._bias
+            head: Any = self._model.score
+            values: Tensor = head(states.to(head.weight.dtype))
+            return values.squeeze(-1).float()
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Run the critic's own network on a micro-batch of a rollout.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_recipes.ppo.padding import row_lengths
+
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.engine import PPOEngine
 
@@ -88,7 +90,7 @@ def _sizes(trainer: PPOEngine, name: str) -> str:
     text = f"micro-batches of {micro_batch} sequences"
     if name == "train" and trainer._buffered_inputs:
         batch = trainer._buffered_inputs[0]
-        lengths = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
         width = batch["prompt_ids"].size(1) + batch["completion_ids"].size(1)
-        text += f", {width} tokens wide with padding; the longest sequence of the first one has {int(lengths.max())}"
+        longest = int(row_lengths(batch).max())
+        text += f", {width} tokens wide with padding; the longest sequence of the first one has {longest}"
     return text

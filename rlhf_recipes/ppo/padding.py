@@ -54,6 +54,11 @@ def count_columns(mask: Tensor) -> Tensor:
     return mask.any(dim=0).sum().clamp(min=1)
 
 
+def row_lengths(batch: dict[str, Tensor]) -> Tensor:
+    """Tokens of each row, prompt and completion, shape `(B,)`."""
+    return batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
+
+
 def by_length(batch: dict[str, Tensor], batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Split a batch into parts of rows of like length, each cut to its longest row.
 
@@ -64,8 +69,8 @@ def by_length(batch: dict[str, Tensor], batch_size: int) -> Iterator[tuple[Tenso
     Yields:
         The indices of the rows `(b,)`, and the part.
     """
-    lengths = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
-    for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # the largest first: what fits, fits
+    order = row_lengths(batch).argsort(descending=True, stable=True)  # the largest first: what fits, fits
+    for rows in order.split(batch_size):
         yield rows, trim({name: value[rows] for name, value in batch.items()})
 
 
@@ -110,8 +115,7 @@ def sort_within_steps(micro_batches: list[dict[str, Tensor]], per_step: int) -> 
     for start in range(0, len(micro_batches), per_step):
         group = micro_batches[start : start + per_step]
         rows = join(group)
-        order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort(stable=True)
-        for part in order.chunk(len(group)):
+        for part in row_lengths(rows).argsort(stable=True).chunk(len(group)):
             sorted_batches.append({name: value if value.dim() == 0 else value[part] for name, value in rows.items()})
     return sorted_batches
 

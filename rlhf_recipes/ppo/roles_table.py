@@ -87,9 +87,7 @@ def _bytes(parameters: list[Any]) -> int:
         total += parameter.numel() * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            total += sum(t.numel() * t.element_size() for t in state.as_dict(packed=False).values() if _is_tensor(t))
+            total += sum(
+                t.numel() * t.element_size() for t in state.as_dict(packed=False).values() if isinstance(t, Tensor)
+            )
     return total
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

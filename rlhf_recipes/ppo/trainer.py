@@ -20,7 +20,7 @@ from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
-from rlhf_recipes.ppo.anchor import exact_kl, make_kl_controller, policy_and_reference
+from rlhf_recipes.ppo.anchor import exact_kl, make_kl_controller, policy_and_reference, what_to_keep
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
@@ -275,15 +275,17 @@ class PPOTrainer(PPOEngine):
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
         """Run policy and critic on a micro-batch, with gradients."""
         full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
-        logps, entropies, states = policy_pass(self, model, inputs, read=lambda states: states)
-        assert states is not None  # they were asked for
-        with self.accelerator.autocast():
-            values = self.critic.values(states) if self.critic.kind == "head" else self.critic.forward(inputs)
+        logps, entropies, kept = policy_pass(self, model, inputs, read=what_to_keep(self, full))
+        if self.critic.kind == "head":
+            values = self.critic.values(kept) if full else kept
+        else:
+            with self.accelerator.autocast():
+                values = self.critic.forward(inputs)
         kl = None
         if full:
             mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
             anchor = self.model if old else self.roles.model
-            kl = exact_kl(self, states, inputs["anchor_hidden"], mask, anchor, swap=old)
+            kl = exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old)
         return Outputs(logps, entropies, values, kl)
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:

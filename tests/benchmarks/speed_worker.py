@@ -23,6 +23,8 @@ from transformers import (
     TrainerCallback,
 )
 
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
 
 def seconds() -> float:
     """The time: of this process's work if it has one thread, so that others on the machine do not count; else all."""
@@ -124,14 +126,16 @@ def memory(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def load(world: Path, kind, precision: str, **options):
     """Load a model of the benchmark in float32, bfloat16 or 4 bits."""
     if precision == "4bit":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
+        options["quantization_config"] = FOUR_BIT
         options["device_map"] = {"": "cpu"}
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = dtype_of(precision)
     return kind.from_pretrained(world / "policy", dtype=dtype, **options)
 
 
@@ -203,12 +207,8 @@ def grpo_like(given, clock: Clock) -> None:
             **common(given),
             **engine,
         )
-        quantization = None
-        if given.precision == "4bit":
-            quantization = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-            )
-        dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+        quantization = FOUR_BIT if given.precision == "4bit" else None
+        dtype = dtype_of(given.precision)
         model = load_causal_lm(str(given.world / "policy"), quantization_config=quantization, dtype=dtype)
         trainer = PPOTrainer(model, str(given.world / "reward"), config, **shared)
     trainer.create_optimizer()

@@ -83,6 +83,16 @@ def test_a_head_on_the_trunk_reads_the_policys_states(make_trainer):
         assert_close(batch["old_values"][row, : len(completion)].double(), values, atol=1e-4, rtol=1e-4)
 
 
+def test_the_head_computes_in_float32_where_the_network_does_not(make_trainer):
+    trainer = make_trainer()
+    states = torch.randn(2, 3, trainer.model.config.hidden_size)
+    with torch.no_grad():
+        trainer.roles.heads[CRITIC].weight.normal_()
+        expected = trainer.critic.values(states)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(trainer.critic.values(states), expected)
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_number_of_sequences_at_a_time_does_not_matter(make_trainer, size):
     trainer = make_trainer()

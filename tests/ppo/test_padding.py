@@ -12,6 +12,7 @@ from rlhf_recipes.ppo.padding import (
     join,
     prompt_and_completion,
     put_together,
+    row_lengths,
     sequences,
     sort_within_steps,
     trim,
@@ -91,6 +92,10 @@ def test_what_is_read_and_how_it_is_joined_by_hand():
 def test_parts_that_were_cut_on_the_left_by_hand():
     parts = [(torch.tensor([1]), torch.tensor([[7.0]])), (torch.tensor([0]), torch.tensor([[1.0, 2.0]]))]
     assert put_together(parts, 3, left=True).tolist() == [[0.0, 1.0, 2.0], [0.0, 0.0, 7.0]]
+
+
+def test_rows_are_measured_by_hand():
+    assert row_lengths(make_batch([1, 3], [2, 0])).tolist() == [3, 3]
 
 
 def test_columns_are_counted_by_hand():
