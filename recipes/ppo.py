@@ -3,29 +3,32 @@
 accelerate launch recipes/ppo.py --config recipes/quickstart/ppo.yaml [--learning_rate 1e-5]
 """
 
-from functools import partial
-from pathlib import Path
-
 from trl import ModelConfig
 
-from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.checkpoints import check_output_dir
+from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import DataArguments, parse_stage
-from rlhf_recipes.data import load_rows, to_prompts
-from rlhf_recipes.data.splits import load_splits
-from rlhf_recipes.data.synthetic import GoldScore
-from rlhf_recipes.evaluation.alarm import AlarmLimits
-from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
-from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
-from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
 from rlhf_recipes.ppo.arguments import PPOArguments
-from rlhf_recipes.rewards import EnsembleReward, RemoteReward
-from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
 
 
 def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
+    # Imported here, so that --help does not wait for them.
+    from functools import partial
+    from pathlib import Path
+
+    from rlhf_recipes import PPOTrainer
+    from rlhf_recipes.checkpoints import check_output_dir
+    from rlhf_recipes.data import load_rows, to_prompts
+    from rlhf_recipes.data.splits import load_splits
+    from rlhf_recipes.data.synthetic import GoldScore
+    from rlhf_recipes.evaluation.alarm import AlarmLimits
+    from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
+    from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
+    from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
+    from rlhf_recipes.rewards import EnsembleReward, RemoteReward
+    from rlhf_recipes.tracking import log_outputs, stage_config, start_run
+
     checkpoint = check_output_dir(training_args)
 
     # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.

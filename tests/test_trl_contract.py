@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.models.roles import completion_states
+from rlhf_recipes.models.roles import states_at
 
 PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
 
@@ -77,13 +77,13 @@ def test_per_token_logps_return_as_many_things_as_the_override():
 
 
 def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_model_path):
-    """Labels shorter than the input, with a hook that cuts the hidden states to the same length."""
+    """Labels shorter than the input, with a hook that takes as many of the hidden states."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     ids = torch.tensor([[6, 7, 8, 9, 10]])
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     with torch.no_grad():
         logps = (model(input_ids=ids).logits[0].double() / 0.7).log_softmax(-1)
-        with completion_states(model, 2) as states:
+        with states_at(model, torch.tensor([[2, 3]])) as states:
             found = model(input_ids=ids, labels=ids[:, -3:], fused_lm_head=True)
     message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/_trl.py")
     expected = logps[[2, 3], ids[0, 3:]].float()

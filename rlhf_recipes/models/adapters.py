@@ -15,6 +15,8 @@ from peft import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlhf_recipes.models.fused_lora import fuse_lora
+
 POLICY = "default"  # the name that TRL expects
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -75,7 +77,7 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
             f"that it was trained on; if it is the same model at a new place, correct `base_model_name_or_path` in "
             f"{Path(path) / CONFIG}."
         )
-    return config
+    return fuse_lora(config)
 
 
 def same_model(left: str | None, right: str | None) -> bool:

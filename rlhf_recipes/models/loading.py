@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from rlhf_recipes.models.fused_lora import fuse_lora
+
 if TYPE_CHECKING:
     from trl import ModelConfig
 
@@ -94,7 +96,7 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
     modules = model_args.lora_modules_to_save
     if task_type == "SEQ_CLS":
         modules = [*HEAD_MODULES, *(modules or [])]  # PEFT alone would leave an encoder's pooler at its random start
-    return LoraConfig(
+    config = LoraConfig(
         task_type=task_type,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
@@ -105,6 +107,7 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
+    return fuse_lora(config)
 
 
 def load_tokenizer(

@@ -45,23 +45,26 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 @contextmanager
-def completion_states(model: nn.Module, length: int) -> Iterator[list[Tensor]]:
-    """Keep, of every forward pass of a causal model inside the block, what its completions' tokens are drawn from.
+def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
+    """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
 
-    The output layer then sees the last `length + 1` positions only: what it would say of the prompt is not computed.
+    The output layer then sees these states only, and the last one of each row once more: what it would say of the
+    prompt is not computed.
 
     Args:
         model: The model, with or without adapters.
-        length: Tokens of the completions, at the end of the sequences.
+        places: Columns of the states in each row, shape `(B, T)`.
 
     Yields:
-        A list that gets the last hidden states `(B, length, H)` before each of these tokens, once for each pass.
+        A list that gets the last hidden states `(B, T, H)` at these places, once for each pass.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     captured: list[Tensor] = []
+    columns = torch.cat([places, places[:, -1:]], dim=1)[..., None]
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, -length - 1 :]
+        states = output.last_hidden_state
+        output.last_hidden_state = states.gather(1, columns.expand(-1, -1, states.size(-1)))
         captured.append(output.last_hidden_state[:, :-1])
         return output
 

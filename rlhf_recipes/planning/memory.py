@@ -98,8 +98,8 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
     - The MLP keeps what its activation function reads and, with a gate, also its result and the other factor: `3 I`
       or `I`.
     - Each adapted linear layer keeps its input and the `r` numbers between its two matrices. The frozen matrices need
-      no inputs. In float32, layers with the same input share it. Where activations have 16 bits and adapters have 32,
-      each layer casts its input and keeps its own copy. bitsandbytes layers under autocast do not cast.
+      no inputs. Layers with the same input share it, unless each casts it and keeps its own copy: 16-bit weights
+      with float32 adapters, or float32 weights under autocast.
 
     The output of the MLP's activation function, after the gate, is the input of its last linear layer, and is counted
     there.
@@ -119,24 +119,22 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
 
 def casts_inputs(sizes: RunSizes) -> bool:
     """Whether each adapted layer keeps a copy of its input in another number format."""
-    if sizes.autocast:
-        return sizes.quantized_bits == 0
-    return sizes.compute_bytes < 4
+    return sizes.autocast if sizes.weight_bytes == 4 else not sizes.autocast
 
 
 def kept_activations(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes) -> float:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass.
 
-    Without checkpointing, all that its layers keep; with it, the input of each layer. Under autocast also 16-bit
-    copies of the adapter. After the last layer: its output, which the last norm keeps, the norm's result, and the
-    output layer's copy of that, in float32.
+    All that its layers keep, under autocast with 16-bit copies of their adapters; of layers that are checkpointed,
+    their input only. After the last layer: its output, which the last norm keeps, the norm's result, and the output
+    layer's copy of that, in float32.
     """
     tokens = sizes.micro_batch * sizes.length
     last = 3 * 4 * network.hidden * tokens
-    casts = 2.0 * adapter.parameters if sizes.autocast else 0.0
-    if sizes.checkpointing:
-        return network.layers * network.hidden * sizes.weight_bytes * tokens + last
-    return network.layers * tokens * kept_per_layer(sizes, network, adapter) + last + casts
+    casts = 2.0 * adapter.parameters / network.layers if sizes.autocast else 0.0
+    again = -(-network.layers // sizes.checkpointing) if sizes.checkpointing else 0  # the first, then every n-th
+    whole = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
+    return whole + again * tokens * network.hidden * sizes.weight_bytes + last
 
 
 def working_memory(sizes: RunSizes, tokens: int, backward: bool) -> float:

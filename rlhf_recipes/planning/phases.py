@@ -20,7 +20,7 @@ from rlhf_recipes.planning.memory import (
     weight_bytes,
     working_memory,
 )
-from rlhf_recipes.planning.sizes import RunSizes
+from rlhf_recipes.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
 
 PHASES = ("load", "generate", "score", "train")
 
@@ -33,8 +33,9 @@ def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
     - generate: keys and values of a whole rollout and the logits of one step, or one layer's work on all prompts.
     - score: old and reference log-probabilities, values and rewards, a micro-batch at a time, without gradients: one
       layer's work, or the output layer's.
-    - train: gradients and optimizer states, and the larger of two moments: policy and critic have run forward and the
-      backward pass begins, with the critic; or the backward pass is in the policy's output layer, after the critic's.
+    - train: gradients and optimizer states, and the largest of three moments: the backward pass of a critic with
+      layers of its own begins, which comes before the policy's forward pass; that of the policy's layers begins; or
+      that of its output layer. From the first on, the critic's gradients are kept besides.
 
     Args:
         sizes: The run.
@@ -92,16 +93,24 @@ def _train(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
         optimizer=sizes.trained * (4 + sizes.optimizer_bytes),  # gradients live only here
         rest=common.rest + TRAINING_BYTES[sizes.device],
     )
-    policy = kept_activations(sizes, sizes.network, sizes.policy)
-    critic = layer = 0.0
+    moments = []
     if sizes.critic is not None:
-        critic = kept_activations(sizes, sizes.critic_network or sizes.network, sizes.critic)
-    if sizes.checkpointing:
-        layer = sizes.micro_batch * sizes.length * kept_per_layer(sizes, sizes.network, sizes.policy)
-    layer += working_memory(sizes, sizes.micro_batch * sizes.length, backward=True)
-    in_layers = replace(common, activations=policy + critic + layer, logits=exact_kl_memory(sizes))
-    in_output = replace(common, activations=policy, logits=logits_memory(sizes, backward=True))
-    return max(in_layers, in_output, key=lambda memory: memory.total)
+        own = sizes.critic_network or sizes.network
+        common = replace(common, optimizer=common.optimizer + 4 * sizes.critic.parameters)
+        moments.append(replace(common, activations=_backward(sizes, own, sizes.critic)))
+    in_layers = _backward(sizes, sizes.network, sizes.policy)
+    moments.append(replace(common, activations=in_layers, logits=exact_kl_memory(sizes)))
+    kept = kept_activations(sizes, sizes.network, sizes.policy)
+    moments.append(replace(common, activations=kept, logits=logits_memory(sizes, backward=True)))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _backward(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes) -> float:
+    """Bytes of activations when the backward pass of a network's layers begins."""
+    tokens = sizes.micro_batch * sizes.length
+    again = kept_per_layer(sizes, network, adapter) * tokens if sizes.checkpointing == 1 else 0.0
+    working = working_memory(replace(sizes, network=network), tokens, backward=True)
+    return kept_activations(sizes, network, adapter) + again + working
 
 
 def peak(sizes: RunSizes) -> tuple[str, float]:

@@ -84,7 +84,7 @@ def run_sizes(
         weight_bytes=weight_bytes,
         quantized_bits=bits,
         autocast=training_args.bf16 or training_args.fp16,
-        checkpointing=bool(training_args.activation_checkpointing),
+        checkpointing=_checkpointed(training_args),
         eager=config._attn_implementation == "eager",
         exact_kl=training_args.kl_estimator == "full",
         optimizer_bytes=optimizer_bytes(training_args.optim),
@@ -97,6 +97,11 @@ def run_sizes(
         file_bytes=_file_bytes(network, config, weight_bytes, bits) if device == "cpu" else 0,
     )
     return sizes, notes
+
+
+def _checkpointed(training_args: PPOConfig) -> int:
+    given: Any = training_args.activation_checkpointing_kwargs or {}
+    return int(given.get("every_n_layers", 1)) if training_args.activation_checkpointing else 0
 
 
 def optimizer_bytes(optim: Any) -> float:

@@ -74,7 +74,8 @@ class RunSizes:
         weight_bytes: Bytes of a weight that is not quantized: 4 or 2.
         quantized_bits: 4 or 8 for a base loaded by bitsandbytes, 0 for one that is not quantized.
         autocast: Whether the run computes in 16 bits by itself (`bf16: true` or `fp16: true`).
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Of how many layers one computes its activations again in the backward pass: 1 for every layer,
+            `n` for every n-th, 0 for none.
         eager: Whether the attention keeps its weights (`attn_implementation: eager`).
         exact_kl: Whether the KL is over the whole vocabulary (`kl_estimator: full`).
         optimizer_bytes: Bytes of optimizer state for each trained number.
@@ -98,7 +99,7 @@ class RunSizes:
     weight_bytes: int
     quantized_bits: Literal[0, 4, 8]
     autocast: bool
-    checkpointing: bool
+    checkpointing: int
     eager: bool
     exact_kl: bool
     optimizer_bytes: float

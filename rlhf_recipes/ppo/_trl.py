@@ -10,8 +10,8 @@ from torch import Tensor
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from rlhf_recipes.models.roles import completion_states
-from rlhf_recipes.ppo.padding import by_length, prompt_and_completion, put_together, sequences
+from rlhf_recipes.models.roles import states_at
+from rlhf_recipes.ppo.padding import by_length, places_before, prompt_and_completion, put_together, sequences
 
 
 def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
@@ -63,12 +63,11 @@ def policy_pass(
     length = batch["completion_ids"].size(1)
     for rows, part in by_length(sequences(batch), batch_size or len(batch["prompt_ids"])):
         input_ids, attention_mask = prompt_and_completion(part)
-        scored = part["completion_ids"].size(1)
-        # The first label stands for the last prompt token, which TRL drops
-        labels = input_ids.masked_fill(attention_mask == 0, -100)[:, -scored - 1 :]
+        labels = part["completion_ids"].masked_fill(part["completion_mask"] == 0, -100)
+        labels = torch.nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
         with (
             trainer.accelerator.autocast(),
-            completion_states(trainer.accelerator.unwrap_model(model), scored) as states,
+            states_at(trainer.accelerator.unwrap_model(model), places_before(part)) as states,
         ):
             outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
             kept = [] if read is None else [read(states[0])]

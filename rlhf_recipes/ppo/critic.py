@@ -18,10 +18,22 @@ from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import decoder_layers
-from rlhf_recipes.ppo.padding import by_length, prompt_and_completion, put_together, sequences
+from rlhf_recipes.ppo.objective import backward_now, critic_loss
+from rlhf_recipes.ppo.padding import (
+    by_length,
+    join_columns,
+    places_before,
+    prompt_and_completion,
+    put_together,
+    sequences,
+    split_columns,
+    take,
+)
 from rlhf_recipes.reward_modeling.readout import Readout
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from rlhf_recipes.ppo.config import PPOConfig
 
 MODEL = "critic_model"  # the submodule of the policy that is a critic of its own
@@ -115,7 +127,7 @@ class Critic:
             self._roles.freeze_below(CRITIC, self.layers)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the critic's network: `(B, P + T)` token ids to `(B, P + T, H)`."""
+        """Run the critic's network: token ids `(B, L)` to `(B, L, H)`."""
         if self._model is not None:
             inner: Any = getattr(self._model, self._model.base_model_prefix)
             hidden: Tensor = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -155,15 +167,32 @@ class Critic:
         Returns:
             Values in reward units, shape `(B, T)`.
         """
-        length = batch["completion_ids"].size(1)
         input_ids, attention_mask = prompt_and_completion(batch)
         if self.layers is None:
             hidden = self.hidden_states(input_ids, attention_mask)
         else:
-            below = torch.cat([batch["prompt_below"], batch["completion_below"]], dim=1)
+            below = join_columns(batch["prompt_below"], batch["completion_below"], batch)
             with self._roles.use(self._adapter):
                 hidden = self._roles.hidden_states_of_top(below, attention_mask, self.layers)
-        return self.values(hidden[:, -length - 1 : -1])
+        return self.values(take(hidden, places_before(batch)))
+
+    def loss(self, batch: dict[str, Tensor], args: PPOConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        """Run a critic with a network of its own, and free its activations before the policy takes as many.
+
+        Args:
+            batch: What `forward` and `critic_loss` take.
+            args: The configuration.
+            accelerator: The trainer's, for its precision.
+
+        Returns:
+            What `critic_loss` gives.
+        """
+        with accelerator.autocast():
+            loss, clipped = critic_loss(self.forward(batch), batch, args)
+        if loss.requires_grad and accelerator.scaler is None:  # float16's gradients need the scale of the whole loss
+            named = self._policy.named_parameters()
+            loss = backward_now(loss, [parameter for name, parameter in named if is_critic_parameter(name)])
+        return loss, clipped
 
     @torch.no_grad()
     def rollout_values(self, batch: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
@@ -189,11 +218,10 @@ class Critic:
 
     def _values_and_below(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.layers is not None
-        length = part["completion_ids"].size(1)
         with self._roles.use(self._adapter):
             hidden, below = self._roles.hidden_states_and_below(*prompt_and_completion(part), self.layers)
-        values = self.values(hidden[:, -length - 1 : -1])
-        found = {"prompt_below": below[:, :-length], "completion_below": below[:, -length:]}
+        values = self.values(take(hidden, places_before(part)))
+        found = dict(zip(("prompt_below", "completion_below"), split_columns(below, part), strict=True))
         if not self._checked:
             mask, again = part["completion_mask"].bool(), self.forward({**part, **found})
             if not torch.allclose(again[mask], values[mask], atol=1e-2, rtol=1e-2):

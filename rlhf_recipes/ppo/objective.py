@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlhf_recipes.ppo.functional import (
@@ -27,13 +29,15 @@ class Outputs:
     Attributes:
         logps: Log-probabilities of the completion tokens in nats, shape `(B, T)`.
         entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
-        values: The critic's values before each token, in reward units, shape `(B, T)`.
+        value_loss: Loss of the critic's values, a scalar.
+        value_clipped: Share of the values whose clipped loss was the larger one, a scalar.
         full_kl: Exact KL per token in nats, shape `(B, T)`, where the loss needs it.
     """
 
     logps: Tensor
     entropies: Tensor
-    values: Tensor
+    value_loss: Tensor
+    value_clipped: Tensor
     full_kl: Tensor | None = None
 
 
@@ -58,8 +62,8 @@ def ppo_loss(
 
     Args:
         new: The outputs of the networks as they are now.
-        batch: `completion_mask`, `value_mask`, `old_per_token_logps`, `old_values`, `advantages`, `returns`, and
-            `ref_per_token_logps`, each `(B, T)`.
+        batch: `completion_mask`, `value_mask`, `old_per_token_logps`, `advantages` and `ref_per_token_logps`, each
+            `(B, T)`.
         args: Clips, weights and how to average.
         kl_coef: Weight of the KL in the loss: 0 where the penalty is part of the rewards.
         entropy_coef: Weight of the entropy bonus.
@@ -80,15 +84,12 @@ def ppo_loss(
         level=args.importance_sampling_level,
         **average,
     )
-    value_loss, value_clipped = clipped_value_loss(
-        new.values, batch["old_values"], batch["returns"], batch["value_mask"], args.value_clip, **average
-    )
     entropy = aggregate(new.entropies, mask, args.loss_aggregation, args.max_completion_length)
     kl = new.logps.new_zeros(())
     if kl_coef:
         kl = aggregate(kl_per_token(new, batch, args), mask, args.loss_aggregation, args.max_completion_length)
     loss = total_loss(
-        policy_loss, value_loss, kl, entropy, vf_coef=args.vf_coef, kl_coef=kl_coef, entropy_coef=entropy_coef
+        policy_loss, new.value_loss, kl, entropy, vf_coef=args.vf_coef, kl_coef=kl_coef, entropy_coef=entropy_coef
     )
     log_ratio = (new.logps - old_logps).detach().masked_fill(~mask.bool(), 0.0)
     items, tokens, values = count_items(mask, args), mask.sum(), batch["value_mask"]
@@ -98,12 +99,61 @@ def ppo_loss(
         "ppo/clip_fraction": (policy_clipped, tokens),
         "ppo/approx_kl": (0.5 * masked_mean(log_ratio**2, mask), tokens),
         "ppo/ratio_mean": (masked_mean(log_ratio.exp(), mask), tokens),
-        "critic/value_loss": (value_loss, count_items(values, args)),
-        "critic/clip_fraction": (value_clipped, values.sum()),
+        "critic/value_loss": (new.value_loss, count_items(values, args)),
+        "critic/clip_fraction": (new.value_clipped, values.sum()),
     }
     if kl_coef:
         means["ppo/kl_loss"] = (kl, items)
     return loss, LossMetrics(means, {"ppo/ratio_max": log_ratio.max().exp()})
+
+
+def critic_loss(values: Tensor, batch: dict[str, Tensor], args: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Compute the loss of the critic's values before each token, in reward units, shape `(B, T)`.
+
+    Args:
+        values: The values as they are now.
+        batch: `value_mask`, `old_values` and `returns`, each `(B, T)`.
+        args: The clip, and how to average.
+
+    Returns:
+        The loss and the share of values whose clipped loss was the larger one, both scalars.
+    """
+    return clipped_value_loss(
+        values,
+        batch["old_values"],
+        batch["returns"],
+        batch["value_mask"],
+        args.value_clip,
+        aggregation=args.loss_aggregation,
+        length=args.max_completion_length,
+    )
+
+
+def backward_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Give a scalar with the same value and the same gradient, and free what the loss kept for its backward pass.
+
+    The gradient is computed at once and handed over whenever the result is differentiated, scaled as the result is
+    then. Two networks that share no parameters so take the memory of the larger one alone.
+
+    Args:
+        loss: A scalar.
+        parameters: Everything that it is to be differentiated by.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> loss = backward_now((weight**2).sum(), [weight])
+        >>> (0.5 * loss).backward()
+        >>> loss.item(), weight.grad.tolist()
+        (10.0, [1.0, 3.0])
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    result = loss.detach()
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        if gradient is not None:
+            result = result + ((parameter - parameter.detach()) * gradient).sum()
+    return result
 
 
 def kl_per_token(new: Outputs, batch: dict[str, Tensor], args: PPOConfig) -> Tensor:

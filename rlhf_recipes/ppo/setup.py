@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.models.adapters import POLICY, base_name, is_adapter, load_policy, same_model
+from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
@@ -70,14 +71,15 @@ def build_policy(
         raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
     positions_follow_mask(model)
     if peft_config is not None:
-        policy = get_peft_model(model, peft_config)
+        policy = get_peft_model(model, fuse_lora(peft_config))
         return policy, Roles(policy), None
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
             "`LoraConfig(task_type='CAUSAL_LM')`), or load it without `quantization_config`."
         )
-    frozen = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    config = fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None
 

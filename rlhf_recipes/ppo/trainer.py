@@ -25,7 +25,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
-from rlhf_recipes.ppo.objective import Outputs, count_items, ppo_loss
+from rlhf_recipes.ppo.objective import Outputs, count_items, critic_loss, ppo_loss
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
@@ -273,20 +273,18 @@ class PPOTrainer(PPOEngine):
         return loss
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
-        """Run policy and critic on a micro-batch, with gradients."""
+        """Run critic and policy on a micro-batch, with gradients."""
+        value = None if self.critic.kind == "head" else self.critic.loss(inputs, self.args, self.accelerator)
         full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
         logps, entropies, kept = policy_pass(self, model, inputs, read=what_to_keep(self, full))
-        if self.critic.kind == "head":
-            values = self.critic.values(kept) if full else kept
-        else:
-            with self.accelerator.autocast():
-                values = self.critic.forward(inputs)
+        if value is None:
+            value = critic_loss(self.critic.values(kept) if full else kept, inputs, self.args)
         kl = None
         if full:
             mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
             anchor = self.model if old else self.roles.model
             kl = exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old)
-        return Outputs(logps, entropies, values, kl)
+        return Outputs(logps, entropies, *value, kl)
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
+import rlhf_recipes
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -42,8 +43,7 @@ SETS = {
     "critics": {
         "adapter": [],
         "adapter, policy's learning rate": ["--critic_learning_rate", "3e-4"],
-        "adapter, upper two of three layers": ["--critic_layers", "2"],
-        "adapter, uppermost of three layers": ["--critic_layers", "1"],
+        "adapter, upper of two layers": ["--critic_layers", "1"],
         "head": ["--critic", "head"],
     },
 }
@@ -67,7 +67,9 @@ def train(variant: str, options: list[str], seed: int, folder: Path) -> None:
     spec = importlib.util.spec_from_file_location("ppo_stage", ROOT / "recipes" / "ppo.py")
     stage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage)
-    stage.PPOTrainer = WithPotential if variant == "potential" else PPOTrainer
+    rlhf_recipes.PPOTrainer = (
+        WithPotential if variant == "potential" else PPOTrainer
+    )  # the script imports it in `main`
     own = ["--config", str(RECIPE), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none"]
     stage.main(*parse_stage(stage.ARGUMENTS, [*own, "--log_completions", "false", *options]))
 

@@ -21,16 +21,21 @@ from learning_vs_trl112 import CACHE, make_environment
 from speed_world import LENGTHS, SIZES, make_world
 
 HERE = Path(__file__).resolve().parent
-SYSTEMS = ["trl112", "ppo_head", "ppo_adapter", "ppo_adapter_half", "floor_head", "floor_adapter", "grpo", "rloo"]
+OURS = ["ppo_head", "ppo_adapter", "ppo_adapter_half"]  # the last one with `critic_layers` at half the layers
+SYSTEMS = ["trl112", *OURS, "floor_head", "floor_adapter", "grpo", "rloo", "sft"]
 PHASES = ["update", "generate", "score", "train", "rest"]
-# (what, of which system, relative to which, at most); the bars of the update hold for 27M and up with fixed lengths.
+# (what, of which system, relative to which, at most), for 27M and up with fixed lengths
+FLOOR = [("update", "ppo_head", "floor_head", 1.15), ("update", "ppo_adapter", "floor_adapter", 1.15)]
+SFT = [("peak_mib", system, "sft", 1.25) for system in ("ppo_head", "ppo_adapter")]
 BARS = [
     ("update", "ppo_head", "trl112", 0.60),
     ("update", "ppo_adapter_half", "trl112", 0.85),
-    ("update", "ppo_head", "floor_head", 1.15),
-    ("update", "ppo_adapter", "floor_adapter", 1.15),
-    ("peak_mib", "ppo_head", "trl112", 0.45),
+    *FLOOR,
+    *[("peak_mib", system, "trl112", 0.45) for system in OURS],
+    *SFT,
 ]
+BARS_4_BIT_05B = [*FLOOR, *[("peak_mib", system, "trl112", 0.35) for system in OURS], *SFT]
+RAGGED = 1.2  # time with ragged lengths, at most, relative to that with fixed ones and as many real tokens
 
 
 def measure(system: str, world: Path, python: str, options: dict[str, object]) -> dict:
@@ -86,12 +91,27 @@ def judge(medians: dict[str, dict[str, float]], bars) -> list[tuple[bool, str]]:
     return verdicts
 
 
+def judge_ragged(fixed: dict[str, dict[str, float]], ragged: dict[str, dict[str, float]]) -> list[tuple[bool, str]]:
+    """Whether the time of ours follows real tokens: all of it, and that of the passes without generation."""
+    verdicts = []
+    for system in [name for name in OURS if name in fixed and name in ragged]:
+        share = ragged[system]["tokens"] / fixed[system]["tokens"]
+        for what, phases in (("update", PHASES[:1]), ("score and train", ["score", "train"])):
+            time, whole = (sum(rows[system][phase] for phase in phases) for rows in (ragged, fixed))
+            ratio = time / (share * whole)
+            word = "PASS" if ratio <= RAGGED else "FAIL"
+            text = f"{word} {what} of {system}, ragged / predicted from {share:.2f} of the tokens: {ratio:.3f}"
+            verdicts.append((ratio <= RAGGED, f"{text} (at most {RAGGED})"))
+    return verdicts
+
+
 def growth(given) -> None:
-    """Exponents of time and memory against batch, completion length and vocabulary, from log-log slopes."""
+    """Exponents of time and memory against batch, length, vocabulary and rewards, from log-log slopes."""
     axes = {
         "batch": [{"batch": n, "micro_batch": n} for n in (8, 16, 32)],
         "completion_length": [{"completion_length": n} for n in (24, 48, 96)],
         "vocabulary": [{"vocabulary": n} for n in (2000, 8000, 32000)],
+        "rewards": [{"rewards": n} for n in (1, 2, 4)],
     }
     for system in ("ppo_head", "ppo_adapter"):
         for axis, points in axes.items():
@@ -140,7 +160,7 @@ def main(argv=None) -> int:
         growth(given)
         return 0
     pythons = {"trl112": str(make_environment(given.environment))} if "trl112" in given.systems else {}
-    verdicts = []
+    verdicts, found = [], {}
     for size in given.sizes:
         for lengths in given.lengths:
             world = make_world(given.output.resolve(), size, lengths, given.texts)
@@ -148,11 +168,16 @@ def main(argv=None) -> int:
                 print(f"{size}, {lengths} lengths, {precision}", flush=True)
                 medians = compare(given, world, precision, pythons)
                 print(table(medians))
-                bars = BARS if size != "1.3M" and lengths == "fixed" else []
+                bars = BARS_4_BIT_05B if (size, precision) == ("0.5B", "4bit") else BARS
+                bars = bars if size != "1.3M" and lengths == "fixed" else []
                 if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
                     bars = [(what, system, other, 1.3) for what, system, other, _ in bars]
                 verdicts += judge(medians, bars)
+                found[size, lengths, precision] = medians
                 (world / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
+    for (size, lengths, precision), medians in found.items():
+        if lengths == "ragged" and (size, "fixed", precision) in found:
+            verdicts += judge_ragged(found[size, "fixed", precision], medians)
     print("\n".join(text for _, text in verdicts))
     return 0 if all(passed for passed, _ in verdicts) else 1
 

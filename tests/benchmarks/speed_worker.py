@@ -7,107 +7,22 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import statistics
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from speed_world import LORA
+from speed_clock import Clock, Updates, memory, seconds
+from speed_world import LORA, PROMPT_LENGTH
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    TrainerCallback,
 )
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-def seconds() -> float:
-    """The time: of this process's work if it has one thread, so that others on the machine do not count; else all."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-@dataclass
-class Clock:
-    """When the phases of an update begin and end: generate, score, train, and the rest.
-
-    `score` is everything between the start of an update and its first training pass but the generation; `train` lasts
-    until the last optimizer step; `rest` is what follows until the update is over.
-    """
-
-    generate: float = 0.0
-    first_pass: float | None = None
-    last_step: float = 0.0
-    start: float = 0.0
-    tokens: int = 0
-    updates: list[dict[str, float]] = field(default_factory=list)
-
-    def timed(self, function):
-        """Count a function's time as generation."""
-
-        def wrapped(*args, **kwargs):
-            begin = seconds()
-            result = function(*args, **kwargs)
-            self.generate += seconds() - begin
-            return result
-
-        return wrapped
-
-    def marks_pass(self, function):
-        """Note when a function is called first in an update, with gradients."""
-
-        def wrapped(*args, **kwargs):
-            if torch.is_grad_enabled() and self.first_pass is None:
-                self.first_pass = seconds()
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    def marks_step(self, function):
-        """Note when a function, the optimizer's step, has ended."""
-
-        def wrapped(*args, **kwargs):
-            result = function(*args, **kwargs)
-            self.last_step = seconds()
-            return result
-
-        return wrapped
-
-    def begin(self):
-        self.generate, self.first_pass, self.tokens = 0.0, None, 0
-        self.start = seconds()
-
-    def end(self):
-        now = seconds()
-        self.updates.append(
-            {
-                "update": now - self.start,
-                "generate": self.generate,
-                "score": self.first_pass - self.start - self.generate,
-                "train": self.last_step - self.first_pass,
-                "rest": now - self.last_step,
-                "tokens": self.tokens,
-            }
-        )
-        self.begin()
-
-
-class Updates(TrainerCallback):
-    """Tell the clock when an update, of several optimizer steps, begins and ends."""
-
-    def __init__(self, clock, steps):
-        self.clock, self.steps = clock, steps
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.clock.begin()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps == 0:
-            self.clock.end()
 
 
 def import_libraries(system: str) -> None:
@@ -118,12 +33,6 @@ def import_libraries(system: str) -> None:
     names += ["rlhf_recipes.ppo.trainer"] if system.startswith("ppo_") else []
     for name in names:
         importlib.import_module(name)
-
-
-def memory(name: str) -> float:
-    """A line of the process's status in MiB: `VmRSS` now, `VmHWM` at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -210,7 +119,7 @@ def grpo_like(given, clock: Clock) -> None:
         quantization = FOUR_BIT if given.precision == "4bit" else None
         dtype = dtype_of(given.precision)
         model = load_causal_lm(str(given.world / "policy"), quantization_config=quantization, dtype=dtype)
-        trainer = PPOTrainer(model, str(given.world / "reward"), config, **shared)
+        trainer = PPOTrainer(model, reward_adapters(given), config, **shared)
     trainer.create_optimizer()
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model()
@@ -225,6 +134,40 @@ def grpo_like(given, clock: Clock) -> None:
         return batch
 
     trainer._generate_and_score_completions = counted
+    trainer.train()
+
+
+def reward_adapters(given) -> list[str]:
+    """Folders of as many reward models as asked for, all alike."""
+    folders = [given.world / "reward", *(given.world / f"reward_{index}" for index in range(1, given.rewards))]
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder, dirs_exist_ok=True)
+    return [str(folder) for folder in folders]
+
+
+def sft(given, clock: Clock) -> None:
+    """TRL's supervised fine-tuning, with texts as long as prompts and completions together."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    length = PROMPT_LENGTH + given.completion_length
+    settings = common(given) | {"max_steps": given.updates, "activation_checkpointing": False, "max_length": length}
+    settings["gradient_accumulation_steps"] = given.batch // given.micro_batch
+    del settings["temperature"]
+    rows = torch.randint(3, 2000, (given.batch * given.updates, length)).tolist()
+    trainer = SFTTrainer(
+        load(given.world, AutoModelForCausalLM, given.precision),
+        SFTConfig(**settings),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=AutoTokenizer.from_pretrained(given.world / "policy"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        callbacks=[Updates(clock, 1)],
+    )
+    trainer.create_optimizer()
+    trainer.compute_loss = clock.marks_pass(trainer.compute_loss)
+    trainer.optimizer.step = clock.marks_step(trainer.optimizer.step)
+    clock.tokens = given.batch * length
     trainer.train()
 
 
@@ -337,6 +280,7 @@ SYSTEMS = {
     "trl112": trl112,
     "grpo": grpo_like,
     "rloo": grpo_like,
+    "sft": sft,
     "floor_adapter": floor,
     "floor_head": floor,
 }
@@ -351,6 +295,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=32)
     parser.add_argument("--completion_length", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rewards", type=int, default=1, help="reward adapters, for the growth with roles")
     parser.add_argument("--updates", type=int, default=3, help="the first is not counted if there are more")
     given = parser.parse_args()
     import_libraries(given.system)

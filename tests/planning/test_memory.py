@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_recipes.models import load_causal_lm
+from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.planning.memory import (
     PhaseMemory,
     cache_bytes,
@@ -46,7 +47,9 @@ def test_kept_per_layer_numbers():
     # norms 2 x 8 x 4; q, k, v 3 x 8 x 4 and 4 for each head; MLP 3 x 16 x 4; inputs 40 x 4; ranks 14 x 4
     assert kept_per_layer(SIZES, NETWORK, ADAPTER) == 64 + 96 + 8 + 192 + 160 + 56
     # every adapted layer casts its input, so that the attention's output is kept beside it
-    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 64 + 8 + 96 + 128 + 28
+    mixed = replace(SIZES, autocast=True)
+    assert kept_per_layer(mixed, NETWORK, ADAPTER) == 64 + 64 + 8 + 96 + 128 + 28
+    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 48 + 8 + 96 + 80 + 28
     # the weights of 2 heads to 5 tokens, in place of one number for each head
     assert kept_per_layer(replace(SIZES, eager=True), NETWORK, ADAPTER) == 64 + 96 + 40 + 192 + 160 + 56
     plain = replace(NETWORK, gated=False)
@@ -55,7 +58,14 @@ def test_kept_per_layer_numbers():
 
 @pytest.mark.parametrize(
     ("weights", "bits", "autocast", "casts"),
-    [(4, 0, False, False), (2, 0, False, True), (4, 0, True, True), (2, 4, True, False), (2, 4, False, True)],
+    [
+        (4, 0, False, False),
+        (2, 0, False, True),
+        (4, 0, True, True),
+        (2, 0, True, False),
+        (2, 4, True, False),
+        (2, 4, False, True),
+    ],
 )
 def test_casts_inputs_where_formats_differ(weights, bits, autocast, casts):
     assert casts_inputs(replace(SIZES, weight_bytes=weights, quantized_bits=bits, autocast=autocast)) is casts
@@ -64,9 +74,11 @@ def test_casts_inputs_where_formats_differ(weights, bits, autocast, casts):
 def test_kept_activations_numbers():
     tokens, layer = 10, 576
     assert kept_activations(SIZES, NETWORK, ADAPTER) == 2 * tokens * layer + 3 * 4 * 8 * tokens
-    checkpointing = replace(SIZES, checkpointing=True)
+    checkpointing = replace(SIZES, checkpointing=1)
     assert kept_activations(checkpointing, NETWORK, ADAPTER) == 2 * 8 * 4 * tokens + 3 * 4 * 8 * tokens
-    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 388 + 3 * 4 * 8 * tokens + 2 * 600
+    every_second = kept_activations(replace(SIZES, checkpointing=2), NETWORK, ADAPTER)
+    assert every_second == (576 + 8 * 4) * tokens + 3 * 4 * 8 * tokens
+    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 324 + 3 * 4 * 8 * tokens + 2 * 600
 
 
 def test_working_memory_numbers():
@@ -99,7 +111,7 @@ def test_small_terms_numbers():
 @given(
     more=st.integers(1, 8),
     field=st.sampled_from(["micro_batch", "prompt", "completion"]),
-    checkpointing=st.booleans(),
+    checkpointing=st.sampled_from([0, 1, 2]),
     autocast=st.booleans(),
 )
 def test_terms_grow_with_batch_and_length(more, field, checkpointing, autocast):
@@ -137,7 +149,7 @@ def kept_by_torch(model, ids):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpointing):
     fields = FORMS[form]
@@ -145,10 +157,10 @@ def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpoin
     attention = "eager" if form == "eager" else "sdpa"
     base = AutoModelForCausalLM.from_pretrained(other_model_path, dtype=dtype, attn_implementation=attention)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, fuse_lora(config)).train()
     if checkpointing:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=checkpointing)
     autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in fields else contextlib.nullcontext()
     ids = torch.randint(3, 20, (4, 16))
     with autocast:
@@ -159,7 +171,7 @@ def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpoin
     sizes = replace(SIZES, network=network, **lengths, **fields)
     planned = kept_activations(sizes, network, adapter_sizes(empty, config))
     result = 2 * 4 * 64 * network.hidden  # the last states and the output layer's copy are not for the layers
-    assert kept == pytest.approx(planned - result, rel=0.03)
+    assert kept == pytest.approx(planned - result, rel=0.04)  # the first norm's input needs no gradient
 
 
 def tensor_bytes(model):

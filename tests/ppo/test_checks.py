@@ -290,8 +290,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_traine
 
     def steep(model, inputs):
         outputs = forward(model, inputs)
-        zero = (outputs.values * 0).abs().sqrt()
-        return dataclasses.replace(outputs, values=outputs.values + zero)
+        zero = (outputs.value_loss * 0).abs().sqrt()
+        return dataclasses.replace(outputs, value_loss=outputs.value_loss + zero)
 
     trainer._forward = steep
     with pytest.raises(FloatingPointError, match=r"The norm of the gradient is nan\. The batch itself is finite"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.ppo._trl import completion_logps
 from rlhf_recipes.ppo.critic import is_critic_parameter
-from rlhf_recipes.ppo.objective import Outputs, kl_per_token, ppo_loss
+from rlhf_recipes.ppo.objective import Outputs, backward_now, critic_loss, kl_per_token, ppo_loss
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
 
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "critic_learning_rate": 1e-3}
@@ -103,7 +103,7 @@ def expected_kl(estimator, anchor, new, old, ref):
     }
     args = type("Args", (), {"kl_anchor": anchor, "kl_estimator": estimator})
     unused = torch.zeros(tokens, 1)
-    per_token = kl_per_token(Outputs(new[:, None], unused, unused), batch, args)
+    per_token = kl_per_token(Outputs(new[:, None], unused, unused, unused), batch, args)
     return (old.exp() * per_token[:, 0]).sum()
 
 
@@ -128,7 +128,7 @@ def test_estimates_have_the_gradient_of_the_kl_in_expectation(estimator, anchor)
         assert_close(estimate, exact, atol=1e-12, rtol=1e-10)
 
 
-def numbers_of_a_batch(mask):
+def numbers_of_a_batch(mask, args):
     generator = torch.Generator().manual_seed(5)
     tensors = [torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(8)]
     logps, old, ref, advantages, values, old_values, returns, entropies = tensors
@@ -141,7 +141,7 @@ def numbers_of_a_batch(mask):
         "old_values": old_values,
         "returns": returns,
     }
-    return Outputs(0.2 * logps + old, entropies, values), batch
+    return Outputs(0.2 * logps + old, entropies, *critic_loss(values, batch, args)), values, batch
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
@@ -149,14 +149,14 @@ def test_the_total_is_the_sum_of_its_four_terms(make_config, aggregation):
     """C09: `-(L_CLIP - c1 L_VF - beta L_KL + c2 H)` with loops, for each way to average; all padding is skipped."""
     args = make_config(loss_aggregation=aggregation, kl_placement="loss", kl_estimator="k3", vf_coef=0.4, delta=2.0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    new, batch = numbers_of_a_batch(mask)
+    new, values, batch = numbers_of_a_batch(mask, args)
     loss, _ = ppo_loss(new, batch, args, kl_coef=0.3, entropy_coef=0.05)
     sums = [[], [], []]
     for row, length in enumerate((3, 1, 4)):
         for t in range(length):
             log_new, log_old = new.logps[row, t].item(), batch["old_per_token_logps"][row, t].item()
             log_ref, advantage = batch["ref_per_token_logps"][row, t].item(), batch["advantages"][row, t].item()
-            value, old_value = new.values[row, t].item(), batch["old_values"][row, t].item()
+            value, old_value = values[row, t].item(), batch["old_values"][row, t].item()
             target, ratio = batch["returns"][row, t].item(), math.exp(log_new - log_old)
             clip = min(ratio * advantage, max(0.8, min(1.2, ratio)) * advantage)
             clip = max(clip, 2.0 * advantage) if advantage < 0 else clip
@@ -170,6 +170,24 @@ def test_the_total_is_the_sum_of_its_four_terms(make_config, aggregation):
         "fixed": sum(map(sum, sums)) / 3 / args.max_completion_length,
     }[aggregation]
     assert loss.item() == pytest.approx(-expected, rel=1e-10)
+
+
+def test_backward_now_gives_the_value_and_the_gradient_and_frees_the_graph():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+    network[2].bias.requires_grad_(False)
+    unused = torch.nn.Parameter(torch.ones(2))
+    x = torch.randn(6, 4, dtype=torch.float64)
+    loss = network(x).square().mean()
+    expected = torch.autograd.grad(3.0 * loss, trained := [*network[0].parameters(), network[2].weight])
+
+    again = network(x).square().mean()
+    result = backward_now(again, [*network.parameters(), unused])
+    assert result.item() == loss.item()
+    for found, wanted in zip(torch.autograd.grad(3.0 * result, trained), expected, strict=True):
+        assert_close(found, wanted, atol=1e-15, rtol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        again.backward()  # what it kept is gone
 
 
 class Measured:

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import rlhf_recipes
 from rlhf_recipes.config import parse_stage
+
+_TRAINERS = {"sft": "SFTTrainer", "reward": "PreferenceTrainer"}
 
 # Small and fast; a test overrides what it is about.
 _TINY = {
@@ -37,7 +40,7 @@ def load_stage(repo_root):
 
 
 @pytest.fixture
-def run_stage(load_stage, tiny_model_path, tmp_path):
+def run_stage(load_stage, tiny_model_path, tmp_path, monkeypatch):
     """Run a stage: `run_stage("sft", dataset_name=..., max_steps=3)` gives its folder, files and trainer."""
 
     def run(stage, **options):
@@ -46,10 +49,12 @@ def run_stage(load_stage, tiny_model_path, tmp_path):
         argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         module = load_stage(stage)
         made = []
-        trainer = next(name for name in vars(module) if name.endswith("Trainer"))
-        original = getattr(module, trainer)
-        setattr(module, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])
-        module.main(*parse_stage(module.ARGUMENTS, argv))
+        # PPO's script imports its trainer in `main`, from the package
+        place, trainer = (rlhf_recipes, "PPOTrainer") if stage == "ppo" else (module, _TRAINERS[stage])
+        original = getattr(place, trainer)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])
+            module.main(*parse_stage(module.ARGUMENTS, argv))
         folder = type(folder)(options["output_dir"])
         return SimpleNamespace(
             folder=folder, trainer=made[0], evaluation=json.loads((folder / "evaluation.json").read_text())

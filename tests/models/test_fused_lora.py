@@ -1,0 +1,166 @@
+"""LoRA layers with one matrix product for the update: they compute what PEFT's own layers do."""
+
+import copy
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from rlhf_recipes.models import load_causal_lm
+from rlhf_recipes.models.fused_lora import FusedLinear, FusedLinear4bit, fuse_lora
+from rlhf_recipes.models.tiny import tiny_llama, word_tokenizer
+
+EXACT = {"atol": 1e-13, "rtol": 1e-12}
+
+
+def pair(dtype=torch.float64, **options):
+    """The same network with the same random adapters `default` and `other`: PEFT's layers, and fused ones."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 4, bias=False)).to(dtype)
+    options = {"target_modules": ["0", "2"], "init_lora_weights": False, "r": 3, "lora_alpha": 7} | options
+    plain, fused = (
+        get_peft_model(copy.deepcopy(base), config)
+        for config in (LoraConfig(**options), fuse_lora(LoraConfig(**options)))
+    )
+    for model in (plain, fused):
+        model.add_adapter("other", LoraConfig(**options))
+    for model in (plain, fused):
+        model.to(dtype)
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+def compare(plain, fused, x, **tolerance):
+    """Outputs, and gradients by the input and by everything that is trained."""
+    found = []
+    for model in (plain, fused):
+        given = x.clone().requires_grad_()
+        output = model(given)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(output.square().sum(), [given, *trained], allow_unused=True)
+        found.append([output, *(gradient for gradient in gradients if gradient is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for expected, given in zip(*found, strict=True):
+        assert given.dtype == expected.dtype
+        assert_close(given, expected, **tolerance)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (3, 7, 6), (2, 1, 3, 6)])
+def test_outputs_and_gradients_are_pefts(shape):
+    plain, fused = pair()
+    assert isinstance(fused.base_model.model[0], FusedLinear)
+    compare(plain, fused, torch.randn(shape, dtype=torch.float64), **EXACT)
+
+
+def test_the_update_by_hand():
+    _, fused = pair()
+    layer, x = fused.base_model.model[0], torch.randn(2, 6, dtype=torch.float64)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = x @ (layer.base_layer.weight + 7 / 3 * up @ down).T + layer.base_layer.bias
+    assert_close(layer(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("state", ["other adapter", "two adapters", "no adapter", "disabled", "merged"])
+def test_every_state_of_the_adapters_gives_what_peft_gives(state):
+    plain, fused = pair()
+    for model in (plain, fused):
+        if state == "other adapter":
+            model.set_adapter("other")
+        elif state == "two adapters":
+            model.base_model.set_adapter(["default", "other"])
+        elif state == "no adapter":
+            for index in (0, 2):
+                model.base_model.model[index]._active_adapter = []
+        elif state == "disabled":
+            model.base_model.disable_adapter_layers()
+        else:
+            model.merge_adapter()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(fused(x), plain(x), **EXACT)
+    adapted = pair()[1]
+    assert torch.allclose(fused(x), adapted(x)) == (state == "merged")
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.4}]
+)
+def test_variants_are_computed_as_peft_does(options):
+    plain, fused = pair(**options)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for training in (True, False):
+        outputs = []
+        for model in (plain, fused):
+            model.train(training)
+            torch.manual_seed(1)
+            outputs.append(model(x))
+        assert_close(outputs[1], outputs[0], **EXACT)
+    compare(plain, fused, x, **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bit_layers_with_float32_adapters(autocast):
+    plain, fused = pair(torch.float32)
+    for model in (plain, fused):
+        for index in (0, 2):
+            model.base_model.model[index].base_layer.bfloat16()
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        compare(plain, fused, x, atol=3e-2, rtol=3e-2)
+        assert fused(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_in_4_bits(tmp_path, autocast):
+    torch.manual_seed(0)
+    tiny_llama(word_tokenizer(["a", "b", "c"]), hidden_size=64, layers=1).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    config = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    plain, fused = (
+        get_peft_model(load_causal_lm(str(tmp_path), quantization_config=four_bit), given)
+        for given in (LoraConfig(**config), fuse_lora(LoraConfig(**config)))
+    )
+    fused.load_state_dict(plain.state_dict(), strict=False)
+    layers = [module for module in fused.modules() if isinstance(module, lora.LoraLayer)]
+    assert layers
+    assert all(type(layer) is FusedLinear4bit for layer in layers)
+    assert all(isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit) for layer in layers)
+    ids = torch.tensor([[3, 4, 5, 3], [5, 5, 4, 3]])
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if autocast else {"atol": 1e-5, "rtol": 1e-4}
+    found = []
+    for model in (plain, fused):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        found.append((loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))))
+    assert_close(found[1][0], found[0][0], **tolerance)
+    for name, gradient in found[0][1].items():
+        assert_close(found[1][1][name], gradient, atol=tolerance["atol"], rtol=10 * tolerance["rtol"])
+
+
+def test_saved_adapters_are_pefts_own(tmp_path):
+    torch.manual_seed(0)
+    base = tiny_llama(word_tokenizer(["a", "b", "c"]), hidden_size=64, layers=1)
+    base.save_pretrained(tmp_path / "base")
+    config = fuse_lora(LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    fused = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    fused.save_pretrained(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert not [module for module in plain.modules() if isinstance(module, FusedLinear)]
+    ids = torch.tensor([[3, 4, 5, 3]])
+    assert_close(plain(ids).logits, fused(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_plain_linear_layer_stays_pefts():
+    class Own(nn.Linear):
+        pass
+
+    model = get_peft_model(nn.Sequential(Own(3, 3), nn.Linear(3, 3)), fuse_lora(LoraConfig(target_modules=["0", "1"])))
+    assert [type(layer) for layer in model.base_model.model] == [lora.Linear, FusedLinear]
+    other = peft.LoHaConfig(target_modules=["0"])
+    assert fuse_lora(other) is other
