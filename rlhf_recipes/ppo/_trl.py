@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from rlhf_recipes.models.roles import states_at
+from rlhf_recipes.models.states import states_at
 from rlhf_recipes.ppo.padding import by_length, places_before, prompt_and_completion, put_together, sequences
 
 
