@@ -20,6 +20,7 @@ from rlhf_recipes.models import (
     load_tokenizer,
     lora_config,
     quantization_config,
+    stage_table,
     upcast_trainable,
 )
 from rlhf_recipes.reward_modeling import (
@@ -87,6 +88,8 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         parent=[model_args.model_name_or_path, data_args.dataset_name],
         report_to=training_args.report_to,
     )
+    if trainer.is_world_process_zero():
+        print(stage_table(trainer.model, "reward"))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     evaluation = evaluate_pairs(trainer)

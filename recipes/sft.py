@@ -14,7 +14,14 @@ from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_completions
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
-from rlhf_recipes.models import load_causal_lm, load_tokenizer, lora_config, quantization_config, upcast_trainable
+from rlhf_recipes.models import (
+    load_causal_lm,
+    load_tokenizer,
+    lora_config,
+    quantization_config,
+    stage_table,
+    upcast_trainable,
+)
 from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
@@ -56,6 +63,8 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         parent=[model_args.model_name_or_path, data_args.dataset_name],
         report_to=training_args.report_to,
     )
+    if trainer.is_world_process_zero():
+        print(stage_table(trainer.model, "policy"))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     loss = trainer.evaluate()["eval_loss"]

@@ -9,6 +9,7 @@ from rlhf_recipes.models.loading import (
     quantization_config,
     upcast_trainable,
 )
+from rlhf_recipes.models.parameter_table import stage_table
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import Roles
 
@@ -22,5 +23,6 @@ __all__ = [
     "load_tokenizer",
     "lora_config",
     "quantization_config",
+    "stage_table",
     "upcast_trainable",
 ]

@@ -21,7 +21,7 @@ from per_token_world import TASKS, load_scorer, load_tokenizer_of, load_writer, 
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-METHODS = ["ppo_adapter", "ppo_head", "grpo", "rloo", "trl112"]
+METHODS = ["ppo_adapter", "ppo_adapter_half", "ppo_head", "grpo", "rloo", "trl112"]
 GRID = ["1e-4", "3e-4", "1e-3"]
 TUNING_SEED = 100
 HELD_OUT, SAMPLING_SEED = 512, 7  # prompts, and the draws that every policy gets

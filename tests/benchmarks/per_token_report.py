@@ -8,6 +8,7 @@ from scipy import stats
 
 NAMES = {
     "ppo_adapter": "PPO here, adapter",
+    "ppo_adapter_half": "PPO here, upper half of the adapter",
     "ppo_head": "PPO here, head",
     "grpo": "GRPO, TRL 1.16",
     "rloo": "RLOO, TRL 1.16",

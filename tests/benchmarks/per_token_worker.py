@@ -63,9 +63,11 @@ def grpo_like(place, method, run, learning_rate, seed):
         from rlhf_recipes.models import load_causal_lm, load_policy
 
         policy = load_policy(load_causal_lm(str(place / "base")), str(place / "sft"))
+        adapter, half = method != "ppo_head", policy.config.num_hidden_layers // 2
         config = PPOConfig(
-            critic=method.removeprefix("ppo_"),
-            critic_init="reward" if method == "ppo_adapter" else "policy",
+            critic="adapter" if adapter else "head",
+            critic_init="reward" if adapter else "policy",
+            critic_layers=half if method == "ppo_adapter_half" else None,
             kl_coef=task.kl_coef,
             gae_lambda=1.0,
             vf_coef=0.5,

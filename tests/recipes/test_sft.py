@@ -60,6 +60,7 @@ def test_launched_with_the_quickstart_configuration(repo_root, tiny_model_path, 
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=repo_root, env=environment, timeout=180
     )
     assert result.returncode == 0, result.stderr
+    assert "gradients, Adam" in result.stdout  # the table of what is trained
 
     adapter = load_file(folder / "adapter_model.safetensors")
     assert adapter

@@ -1,0 +1,78 @@
+"""What a run holds in memory before its first step: a table of roles, their parameters, and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+_MOMENTS = 2  # of Adam, in the parameters' own format; other optimizers keep less
+
+
+def parameter_table(owners: dict[str, list[Any]]) -> str:
+    """Lay out roles, parameters and memory as text: a line for each role, in the given order, and their sum.
+
+    Memory is that of the weights; gradients and Adam's two moments have a line of their own. What activations take is
+    not in it.
+
+    Args:
+        owners: By role, its parameters.
+
+    Example:
+        >>> layer = nn.Linear(1024, 512, bias=False)
+        >>> print(parameter_table({"policy": list(layer.parameters())}))
+        role             parameters  trained  MiB
+        policy              524,288  524,288  2.0
+        gradients, Adam                       6.0
+        together            524,288  524,288  8.0
+        <BLANKLINE>
+    """
+    rows = [("role", "parameters", "trained", "MiB")]
+    rows += [_row(owner, parameters) for owner, parameters in owners.items()]
+    everything = [p for parameters in owners.values() for p in parameters]
+    states = sum((1 + _MOMENTS) * _bytes([p]) for p in everything if p.requires_grad)
+    rows.append(("gradients, Adam", "", "", f"{states / 2**20:,.1f}"))
+    rows.append(_row("together", everything, states))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def stage_table(model: nn.Module, role: str) -> str:
+    """The table of a stage that trains one role: what is frozen is the base.
+
+    Args:
+        model: The model, with its adapter if it has one.
+        role: Name of what is trained.
+    """
+    parameters = list(model.parameters())
+    frozen, trained = ([p for p in parameters if p.requires_grad == wanted] for wanted in (False, True))
+    return parameter_table({"base": frozen, role: trained} if frozen else {role: trained})
+
+
+def _row(owner: str, parameters: list[Any], more: float = 0.0) -> tuple[str, str, str, str]:
+    trained = sum(_numbers(p) for p in parameters if p.requires_grad)
+    memory = _bytes(parameters) + more
+    return owner, f"{sum(map(_numbers, parameters)):,}", f"{trained:,}", f"{memory / 2**20:,.1f}"
+
+
+def _numbers(parameter: Any) -> int:
+    """Numbers that a parameter stands for: in 4 bits two in a byte."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+    return int(shape.numel())
+
+
+def _bytes(parameters: list[Any]) -> int:
+    """Bytes of parameters, with the constants of quantized ones."""
+    total = 0
+    for parameter in parameters:
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += sum(
+                t.numel() * t.element_size() for t in state.as_dict(packed=False).values() if isinstance(t, Tensor)
+            )
+    return total
