@@ -39,6 +39,16 @@ def test_verdicts_by_hand():
     ]
 
 
+def test_ragged_lengths_by_hand():
+    """Half the tokens in 0.55 of the time; the passes alone in 0.65 of theirs."""
+    fixed = {"ppo_head": {"update": 10.0, "score": 2.0, "train": 6.0, "tokens": 1000}}
+    ragged = {"ppo_head": {"update": 5.5, "score": 1.2, "train": 4.0, "tokens": 500}, "trl112": {"update": 1.0}}
+    assert speed.judge_ragged(fixed, ragged) == [
+        (True, "PASS update of ppo_head, ragged / predicted from 0.50 of the tokens: 1.100 (at most 1.2)"),
+        (False, "FAIL score and train of ppo_head, ragged / predicted from 0.50 of the tokens: 1.300 (at most 1.2)"),
+    ]
+
+
 @pytest.mark.slow
 def test_an_update_costs_no_more_than_its_passes(tmp_path, capsys):
     """About two minutes: both critics against the bare forward and backward passes."""

@@ -31,4 +31,3 @@ def test_a_model_that_is_trained_as_a_whole_has_no_base():
         "gradients,",
         "together",
     ]
-
