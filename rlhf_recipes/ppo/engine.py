@@ -122,6 +122,14 @@ class PPOEngine(GRPOTrainer):
             inputs = self._buffered_inputs[0]
         return inputs
 
+    def _checkpoint_every_n_layers(self) -> None:
+        """Restore which layers recompute: TRL turns that off for a rollout, and then on for every layer."""
+        given: Any = self.args.activation_checkpointing_kwargs or {}
+        kwargs = dict(given)
+        places = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+        if self.args.activation_checkpointing and places:
+            self.model.activation_checkpointing_enable(kwargs, **places)
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
 

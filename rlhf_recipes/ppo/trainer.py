@@ -199,6 +199,7 @@ class PPOTrainer(PPOEngine):
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
+        self._checkpoint_every_n_layers()
         training = self.model.training
         batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         mask = batch["completion_mask"]

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from rlhf_recipes.models import load_causal_lm, load_policy
+from rlhf_recipes.models.top_layers import decoder_layers
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from rlhf_recipes.ppo.optimizer import TensorFlowAdamW
 from rlhf_recipes.shaping import transforms_state
@@ -349,3 +350,19 @@ def test_training_twice_goes_on(make_trainer):
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3, 1e-2}
     assert trainer.optimizer is optimizer
     assert all(not torch.equal(weight, middle[name]) for name, weight in trained(trainer).items())
+
+
+def test_only_every_nth_layer_recomputes_after_a_rollout_too(make_trainer):
+    """TRL turns recomputing off while it generates, and then on for every layer."""
+    losses = []
+    for kwargs in (None, {"every_n_layers": 2}):
+        trainer = without_chance(
+            make_trainer(gradient_checkpointing=kwargs is not None, gradient_checkpointing_kwargs=kwargs, max_steps=3)
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        layers = decoder_layers(trainer.roles.model.get_base_model())
+        wanted = [False] * len(layers) if kwargs is None else [index % 2 == 0 for index in range(len(layers))]
+        assert [layer.gradient_checkpointing for layer in layers] == wanted
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) > 0
