@@ -100,9 +100,9 @@ def plot(places, path):
     for row, place in zip(axes, places, strict=True):
         curves = json.loads((Path(place) / "result.json").read_text())["curves"]
         for axis, (x, y) in zip(row, panels, strict=True):
-            for number, (method, runs) in enumerate(curves.items()):
+            for method, runs in curves.items():
                 xs, ys = ([[point[key] for point in rows] for rows in runs] for key in (x, y))
-                colour = f"C{number}"
+                colour = f"C{list(NAMES).index(method)}"
                 axis.plot(np.mean(xs, axis=0), np.mean(ys, axis=0), color=colour, label=NAMES[method])
                 for run_x, run_y in zip(xs, ys, strict=True):
                     axis.plot(run_x, run_y, color=colour, alpha=0.2, linewidth=0.7)
