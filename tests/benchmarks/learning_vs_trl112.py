@@ -53,20 +53,21 @@ def train(side: str, seed: int, folder: Path, python: str | Path) -> None:
     if (run / "run.json").exists():
         print(f"{run.name}: there already")
         return
+    seconds = run_alone([python, HERE / WORKERS[side], folder, str(seed)], run)
+    print(f"{run.name}: {seconds:.0f} s", flush=True)
+
+
+def run_alone(command: list[object], run: Path) -> float:
+    """Run a worker in a process of its own on one core, with its output in `run/log.txt`; return the seconds."""
     run.mkdir(parents=True, exist_ok=True)
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     one_core = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = time.perf_counter()
     with (run / "log.txt").open("w") as log:
-        done = subprocess.run(
-            [python, HERE / WORKERS[side], folder, str(seed)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | quiet | one_core,
-        )
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | quiet | one_core)
     if done.returncode:
         raise RuntimeError(f"The run failed; the end of {log.name}:\n" + Path(log.name).read_text()[-2000:])
-    print(f"{run.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return time.perf_counter() - started
 
 
 def parse(argv=None):

@@ -8,15 +8,12 @@ the same size, and a learning rate from the same small grid, chosen on a seed th
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import per_token_report
 import torch
-from learning_vs_trl112 import CACHE, make_environment
+from learning_vs_trl112 import CACHE, make_environment, run_alone
 from per_token_world import TASKS, load_scorer, load_tokenizer_of, load_writer, make_task, read_task, scores
 from safetensors.torch import load_file
 
@@ -32,16 +29,8 @@ def train(place: Path, method: str, learning_rate: str, seed: int, python: str) 
     run = place / "runs" / f"{method}_{learning_rate}_{seed}"
     if (run / "run.json").exists():
         return run
-    run.mkdir(parents=True, exist_ok=True)
-    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    one_core = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = time.perf_counter()
-    with (run / "log.txt").open("w") as log:
-        words = [python, HERE / "per_token_worker.py", place, method, learning_rate, str(seed)]
-        done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | quiet | one_core)
-    if done.returncode:
-        raise RuntimeError(f"The run failed; the end of {log.name}:\n" + Path(log.name).read_text()[-2000:])
-    print(f"{place.name} {run.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    seconds = run_alone([python, HERE / "per_token_worker.py", place, method, learning_rate, str(seed)], run)
+    print(f"{place.name} {run.name}: {seconds:.0f} s", flush=True)
     return run
 
 

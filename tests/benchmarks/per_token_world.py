@@ -21,11 +21,8 @@ from transformers import (
 )
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-ROLLOUT, MINIBATCHES, EPOCHS = (
-    128,
-    8,
-    2,
-)  # completions of a rollout; optimizer steps in it are the product of the last two
+ROLLOUT = 128  # completions
+MINIBATCHES, EPOCHS = 8, 2  # the optimizer steps of a rollout are their product
 
 
 @dataclass(frozen=True)
