@@ -48,7 +48,8 @@ CALIBRATION, LENGTH = f"{CERTIFICATE}/calibration.py", f"{CERTIFICATE}/length.py
 SAMPLES, SENSITIVITY = f"{CERTIFICATE}/samples.py", f"{CERTIFICATE}/sensitivity.py"
 BENCHMARK, VERDICT = f"{CERTIFICATE}/benchmark.py", f"{CERTIFICATE}/verdict.py"
 PADDING, JOINED = "rlhf_recipes/ppo/padding.py", "test_what_is_read_and_how_it_is_joined_by_hand"
-COLUMNS = "test_places_and_columns_by_hand"
+POSITIONS = "test_positions_by_hand"
+ROWS, PACKED, PADDED = "rlhf_recipes/models/rows.py", "test_packed_rows_by_hand", "test_padded_rows_by_hand"
 MEAN_WEIGHTS = "rlhf_recipes/reward_modeling/mean_weights.py"
 ENSEMBLE = "rlhf_recipes/rewards/ensemble.py"
 MEMORY, PHASES = "rlhf_recipes/planning/memory.py", "rlhf_recipes/planning/phases.py"
@@ -295,11 +296,20 @@ BUGS = [
     Bug(BENCHMARK, "highest[0] / highest.sum()", "highest[0]", "TestBestOfKCredit.test_numbers"),
     Bug(BENCHMARK, "max(good) - min(good)", "max(good) - max(bad)", "TestTiesScore.test_numbers"),
     Bug(VERDICT, "order.index(reason.level))", "-order.index(reason.level))", "TestJudge.test_numbers"),
-    Bug(PADDING, "< row_lengths(batch)[:, None]", "<= row_lengths(batch)[:, None]", JOINED),
-    Bug(PADDING, "batch) + _left_padding(batch)", "batch) + 0 * _left_padding(batch)", JOINED),
-    Bug(PADDING, "batch) - _left_padding(batch)", "batch) + _left_padding(batch)", COLUMNS),
-    Bug(PADDING, "keepdim=True) - 1 +", "keepdim=True) +", COLUMNS),
-    Bug(PADDING, "index.expand(", "index.flip(1).expand(", COLUMNS),
+    Bug(ROWS, "lengths.cumsum(dim=0) - lengths", "lengths.cumsum(dim=0)", PACKED),
+    Bug(ROWS, "positions[None], ", "self._columns[None], ", PACKED),
+    Bug(ROWS, "states[0] if self._packed", "states[0] + 1 if self._packed", PACKED),
+    Bug(ROWS, "[:, None] + positions", "[:, None] - positions", PACKED),
+    Bug(ROWS, "columns < lengths[:, None]", "columns <= lengths[:, None]", PADDED),
+    Bug(ROWS, "// mask.size(1)]", "// self._length]", PADDED),
+    Bug(ROWS, "packed and len(", "True and len(", PADDED),
+    Bug(
+        ROWS, "index_copy(0, self.places, tokens)", "index_copy(0, self.places.flip(0), tokens)", "test_slots_by_hand"
+    ),
+    Bug(PADDING, "], dim=1), packed)", "], dim=1), not packed)", JOINED),
+    Bug(PADDING, 'batch[f"prompt_{name}"], batch[f"completion_{name}"]', 'batch[f"completion_{name}"]', JOINED),
+    Bug(PADDING, "keepdim=True) - 1\n", "keepdim=True)\n", POSITIONS),
+    Bug(PADDING, "[:, None] - 1)", "[:, None])", POSITIONS),
     Bug(PADDING, '"prompt_mask", "completion_ids", "completion_mask")}', '"prompt_mask", "completion_ids")}', JOINED),
     Bug(PADDING, "value[:, -prompt:]", "value[:, :prompt]", "test_trimming_by_hand"),
     Bug(PADDING, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
@@ -440,7 +450,7 @@ PURE_FILES = (
     *("functional/*.py", "losses/*.py", "shaping/*.py", "metrics.py", "readout.py", "ensemble.py"),
     *("active.py", "judging.py", "ranking.py", "ratings.py", "score_intervals.py", "votes.py", "mean_weights.py"),
     *("alarm.py", "frontier.py", "agreement.py", "texts.py", "evidence.py"),
-    *("planning/memory.py", "planning/phases.py", "ppo/padding.py"),
+    *("planning/memory.py", "planning/phases.py", "ppo/padding.py", "models/rows.py"),
 )
 
 

@@ -29,6 +29,7 @@ METHODS = {
     "_compute_loss": "self model inputs",
     "_generate": "self prompts",
     "_generate_and_score_completions": "self inputs",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
     "_get_train_sampler": "self dataset",
     "_load_best_model": "self",
     "_load_from_checkpoint": "self resume_from_checkpoint model",
@@ -42,7 +43,8 @@ METHODS = {
     "training_step": "self model inputs num_items_in_batch",
 }
 ATTRIBUTES = (
-    "_buffered_inputs _logs _metrics _pending_extra_logs _pending_metrics _step "
+    "_buffered_inputs _logs _metrics _pending_extra_logs _pending_metrics _step eos_token_ids generation_config "
+    "generation_kwargs "
     "reward_func_names reward_funcs reward_weights temperature"
 )
 CLASS_ATTRIBUTES = "_name _paper _tag_names loss_is_scaled_for_ga"
@@ -83,7 +85,7 @@ def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_mode
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     with torch.no_grad():
         logps = (model(input_ids=ids).logits[0].double() / 0.7).log_softmax(-1)
-        with states_at(model, torch.tensor([[2, 3]])) as states:
+        with states_at(model, torch.tensor([2, 3])) as states:
             found = model(input_ids=ids, labels=ids[:, -3:], fused_lm_head=True)
     message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/_trl.py")
     expected = logps[[2, 3], ids[0, 3:]].float()
@@ -117,6 +119,11 @@ def test_a_rollout_is_kept_for_the_steps_that_the_counter_says():
     assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step), moved(
         "`_step`", "PPOEngine.training_step"
     )
+
+
+def test_a_turn_of_generation_returns_ids_and_logps():
+    message = moved("`_generate_single_turn` no longer returns (ids, logps)", "PPOEngine._generate_single_turn")
+    assert returned_lengths(GRPOTrainer._generate_single_turn) == {2}, message
 
 
 def test_tokenize_prompts_returns_three_values():

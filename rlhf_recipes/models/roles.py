@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights, read_config
+from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.rows import Rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 
 if TYPE_CHECKING:
@@ -127,22 +129,32 @@ class Roles:
                 layer._active_adapter = names
             _active.reset(token)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states (B, L, H) under the adapter in use, without the language model's head."""
-        outputs = self._base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    @property
+    def packed(self) -> bool:
+        """Whether the base reads texts one after another."""
+        return is_packed(self._base)
+
+    def hidden_states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        """Last hidden states (B, L, H) under the adapter in use, without the language model's head.
+
+        Args:
+            input_ids: Token ids as `Rows.join` gives them, (B, L) or (1, N).
+            arguments: Those of the rows: their mask, or where each text begins.
+        """
+        outputs = self._base.base_model(input_ids=input_ids, **arguments, use_cache=False)
         hidden_states: Tensor = outputs.last_hidden_state
         return hidden_states
 
-    def hidden_states_and_below(self, input_ids: Tensor, attention_mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def hidden_states_and_below(self, input_ids: Tensor, count: int, **arguments: Any) -> tuple[Tensor, Tensor]:
         """The same, and the states (B, L, H) that enter the upper `count` layers."""
         with states_below(self._base, count) as below:
-            hidden_states = self.hidden_states(input_ids, attention_mask)
+            hidden_states = self.hidden_states(input_ids, **arguments)
         return hidden_states, below[0]
 
-    def hidden_states_of_top(self, below: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+    def hidden_states_of_top(self, below: Tensor, count: int, **arguments: Any) -> Tensor:
         """Last hidden states (B, L, H) from those that enter the upper `count` layers, without running the others."""
         with only_top(self._base, count):
-            outputs = self._base.base_model(inputs_embeds=below, attention_mask=attention_mask, use_cache=False)
+            outputs = self._base.base_model(inputs_embeds=below, **arguments, use_cache=False)
         hidden_states: Tensor = outputs.last_hidden_state
         return hidden_states
 
@@ -182,9 +194,11 @@ class Roles:
         with self.use(role):
             for start in range(0, len(sequences), batch_size):
                 chunk = order[start : start + batch_size]
-                padded = self._padded([sequences[row] for row in chunk], pad_token_id)
-                values = self.apply_head(role, self.hidden_states(*padded))
-                scores |= {row: each[: len(sequences[row])] for row, each in zip(chunk, values, strict=True)}
+                input_ids, mask = self._padded([sequences[row] for row in chunk], pad_token_id)
+                rows = Rows(mask, self.packed)
+                values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
+                each = rows.split(values)
+                scores |= {row: each[i, : len(sequences[row])] for i, row in enumerate(chunk)}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
@@ -213,7 +227,8 @@ class Roles:
                 for start in range(0, len(sequences), batch_size):
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
-                    self.hidden_states(*self._padded(chunk, pad_token_id))
+                    input_ids, attention_mask = self._padded(chunk, pad_token_id)
+                    self.hidden_states(input_ids, attention_mask=attention_mask)
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
         finally:

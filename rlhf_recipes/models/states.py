@@ -15,23 +15,22 @@ from torch import Tensor, nn
 def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
     """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
 
-    The output layer then sees these states only, and the last one of each row once more: what it would say of the
-    prompt is not computed.
+    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: what it would say
+    of prompts and padding is not computed.
 
     Args:
         model: The model, with or without adapters.
-        places: Columns of the states in each row, shape `(B, T)`.
+        places: Places among all states of a pass, shape `(n,)`.
 
     Yields:
-        A list that gets the last hidden states `(B, T, H)` at these places, once for each pass.
+        A list that gets the last hidden states `(1, n, H)` at these places, once for each pass.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     captured: list[Tensor] = []
-    columns = torch.cat([places, places[:, -1:]], dim=1)[..., None]
+    places = torch.cat([places, places.new_zeros(1)])
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
-        states = output.last_hidden_state
-        output.last_hidden_state = states.gather(1, columns.expand(-1, -1, states.size(-1)))
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places)[None]
         captured.append(output.last_hidden_state[:, :-1])
         return output
 

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from trl import GRPOTrainer, is_conversational
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, pad
 
+from rlhf_recipes.models.generation import sample
+from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.states import states_at
-from rlhf_recipes.ppo.padding import by_length, places_before, prompt_and_completion, put_together, sequences
+from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
 
 
 def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
@@ -54,24 +58,24 @@ def policy_pass(
         model: The model to run, possibly wrapped for distributed training.
         batch: `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
         batch_size: Sequences per forward pass; all at once by default.
-        read: What to keep of the last hidden states `(b, t, H)` from which the tokens were drawn, as `(b, t, ...)`.
+        read: What to keep of the last hidden states `(1, n, H)` from which the `n` tokens were drawn: `(1, n, ...)`.
 
     Returns:
         `(per_token_logps, entropies, kept)`: each `(B, T)`, in nats, and `(B, T, ...)` or `None` without `read`.
     """
     parts: list[tuple[Tensor, list[Tensor]]] = []
-    length = batch["completion_ids"].size(1)
+    length, inner = batch["completion_ids"].size(1), trainer.accelerator.unwrap_model(model)
     for rows, part in by_length(sequences(batch), batch_size or len(batch["prompt_ids"])):
-        input_ids, attention_mask = prompt_and_completion(part)
-        labels = part["completion_ids"].masked_fill(part["completion_mask"] == 0, -100)
-        labels = torch.nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
-        with (
-            trainer.accelerator.autocast(),
-            states_at(trainer.accelerator.unwrap_model(model), places_before(part)) as states,
-        ):
-            outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+        texts, counts = text_rows(part, is_packed(inner)), part["completion_mask"].bool()
+        places = texts.places(positions_before(part))[counts]
+        labels = torch.nn.functional.pad(part["completion_ids"][counts], (1, 0), value=-100)  # after the states
+        with trainer.accelerator.autocast(), states_at(inner, places) as states:
+            input_ids = texts.join(join_columns(part, "ids"))
+            outputs = model(input_ids=input_ids, **texts.arguments, labels=labels[None], fused_lm_head=True)
             kept = [] if read is None else [read(states[0])]
-        parts.append((rows, [outputs.log_probs, outputs.entropy, *kept]))
+        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *kept)]
+        padded = [each.new_zeros(*counts.shape, *each.shape[1:]).index_put((counts,), each) for each in tokens]
+        parts.append((rows, padded))
     found = [put_together([(rows, values[i]) for rows, values in parts], length) for i in range(len(parts[0][1]))]
     return found[0], found[1], found[2] if read is not None else None
 
@@ -93,16 +97,37 @@ def generate(
     tokenizer: Any = trainer.processing_class
     prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
     batch = _padded(trainer, "prompt", prompt_ids, "left")
-    options = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
-    sequences = model.generate(**options, generation_config=trainer.generation_config)
-    completion_ids = []
-    for row in sequences[:, batch["prompt_ids"].size(1) :].tolist():
-        ends = [position for position, token in enumerate(row) if token in trainer.eos_token_ids]
-        completion_ids.append(row[: ends[0] + 1] if ends else row)
+    completion_ids = _sample(trainer, model, batch)
     completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational({"prompt": prompts[0]}):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     return batch | _padded(trainer, "completion", completion_ids, "right"), completions, completion_ids
+
+
+def sample_rollout(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> list[list[int]]:
+    """Sample one completion per prompt from the policy: token ids, with the end token where it was sampled."""
+    args: Any = trainer.args
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        generation_kwargs=trainer.generation_kwargs,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    ) as model:
+        return _sample(trainer, model, _padded(trainer, "prompt", prompt_ids, "left"))
+
+
+def _sample(trainer: GRPOTrainer, model: Any, batch: dict[str, Tensor]) -> list[list[int]]:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    args: Any = trainer.args
+    given, ends = (batch["prompt_ids"], batch["prompt_mask"]), trainer.eos_token_ids
+    if is_packed(inner) and not args.generation_kwargs and not args.cache_implementation:
+        sequences = sample(inner, *given, trainer.generation_config, ends)
+    else:
+        options = dict(zip(("input_ids", "attention_mask"), given, strict=True))
+        sequences = model.generate(**options, generation_config=trainer.generation_config)
+    rows = sequences[:, batch["prompt_ids"].size(1) :].tolist()
+    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
 
 
 def _padded(trainer: GRPOTrainer, name: str, rows: list[list[int]], side: str) -> dict[str, Tensor]:

@@ -16,19 +16,11 @@ from transformers import PreTrainedModel
 
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
+from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import decoder_layers
 from rlhf_recipes.ppo.objective import backward_now, critic_loss
-from rlhf_recipes.ppo.padding import (
-    by_length,
-    join_columns,
-    places_before,
-    prompt_and_completion,
-    put_together,
-    sequences,
-    split_columns,
-    take,
-)
+from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
 from rlhf_recipes.reward_modeling.readout import Readout
 
 if TYPE_CHECKING:
@@ -126,18 +118,19 @@ class Critic:
         if self.layers is not None:
             self._roles.freeze_below(CRITIC, self.layers)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the critic's network: token ids `(B, L)` to `(B, L, H)`."""
-        if self._model is not None:
-            inner: Any = getattr(self._model, self._model.base_model_prefix)
-            hidden: Tensor = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            return hidden
-        if self._on_whole_policy:
-            trunk: Any = self._policy.base_model
-            hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    @property
+    def packed(self) -> bool:
+        """Whether the critic's network reads texts one after another."""
+        return self._roles.packed if self._model is None else is_packed(self._model)
+
+    def hidden_states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        """Run the critic's network: token ids `(B, L)` (or `(1, N)`) and what `Rows` adds to `(B, L, H)`."""
+        if self._model is not None or self._on_whole_policy:
+            trunk: Any = self._policy.base_model if self._model is None else self._model.base_model
+            hidden: Tensor = trunk(input_ids=input_ids, **arguments, use_cache=False).last_hidden_state
             return hidden
         with self._roles.use(self._adapter):
-            return self._roles.hidden_states(input_ids, attention_mask)
+            return self._roles.hidden_states(input_ids, **arguments)
 
     def values(self, states: Tensor) -> Tensor:
         """Read the values before each completion token.
@@ -167,14 +160,14 @@ class Critic:
         Returns:
             Values in reward units, shape `(B, T)`.
         """
-        input_ids, attention_mask = prompt_and_completion(batch)
+        rows = text_rows(batch, self.packed)
         if self.layers is None:
-            hidden = self.hidden_states(input_ids, attention_mask)
+            hidden = self.hidden_states(rows.join(join_columns(batch, "ids")), **rows.arguments)
         else:
-            below = join_columns(batch["prompt_below"], batch["completion_below"], batch)
+            below = rows.join(join_columns(batch, "below"))
             with self._roles.use(self._adapter):
-                hidden = self._roles.hidden_states_of_top(below, attention_mask, self.layers)
-        return self.values(take(hidden, places_before(batch)))
+                hidden = self._roles.hidden_states_of_top(below, self.layers, **rows.arguments)
+        return self.values(rows.take(hidden, positions_before(batch)))
 
     def loss(self, batch: dict[str, Tensor], args: PPOConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
         """Run a critic with a network of its own, and free its activations before the policy takes as many.
@@ -218,10 +211,13 @@ class Critic:
 
     def _values_and_below(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.layers is not None
+        rows, width = text_rows(part, self.packed), part["prompt_ids"].size(1)
+        input_ids = rows.join(join_columns(part, "ids"))
         with self._roles.use(self._adapter):
-            hidden, below = self._roles.hidden_states_and_below(*prompt_and_completion(part), self.layers)
-        values = self.values(take(hidden, places_before(part)))
-        found = dict(zip(("prompt_below", "completion_below"), split_columns(below, part), strict=True))
+            hidden, below = self._roles.hidden_states_and_below(input_ids, self.layers, **rows.arguments)
+        values = self.values(rows.take(hidden, positions_before(part)))
+        whole = rows.split(below)
+        found = {"prompt_below": whole[:, :width], "completion_below": whole[:, width:]}
         if not self._checked:
             mask, again = part["completion_mask"].bool(), self.forward({**part, **found})
             if not torch.allclose(again[mask], values[mask], atol=1e-2, rtol=1e-2):
@@ -264,6 +260,7 @@ def _classifier(model: str | PreTrainedModel, zero_head: bool) -> PreTrainedMode
             "position. Give a decoder with `AutoModelForSequenceClassification` and `num_labels=1`."
         )
     positions_follow_mask(model)
+    pack(model)
     if zero_head:
         nn.init.zeros_(head.weight)
     return model.requires_grad_(True)

@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.ppo._trl import sample_rollout
 from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
@@ -83,6 +84,9 @@ class PPOEngine(GRPOTrainer):
     @phase("generate")
     def _generate(self, prompts: list[Any]) -> Any:
         return super()._generate(prompts)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        return sample_rollout(self, prompt_ids), None  # TRL spends time on padding, and on rows that have ended
 
     # 1. Two learning rates
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -1,7 +1,6 @@
 """Padding that no pass has to compute: prompts and completions are joined, and rows of like length go together.
 
-`B` rows, `P` prompt tokens (padded on the left), `T` completion tokens (padded on the right), `L` tokens of the
-longest row.
+`B` rows, `P` prompt tokens (padded on the left), `T` completion tokens (padded on the right).
 """
 
 from __future__ import annotations
@@ -12,58 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_recipes.models.rows import Rows
 
-def prompt_and_completion(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join prompts and completions of a batch, without the padding before, between and after them.
 
-    Returns:
-        `(input_ids, attention_mask)`, each `(B, L)`, padded on the right.
+def text_rows(batch: dict[str, Tensor], packed: bool) -> Rows:
+    """Prompt and completion of each row of a batch as one text, for a network that reads them packed, or padded."""
+    return Rows(torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1), packed)
 
-    Example:
-        >>> prompts, their_mask = torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
-        >>> completions, mask = torch.tensor([[8, 9], [4, 0]]), torch.tensor([[1, 1], [1, 0]])
-        >>> batch = {"prompt_ids": prompts, "prompt_mask": their_mask}
-        >>> batch |= {"completion_ids": completions, "completion_mask": mask}
-        >>> [tensor.tolist() for tensor in prompt_and_completion(batch)]
-        [[[5, 8, 9], [6, 7, 4]], [[1, 1, 1], [1, 1, 1]]]
+
+def join_columns(batch: dict[str, Tensor], name: str) -> Tensor:
+    """What belongs to prompts, `(B, P, ...)`, and to completions, `(B, T, ...)`, side by side: `(B, P + T, ...)`."""
+    return torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1)
+
+
+def positions_before(batch: dict[str, Tensor]) -> Tensor:
+    """Positions in the texts from which each completion token is predicted, shape `(B, T)`.
+
+    Those of padding are the last one's.
     """
-    attention_mask = _range(row_lengths(batch).max(), batch) < row_lengths(batch)[:, None]
-    return join_columns(batch["prompt_ids"], batch["completion_ids"], batch), attention_mask.long()
-
-
-def join_columns(prompt: Tensor, completion: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Join what belongs to prompts, `(B, P, ...)`, and to completions, `(B, T, ...)`, of a batch to `(B, L, ...)`."""
-    whole = torch.cat([prompt, completion], dim=1)
-    columns = _range(row_lengths(batch).max(), batch) + _left_padding(batch)
-    return take(whole, columns.clamp(max=whole.size(1) - 1))
-
-
-def split_columns(joined: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Undo `join_columns`: `(B, L, ...)` to `(B, P, ...)` and `(B, T, ...)`, with any numbers on padding."""
-    width = batch["prompt_mask"].size(1)
-    columns = _range(width + batch["completion_mask"].size(1), batch) - _left_padding(batch)
-    whole = take(joined, columns.clamp(0, joined.size(1) - 1))
-    return whole[:, :width], whole[:, width:]
-
-
-def places_before(batch: dict[str, Tensor]) -> Tensor:
-    """Columns of `prompt_and_completion` from which each completion token is predicted, shape `(B, T)`."""
-    places = batch["prompt_mask"].sum(dim=1, keepdim=True) - 1 + _range(batch["completion_mask"].size(1), batch)
-    return places.clamp(0, int(row_lengths(batch).max()) - 1)
-
-
-def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Take columns `(B, t)` of values `(B, L, ...)`, for each row its own: `(B, t, ...)`."""
-    index = columns.view(*columns.shape, *[1] * (values.dim() - 2))
-    return values.gather(1, index.expand(*columns.shape, *values.shape[2:]))
-
-
-def _range(length: Any, batch: dict[str, Tensor]) -> Tensor:
-    return torch.arange(int(length), device=batch["prompt_mask"].device)
-
-
-def _left_padding(batch: dict[str, Tensor]) -> Tensor:
-    return (1 - batch["prompt_mask"]).sum(dim=1, keepdim=True)
+    length = batch["completion_mask"].size(1)
+    first = batch["prompt_mask"].sum(dim=1, keepdim=True) - 1
+    positions = first + torch.arange(length, device=first.device)
+    return positions.minimum(row_lengths(batch)[:, None] - 1)
 
 
 def sequences(batch: dict[str, Tensor]) -> dict[str, Tensor]:

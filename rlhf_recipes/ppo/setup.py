@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_recipes.models.adapters import POLICY, base_name, is_adapter, load_policy, same_model
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
+from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
@@ -64,12 +65,14 @@ def build_policy(
         if POLICY not in model.peft_config:
             raise ValueError(f"The policy's adapter must be named {POLICY!r}, got {list(model.peft_config)}.")
         positions_follow_mask(model.get_base_model())
+        pack(model.get_base_model())
         roles = Roles(model)
         roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
     positions_follow_mask(model)
+    pack(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config))
         return policy, Roles(policy), None

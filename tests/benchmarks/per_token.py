@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 METHODS = ["ppo_adapter", "ppo_adapter_half", "ppo_head", "grpo", "rloo", "trl112"]
-GRID = ["1e-4", "3e-4", "1e-3"]
+GRID = ["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]  # the outer ones only where the best of the others lies at the edge
 TUNING_SEED = 100
 HELD_OUT, SAMPLING_SEED = 512, 7  # prompts, and the draws that every policy gets
 
@@ -118,13 +118,16 @@ def tune(place: Path, methods: list[str], pythons: dict[str, str], evaluation: E
     """The learning rate with the highest held-out reward minus `kl_coef` times KL at the end of its run."""
     found = {}
     for method in methods:
-        objective = {}
-        for learning_rate in GRID:
-            run = train(place, method, learning_rate, TUNING_SEED, pythons.get(method, sys.executable))
-            last = evaluation.curve(run)[-1]
-            objective[learning_rate] = last["reward"] - evaluation.task.kl_coef * last["kl"]
-        found[method] = max(objective, key=objective.get)
-        text = ", ".join(f"{rate}: {value:.3f}" for rate, value in objective.items())
+        objective, missing = {}, GRID[1:-1]
+        while missing:
+            for learning_rate in missing:
+                run = train(place, method, learning_rate, TUNING_SEED, pythons.get(method, sys.executable))
+                last = evaluation.curve(run)[-1]
+                objective[learning_rate] = last["reward"] - evaluation.task.kl_coef * last["kl"]
+            found[method] = max(objective, key=objective.get)
+            best = GRID.index(found[method])
+            missing = [rate for rate in GRID[max(best - 1, 0) : best + 2] if rate not in objective]
+        text = ", ".join(f"{rate}: {objective[rate]:.3f}" for rate in GRID if rate in objective)
         print(f"{place.name} {method}: {text} -> {found[method]}", flush=True)
     return found
 

@@ -51,7 +51,7 @@ TASKS = {
         None,
     ),
     "movie_sentiment": Task(
-        "outputs/movie_sentiment_cpu", ("reviews/texts", "train", "test"), 8, "judge", "base", 48, 1.0, 20
+        "outputs/movie_sentiment_cpu", ("reviews/texts", "train", "test"), 8, "judge", "base", 48, 1.0
     ),
 }
 

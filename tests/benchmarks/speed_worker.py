@@ -122,8 +122,7 @@ def grpo_like(given, clock: Clock) -> None:
         trainer = PPOTrainer(model, reward_adapters(given), config, **shared)
     trainer.create_optimizer()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model()
-    base.generate = clock.timed(base.generate)
+    trainer._generate = clock.timed(trainer._generate)
     trainer.compute_loss = clock.marks_pass(trainer.compute_loss)
     trainer.optimizer.step = clock.marks_step(trainer.optimizer.step)
     rollout = trainer._generate_and_score_completions

@@ -56,7 +56,7 @@ def policy_loss(model, ids, mask):
 
 def critic_loss(roles, ids, mask):
     with roles.use(CRITIC):
-        hidden = roles.hidden_states(ids, mask)
+        hidden = roles.hidden_states(ids, attention_mask=mask)
     return ((roles.apply_head(CRITIC, hidden) - 1.0) ** 2 * mask).mean()
 
 
@@ -137,7 +137,7 @@ class TestScores:
         ids = [5, 6, 7, 8]
         score = roles.scores("reward", [ids], pad_token_id=0, batch_size=1)
         with torch.no_grad(), roles.use(CRITIC):
-            hidden = roles.hidden_states(torch.tensor([ids]), torch.ones(1, 4, dtype=torch.long))
+            hidden = roles.hidden_states(torch.tensor([ids]), attention_mask=torch.ones(1, 4, dtype=torch.long))
         assert_close(roles.apply_head(CRITIC, hidden)[:, -1], score, atol=1e-5, rtol=1e-5)
 
 

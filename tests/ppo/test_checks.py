@@ -115,6 +115,7 @@ OTHER_VALUES = {
     "repetition_penalty": 1.1,
     "neftune_noise_alpha": 5.0,
     "use_vllm": True,
+    "use_transformers_continuous_batching": True,
     "use_liger_kernel": True,
 }
 

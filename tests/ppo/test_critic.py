@@ -51,7 +51,7 @@ def test_from_the_reward_adapter_the_value_at_the_last_token_is_the_score(make_t
         prompt, completion = unpadded(batch, row)
         ids = torch.tensor([prompt + completion])
         with torch.no_grad():
-            hidden = trainer.critic.hidden_states(ids, torch.ones_like(ids))
+            hidden = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
             value = trainer.roles.apply_head(CRITIC, hidden)[0, -1].item()
         assert value == pytest.approx(trainer._scores[row].item(), abs=1e-4)
         assert abs(value) > 1e-3
@@ -110,14 +110,14 @@ def test_switching_roles_leaves_no_trace(make_trainer, quantization):
     with torch.no_grad():
         before = trainer.model(input_ids=ids).logits
         scores = trainer.roles.scores("reward_0", ids.tolist(), 0, 1)
-        values = trainer.critic.hidden_states(ids, torch.ones_like(ids))
+        values = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
         with trainer.roles.use(None):
             bare = trainer.model(input_ids=ids).logits
         with trainer.roles.use(trainer.reference):
             reference = trainer.model(input_ids=ids).logits
         assert torch.equal(trainer.model(input_ids=ids).logits, before)
         assert torch.equal(trainer.roles.scores("reward_0", ids.tolist(), 0, 1), scores)
-        assert torch.equal(trainer.critic.hidden_states(ids, torch.ones_like(ids)), values)
+        assert torch.equal(trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids)), values)
     assert torch.equal(reference, before)
     assert (bare - before).abs().max() > 1e-3
 

@@ -1,5 +1,7 @@
 """An out-of-memory error names its phase, its sizes and what helps; the table at the start names the roles."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def notes_of(trainer):
 @pytest.mark.parametrize(
     ("phase", "place", "sizes"),
     [
-        ("generate", "model.generate", "8 completions of up to 8 tokens together"),
+        ("generate", "roles._base.generate", "8 completions of up to 8 tokens together"),
         ("score", "critic.rollout_values", "micro-batches of 4 sequences"),
         ("train", "critic.hidden_states", "micro-batches of 4 sequences"),
         ("train", "accelerator.backward", "micro-batches of 4 sequences, "),
@@ -28,14 +30,15 @@ def notes_of(trainer):
 )
 def test_error_names_phase_sizes_and_knobs(make_trainer, monkeypatch, phase, place, sizes):
     trainer = make_trainer()
-    owner, name = place.split(".")
-    original = getattr(getattr(trainer, owner), name)
+    path, name = place.rsplit(".", 1)
+    owner = attrgetter(path)(trainer)
+    original = getattr(owner, name)
 
     def in_training(*args, **kwargs):
         return run_out() if torch.is_grad_enabled() else original(*args, **kwargs)
 
     broken = in_training if place == "critic.hidden_states" else run_out
-    monkeypatch.setattr(getattr(trainer, owner), name, broken)
+    monkeypatch.setattr(owner, name, broken)
     [note] = notes_of(trainer)
     assert note.startswith(f"PPO ran out of memory in the phase '{phase}' ({sizes}")
     assert f"1. {KNOBS[phase][0]}; 2. {KNOBS[phase][1]}" in note

@@ -11,14 +11,12 @@ from rlhf_recipes.ppo.padding import (
     count_columns,
     join,
     join_columns,
-    places_before,
-    prompt_and_completion,
+    positions_before,
     put_together,
     row_lengths,
     sequences,
     sort_within_steps,
-    split_columns,
-    take,
+    text_rows,
     trim,
 )
 
@@ -87,51 +85,36 @@ def test_parts_by_length_are_the_whole_batch(lengths, size):
 def test_what_is_read_and_how_it_is_joined_by_hand():
     batch = make_batch([1, 2], [2, 1], spare=1)
     assert list(sequences(batch)) == ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask"]
-    input_ids, attention_mask = prompt_and_completion(batch)
-    assert input_ids.tolist() == [[102, 0, 1], [104, 105, 3]]
-    assert attention_mask.tolist() == [[1, 1, 1], [1, 1, 1]]
+    ids = join_columns(batch, "ids")
+    assert ids.tolist() == [[100, 101, 102, 0, 1, 2], [103, 104, 105, 3, 4, 5]]
+    assert text_rows(batch, packed=False).join(ids).tolist() == [[102, 0, 1], [104, 105, 3]]
     shorter = make_batch([1, 2], [1, 2], spare=1)
-    input_ids, attention_mask = prompt_and_completion(shorter)
-    assert input_ids[attention_mask == 1].tolist() == [102, 0, 104, 105, 3, 4]
-    assert attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    rows = text_rows(shorter, packed=True)
+    assert rows.join(join_columns(shorter, "ids")).tolist() == [[102, 0, 104, 105, 3, 4]]
     whole = join([batch, batch])
     assert whole["completion_ids"].tolist() == 2 * batch["completion_ids"].tolist()
     assert whole["total"] == batch["total"]
 
 
-def test_places_and_columns_by_hand():
-    batch = make_batch([1, 2], [2, 1], spare=0)
-    assert places_before(batch).tolist() == [[0, 1], [1, 2]]
-    assert take(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, 0], [1, 1]])).tolist() == [[3, 1], [5, 5]]
-    prompt, completion = torch.tensor([[9, 1], [2, 3]]), torch.tensor([[4, 5], [6, 9]])
-    joined = join_columns(prompt, completion, batch)
-    assert joined.tolist() == [[1, 4, 5], [2, 3, 6]]
-    halves = split_columns(joined, batch)
-    assert [half[batch[mask] == 1].tolist() for half, mask in zip(halves, MASKS, strict=True)] == [
-        [1, 2, 3],
-        [4, 5, 6],
-    ]
+def test_positions_by_hand():
+    assert positions_before(make_batch([1, 2], [3, 1], spare=0)).tolist() == [[0, 1, 2], [1, 2, 2]]
+    assert positions_before(make_batch([2], [0], spare=1)).tolist() == [[1, 1]]
 
 
 @settings(max_examples=60)
-@given(lengths=lengths, spare=st.integers(0, 3))
-def test_joined_rows_hold_every_token_once_and_are_as_long_as_the_longest(lengths, spare):
+@given(lengths=lengths, spare=st.integers(0, 3), packed=st.booleans())
+def test_texts_hold_every_token_once_and_each_completion_token_is_next(lengths, spare, packed):
     batch = make_batch(*zip(*lengths, strict=True), spare=spare)
-    ids, mask = prompt_and_completion(batch)
-    assert ids.shape == mask.shape == (len(lengths), max(map(sum, lengths)))
+    texts, ids = text_rows(batch, packed), join_columns(batch, "ids")
+    joined = texts.join(ids)
     prompts, completions = (rows(batch, f"{name}_ids", f"{name}_mask") for name in ("prompt", "completion"))
-    assert [row[:count].tolist() for row, count in zip(ids, mask.sum(1), strict=True)] == [
-        prompt + completion for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    assert (mask.diff(dim=1) <= 0).all()
-    predicted = take(ids, (places_before(batch) + 1).clamp(max=ids.size(1) - 1))
-    counts = batch["completion_mask"].bool()
-    assert torch.equal(predicted[counts], batch["completion_ids"][counts])
-    states = torch.randn(*ids.shape, 3)
-    for half, name in zip(split_columns(states, batch), MASKS, strict=True):
-        assert half.shape[:2] == batch[name].shape
-    again = join_columns(*split_columns(states, batch), batch)
-    assert torch.equal(again[mask.bool()], states[mask.bool()])
+    expected = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    places = texts.places(positions_before(batch))
+    counts, flat = batch["completion_mask"].bool(), joined.flatten()
+    assert torch.equal(flat[(places + 1)[counts]], batch["completion_ids"][counts])
+    starts = [int(start) for start in texts.places(torch.zeros(len(lengths), 1, dtype=torch.long))]
+    assert [flat[start : start + len(text)].tolist() for start, text in zip(starts, expected, strict=True)] == expected
+    assert torch.equal(texts.split(joined)[:, -counts.size(1) :][counts], batch["completion_ids"][counts])
 
 
 def test_parts_that_were_cut_on_the_left_by_hand():

@@ -67,7 +67,7 @@ def test_the_critic_starts_from_the_normalised_score(make_trainer, adapter, tmp_
     trainer = make_trainer(reward_funcs=str(adapter("model", Readout("last", 0.25, -0.5))))
     ids = torch.tensor([[6, 7, 8, 9, 10]])
     score = 0.25 * trainer.roles.scores("reward_0", ids.tolist(), 0, 1) - 0.5
-    hidden = trainer.critic.hidden_states(ids, torch.ones_like(ids))
+    hidden = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
     longer = torch.cat([hidden, hidden[:, -1:]], dim=1)  # the value before token t is read at t - 1
     assert_close(trainer.critic.values(longer[:, -2:-1])[0], score, atol=1e-5, rtol=1e-5)
 
@@ -81,9 +81,9 @@ def test_the_critic_starts_from_the_normalised_score(make_trainer, adapter, tmp_
 def test_a_critic_from_a_head_per_token_starts_at_zero(make_trainer, adapter):
     trainer = make_trainer(reward_funcs=str(adapter("model", Readout("sum", 0.25, -0.5))))
     ids = torch.tensor([[6, 7, 8, 9, 10]])
-    assert trainer.critic.values(trainer.critic.hidden_states(ids, torch.ones_like(ids))[:, -3:-1]).tolist() == [
-        [0.0, 0.0]
-    ]
+    assert trainer.critic.values(
+        trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))[:, -3:-1]
+    ).tolist() == [[0.0, 0.0]]
 
 
 def test_a_malformed_file_stops_before_training(make_trainer, adapter):

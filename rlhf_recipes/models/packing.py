@@ -1,0 +1,95 @@
+"""Texts of unlike length in one pass without padding: linear layers see all tokens in a row, only attention pads.
+
+`N` tokens in all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf_recipes.models.rows import Rows, Slots
+
+PACKED = "packed_sdpa"  # the attention implementation below, by its name in transformers
+_TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-3, 0.05  # of the norm of the states
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    slots: Slots | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention of transformers' `sdpa`, which looks at each text alone in a pass that has `slots`.
+
+    Padding lies behind the tokens of a text, where causal attention does not look, so that it needs no mask.
+    """
+    if slots is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = slots.pad(query), slots.pad(key), slots.pad(value)
+    output, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
+    return slots.unpad(output), None
+
+
+def packed_mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask of transformers' `sdpa`, but none for a pass without padding.
+
+    There, positions that start again would make it one of `(N, N)`, which `packed_sdpa` does not need.
+    """
+    if attention_mask is None and q_length == kv_length:
+        return None
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs
+    )
+    return mask
+
+
+AttentionInterface.register(PACKED, packed_sdpa)
+AttentionMaskInterface.register(PACKED, packed_mask)
+
+
+def is_packed(model: Any) -> bool:
+    """Tell whether a model reads texts one after another."""
+    found: bool = model.config.get_text_config()._attn_implementation == PACKED
+    return found
+
+
+@torch.no_grad()
+def pack(model: Any) -> None:
+    """Let a causal model read texts one after another, if it gives the same states then; else leave it as it is.
+
+    It must be set to transformers' `sdpa`, and each of its layers must attend to the whole text. What its layers make
+    of texts one after another is tried out on two short ones.
+    """
+    config, trunk = model.config.get_text_config(), model.base_model
+    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
+    takes_slots = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(trunk.forward).parameters.values())
+    if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_slots:
+        return
+    model.set_attn_implementation(PACKED)
+    if not is_packed(model) or not _same_states(trunk, config.vocab_size):
+        model.set_attn_implementation("sdpa")
+
+
+def _same_states(trunk: Any, vocabulary: int) -> bool:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=trunk.device)
+    ids = torch.arange(mask.numel(), device=trunk.device).view_as(mask) % vocabulary
+    training, found = trunk.training, []
+    trunk.eval()
+    for packed in (False, True):
+        rows = Rows(mask, packed)
+        found.append(rows.split(trunk(input_ids=rows.join(ids), use_cache=False, **rows.arguments).last_hidden_state))
+    trunk.train(training)
+    difference, size = (found[1] - found[0]).norm(), found[0].norm()
+    return bool(difference <= (_TOLERANCE if size.dtype == torch.float32 else _TOLERANCE_IN_16_BITS) * size)

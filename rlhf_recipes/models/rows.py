@@ -1,0 +1,101 @@
+"""Texts of unlike length as a network reads them: one after another, or as padded rows.
+
+`B` texts, `W` columns, `N` tokens in all, `L` tokens of the longest text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where attention finds the texts of a packed pass.
+
+    Attributes:
+        places: For each token its place among the `B * L` of the padded texts, shape `(N,)`.
+        texts: `B`.
+        length: `L`.
+    """
+
+    places: Tensor
+    texts: int
+    length: int
+
+    def pad(self, values: Tensor) -> Tensor:
+        """`(1, heads, N, D)` to `(B, heads, L, D)`, 0 on padding."""
+        tokens = values[0].transpose(0, 1)
+        padded = tokens.new_zeros(self.texts * self.length, *tokens.shape[1:]).index_copy(0, self.places, tokens)
+        return padded.view(self.texts, self.length, *tokens.shape[1:]).transpose(1, 2)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """`(B, L, heads, D)` to `(1, N, heads, D)`."""
+        return values.flatten(0, 1).index_select(0, self.places)[None]
+
+
+class Rows:
+    """Texts as a network reads them: one after another, or as rows padded on the right where it cannot do that.
+
+    Args:
+        mask: 1 where there is a token, shape `(B, W)`; the tokens of a text lie together.
+        packed: Whether the network can read them one after another.
+
+    Attributes:
+        arguments: What the network is given besides the tokens.
+
+    Example:
+        >>> rows = Rows(torch.tensor([[0, 1, 1], [1, 0, 0]]), packed=True)
+        >>> states = rows.join(torch.tensor([[0, 5, 6], [7, 0, 0]]))
+        >>> states.tolist(), rows.arguments["position_ids"].tolist()
+        ([[5, 6, 7]], [[0, 1, 0]])
+        >>> rows.split(states).tolist()
+        [[0, 5, 6], [7, 0, 0]]
+        >>> rows.take(states, torch.tensor([[1], [0]])).tolist()
+        [[6], [7]]
+    """
+
+    def __init__(self, mask: Tensor, packed: bool) -> None:
+        mask = mask.bool()
+        lengths = mask.sum(dim=1)
+        self._mask_shape, self._length = mask.shape, int(lengths.max())
+        self._columns = mask.flatten().nonzero().squeeze(1)
+        positions = (mask.long().cumsum(dim=1) - 1).flatten()[self._columns]
+        starts = torch.arange(len(mask), device=mask.device) * self._length
+        self._places = positions + starts[self._columns // mask.size(1)]
+        self._packed = packed and len(self._places) < len(mask) * self._length
+        self.arguments: dict[str, Any]
+        if self._packed:
+            starts = lengths.cumsum(dim=0) - lengths
+            slots = Slots(self._places, len(mask), self._length)
+            self.arguments = {"position_ids": positions[None], "slots": slots}
+        else:
+            columns = torch.arange(self._length, device=mask.device)
+            self.arguments = {"attention_mask": (columns < lengths[:, None]).long()}
+        self._starts = starts
+
+    def join(self, values: Tensor) -> Tensor:
+        """Values of the mask's columns `(B, W, ...)` as the network's `(1, N, ...)` or `(B, L, ...)`."""
+        tokens = values.flatten(0, 1)[self._columns]
+        if self._packed:
+            return tokens[None]
+        padded = tokens.new_zeros(len(values) * self._length, *values.shape[2:])
+        return padded.index_copy(0, self._places, tokens).view(-1, self._length, *values.shape[2:])
+
+    def split(self, states: Tensor) -> Tensor:
+        """Undo `join`: `(B, W, ...)`, 0 where there is no token."""
+        tokens = states[0] if self._packed else states.flatten(0, 1)[self._places]
+        whole = tokens.new_zeros(self._mask_shape.numel(), *tokens.shape[1:])
+        return whole.index_copy(0, self._columns, tokens).view(*self._mask_shape, *tokens.shape[1:])
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Places among all of the network's states of positions `(B, t)` of the texts: `(B, t)`."""
+        return self._starts[:, None] + positions
+
+    def take(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Take the network's states at positions `(B, t)` of the texts: `(B, t, ...)`."""
+        places = self.places(positions)
+        return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *states.shape[2:])

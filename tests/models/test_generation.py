@@ -1,0 +1,125 @@
+"""Sampling in a batch that gets smaller: the tokens that transformers draws, with less work."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from rlhf_recipes.models.generation import EnoughEnded, read_prompts, sample
+from rlhf_recipes.models.packing import pack
+
+PAD, END = 0, 2
+LENGTHS = (1, 7, 3, 5, 2, 4, 6, 3)
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6) if parameter.dim() > 1 else parameter
+    return model
+
+
+def prompts(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+    return torch.randint(3, 12, mask.shape, generator=generator), mask
+
+
+def settings(pad=PAD, count=14, do_sample=False):
+    return GenerationConfig(
+        max_new_tokens=count, do_sample=do_sample, top_k=0, eos_token_id=END, pad_token_id=pad, use_cache=True
+    )
+
+
+def packed_model(seed=0):
+    model = make_model(seed)
+    pack(model)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("pad", [PAD, END])
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 4), (1, 1), (1, 9)])
+def test_greedy_tokens_are_those_of_transformers(seed, pad, lengths):
+    ids, mask = prompts(lengths)
+    expected = make_model(seed).generate(input_ids=ids, attention_mask=mask, generation_config=settings(pad))
+    found = sample(packed_model(seed), ids, mask, settings(pad), [END])
+    assert torch.equal(found, expected)
+
+
+def test_some_of_these_rows_end_early_and_some_do_not():
+    ids, mask = prompts()
+    ends = [
+        (sample(packed_model(seed), ids, mask, settings(), [END])[:, ids.size(1) :] == END).any(dim=1).float().mean()
+        for seed in range(6)
+    ]
+    assert any(0.0 < share < 1.0 for share in ends)
+
+
+def test_the_cache_of_prompts_is_that_of_transformers():
+    ids, mask = prompts()
+    expected = make_model()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, :-1])
+    cache = read_prompts(packed_model(), ids, mask)
+    counts = mask[:, None, :-1, None].bool()
+    for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        assert_close(layer.keys, other.keys.masked_fill(~counts, 0.0), atol=1e-5, rtol=1e-4)
+        assert_close(layer.values, other.values.masked_fill(~counts, 0.0), atol=1e-5, rtol=1e-4)
+
+
+def positions(mask):
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def test_no_time_is_spent_on_padding_or_on_rows_that_ended():
+    model, seen = packed_model(), []
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
+    ids, mask = prompts()
+    sequences = sample(model, ids, mask, settings(count=40), [END])
+    lengths = [row.index(END) + 1 if END in row else 40 for row in sequences[:, ids.size(1) :].tolist()]
+    assert min(lengths) < max(lengths)
+    assert seen[0] == int(mask[:, :-1].sum())  # prompts: real tokens only, the last of each comes with the first step
+    running = [sum(length > step for length in lengths) for step in range(max(lengths))]
+    steps = seen[1:]
+    assert len(steps) == max(lengths)
+    # a quarter of the rows in the batch may have ended
+    assert all(alive <= rows and alive > 0.75 * rows for alive, rows in zip(running, steps, strict=True))
+
+
+def test_rows_stop_the_loop_when_a_quarter_has_ended():
+    ids = torch.tensor([[END, 5, 6], [5, 5, 5], [5, 5, 5], [5, 5, 5], [5, 5, 5]])
+    enough = EnoughEnded(torch.tensor([END]), start=1)
+    assert enough(ids, None).tolist() == [False] * 5  # an end token in a prompt ends nothing
+    ids[0, 2] = END
+    assert enough(ids, None).tolist() == [False] * 5  # a fifth
+    ids[1, 1] = END
+    assert enough(ids, None).tolist() == [True] * 5
+
+
+def test_tokens_are_drawn_from_the_model():
+    """The second token, after some rows left, follows the model's distribution: chi-square by hand, 4,000 rows."""
+    torch.manual_seed(0)
+    model, count = packed_model(3), 4000
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)  # flat enough for all tokens to come
+    ids = torch.tensor([[4, 5], [0, 5]]).repeat(count // 2, 1)
+    mask = torch.tensor([[1, 1], [0, 1]]).repeat(count // 2, 1)
+    sequences = sample(model, ids, mask, settings(count=3, do_sample=True), [END])
+    for row, prompt in enumerate(([4, 5], [5])):
+        drawn = sequences[row::2, 2:]
+        with torch.no_grad():
+            first = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(dim=-1)
+            texts = torch.tensor([[*prompt, token] for token in range(12)])
+            second = model(input_ids=texts).logits[:, -1].softmax(dim=-1)
+        expected = first[:, None] * second
+        expected = torch.cat([expected[:END].flatten(), expected[END + 1 :].flatten(), first[END : END + 1]])
+        pairs = torch.zeros(12, 12)
+        for one, two in drawn[:, :2].tolist():
+            pairs[one, two] += 1
+        seen = torch.cat([pairs[:END].flatten(), pairs[END + 1 :].flatten(), pairs[END].sum()[None]])
+        statistic = ((seen - expected * count / 2) ** 2 / (expected * count / 2)).sum().item()
+        degrees = len(expected) - 1
+        assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
