@@ -110,7 +110,7 @@ def growth(given) -> None:
     axes = {
         "batch": [{"batch": n, "micro_batch": n} for n in (8, 16, 32)],
         "completion_length": [{"completion_length": n} for n in (24, 48, 96)],
-        "vocabulary": [{"vocabulary": n} for n in (2000, 8000, 32000)],
+        "vocabulary": [{"vocabulary": n} for n in (2000, 8000, 32000, 128000)],  # a tile has 32,768 entries
         "rewards": [{"rewards": n} for n in (1, 2, 4)],
     }
     for system in ("ppo_head", "ppo_adapter"):
