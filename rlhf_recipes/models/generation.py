@@ -30,8 +30,12 @@ class EnoughEnded(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Say for all rows alike, shape `(B,)`, whether to stop."""
-        share = torch.isin(input_ids[:, self.start :], self.ends).any(dim=1).float().mean()
+        share = _ended(input_ids[:, self.start :], self.ends).float().mean()
         return (share >= _ENDED).expand(len(input_ids))
+
+
+def _ended(completion_ids: Tensor, ends: Tensor) -> Tensor:
+    return torch.isin(completion_ids, ends).any(dim=1)
 
 
 @torch.no_grad()
@@ -52,7 +56,8 @@ def sample(
         Prompts and completions, shape `(B, P + T)`, with padding behind the end.
     """
     start, config = input_ids.size(1), copy.deepcopy(generation_config)
-    length, cache = start + (config.max_new_tokens or 0), read_prompts(model, input_ids, attention_mask)
+    assert config.max_new_tokens is not None  # the trainer's configuration sets it
+    length, cache = start + config.max_new_tokens, read_prompts(model, input_ids, attention_mask)
     found = input_ids.new_full((len(input_ids), length), config.pad_token_id)
     end_ids, rows = input_ids.new_tensor(ends), torch.arange(len(input_ids), device=input_ids.device)
     while len(rows) and input_ids.size(1) < length:
@@ -65,7 +70,7 @@ def sample(
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
         )
         found[rows, : input_ids.size(1)] = input_ids
-        going = (~torch.isin(input_ids[:, start:], end_ids).any(dim=1)).nonzero().squeeze(1)
+        going = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
         more = attention_mask.new_ones(len(input_ids), input_ids.size(1) - attention_mask.size(1))
         attention_mask = torch.cat([attention_mask, more], dim=1)[going]
         cache.batch_select_indices(going)

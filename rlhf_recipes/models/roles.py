@@ -197,8 +197,8 @@ class Roles:
                 input_ids, mask = self._padded([sequences[row] for row in chunk], pad_token_id)
                 rows = Rows(mask, self.packed)
                 values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
-                each = rows.split(values)
-                scores |= {row: each[i, : len(sequences[row])] for i, row in enumerate(chunk)}
+                found = zip(chunk, rows.split(values), strict=True)
+                scores |= {row: each[: len(sequences[row])] for row, each in found}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()

@@ -5,11 +5,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
+    """Put tokens `(n, ...)` to their places in a tensor of zeros.
+
+    Args:
+        tokens: Values of `n` tokens.
+        places: For each token its place among all of `shape`, row by row, each a different one, shape `(n,)`.
+        shape: Rows and columns.
+
+    Returns:
+        A tensor `(*shape, ...)`.
+
+    Example:
+        >>> spread(torch.tensor([5, 6]), torch.tensor([3, 0]), 2, 2)
+        tensor([[6, 0],
+                [0, 5]])
+    """
+    zeros = tokens.new_zeros(math.prod(shape), *tokens.shape[1:])
+    return zeros.index_copy(0, places, tokens).view(*shape, *tokens.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -28,9 +49,7 @@ class Slots:
 
     def pad(self, values: Tensor) -> Tensor:
         """`(1, heads, N, D)` to `(B, heads, L, D)`, 0 on padding."""
-        tokens = values[0].transpose(0, 1)
-        padded = tokens.new_zeros(self.texts * self.length, *tokens.shape[1:]).index_copy(0, self.places, tokens)
-        return padded.view(self.texts, self.length, *tokens.shape[1:]).transpose(1, 2)
+        return spread(values[0].transpose(0, 1), self.places, self.texts, self.length).transpose(1, 2)
 
     def unpad(self, values: Tensor) -> Tensor:
         """`(B, L, heads, D)` to `(1, N, heads, D)`."""
@@ -80,16 +99,12 @@ class Rows:
     def join(self, values: Tensor) -> Tensor:
         """Values of the mask's columns `(B, W, ...)` as the network's `(1, N, ...)` or `(B, L, ...)`."""
         tokens = values.flatten(0, 1)[self._columns]
-        if self._packed:
-            return tokens[None]
-        padded = tokens.new_zeros(len(values) * self._length, *values.shape[2:])
-        return padded.index_copy(0, self._places, tokens).view(-1, self._length, *values.shape[2:])
+        return tokens[None] if self._packed else spread(tokens, self._places, len(values), self._length)
 
     def split(self, states: Tensor) -> Tensor:
         """Undo `join`: `(B, W, ...)`, 0 where there is no token."""
         tokens = states[0] if self._packed else states.flatten(0, 1)[self._places]
-        whole = tokens.new_zeros(self._mask_shape.numel(), *tokens.shape[1:])
-        return whole.index_copy(0, self._columns, tokens).view(*self._mask_shape, *tokens.shape[1:])
+        return spread(tokens, self._columns, *self._mask_shape)
 
     def places(self, positions: Tensor) -> Tensor:
         """Places among all of the network's states of positions `(B, t)` of the texts: `(B, t)`."""

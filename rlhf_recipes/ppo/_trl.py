@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 
 from rlhf_recipes.models.generation import sample
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.rows import spread
 from rlhf_recipes.models.states import states_at
 from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
 
@@ -66,16 +67,17 @@ def policy_pass(
     parts: list[tuple[Tensor, list[Tensor]]] = []
     length, inner = batch["completion_ids"].size(1), trainer.accelerator.unwrap_model(model)
     for rows, part in by_length(sequences(batch), batch_size or len(batch["prompt_ids"])):
-        texts, counts = text_rows(part, is_packed(inner)), part["completion_mask"].bool()
-        places = texts.places(positions_before(part))[counts]
-        labels = torch.nn.functional.pad(part["completion_ids"][counts], (1, 0), value=-100)  # after the states
+        texts, mask = text_rows(part, is_packed(inner)), part["completion_mask"]
+        drawn = mask.flatten().nonzero().squeeze(1)
+        places = texts.places(positions_before(part)).flatten()[drawn]
+        labels = part["completion_ids"].flatten()[drawn]
+        labels = torch.nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
         with trainer.accelerator.autocast(), states_at(inner, places) as states:
             input_ids = texts.join(join_columns(part, "ids"))
             outputs = model(input_ids=input_ids, **texts.arguments, labels=labels[None], fused_lm_head=True)
             kept = [] if read is None else [read(states[0])]
         tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *kept)]
-        padded = [each.new_zeros(*counts.shape, *each.shape[1:]).index_put((counts,), each) for each in tokens]
-        parts.append((rows, padded))
+        parts.append((rows, [spread(each, drawn, *mask.shape) for each in tokens]))
     found = [put_together([(rows, values[i]) for rows, values in parts], length) for i in range(len(parts[0][1]))]
     return found[0], found[1], found[2] if read is not None else None
 
@@ -119,13 +121,13 @@ def sample_rollout(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> list[li
 def _sample(trainer: GRPOTrainer, model: Any, batch: dict[str, Tensor]) -> list[list[int]]:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     args: Any = trainer.args
-    given, ends = (batch["prompt_ids"], batch["prompt_mask"]), trainer.eos_token_ids
+    ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+    config, ends = trainer.generation_config, trainer.eos_token_ids
     if is_packed(inner) and not args.generation_kwargs and not args.cache_implementation:
-        sequences = sample(inner, *given, trainer.generation_config, ends)
+        sequences = sample(inner, ids, mask, config, ends)
     else:
-        options = dict(zip(("input_ids", "attention_mask"), given, strict=True))
-        sequences = model.generate(**options, generation_config=trainer.generation_config)
-    rows = sequences[:, batch["prompt_ids"].size(1) :].tolist()
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    rows = sequences[:, ids.size(1) :].tolist()
     first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
 

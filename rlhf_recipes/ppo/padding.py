@@ -16,7 +16,7 @@ from rlhf_recipes.models.rows import Rows
 
 def text_rows(batch: dict[str, Tensor], packed: bool) -> Rows:
     """Prompt and completion of each row of a batch as one text, for a network that reads them packed, or padded."""
-    return Rows(torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1), packed)
+    return Rows(join_columns(batch, "mask"), packed)
 
 
 def join_columns(batch: dict[str, Tensor], name: str) -> Tensor:

@@ -18,7 +18,8 @@ def make_model(seed=0):
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(6) if parameter.dim() > 1 else parameter
+            if parameter.dim() > 1:
+                parameter.mul_(6)
     return model
 
 

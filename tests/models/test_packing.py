@@ -56,7 +56,8 @@ def make(name):
     model = MODELS[name]()
     with torch.no_grad():  # so that attention matters in a model that was not trained
         for parameter in model.parameters():
-            parameter.mul_(4) if parameter.dim() > 1 else parameter
+            if parameter.dim() > 1:
+                parameter.mul_(4)
     return model.eval()
 
 
