@@ -18,7 +18,7 @@ from per_token_world import TASKS, load_scorer, load_tokenizer_of, load_writer, 
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-METHODS = ["ppo_adapter", "ppo_adapter_half", "ppo_head", "grpo", "rloo", "trl112"]
+METHODS = ["ppo_adapter", "ppo_adapter_half", "ppo_adapter_slow", "ppo_head", "grpo", "rloo", "trl112"]
 GRID = ["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]  # the outer ones only where the best of the others lies at the edge
 TUNING_SEED = 100
 HELD_OUT, SAMPLING_SEED = 512, 7  # prompts, and the draws that every policy gets
@@ -156,7 +156,7 @@ def main(argv=None):
             for method in given.methods:  # alternating
                 run = train(place, method, rates[method], seed, pythons.get(method, sys.executable))
                 curves[method].append(evaluation.curve(run))
-        print(per_token_report.write(place, curves, rates), flush=True)
+        print(per_token_report.write(place, curves, rates, TASKS[name].nats), flush=True)
     if per_token_report.plot([given.output / name for name in given.tasks], given.output / "curves.png"):
         print(f"Drawn: {given.output / 'curves.png'}")
 

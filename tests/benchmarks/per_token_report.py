@@ -13,6 +13,7 @@ NAMES = {
     "grpo": "GRPO, TRL 1.16",
     "rloo": "RLOO, TRL 1.16",
     "trl112": "PPO, TRL 1.12",
+    "ppo_adapter_slow": "PPO here, adapter, critic at the policy's rate",
 }
 
 
@@ -36,23 +37,22 @@ def gold_at(rows, axis, where):
 
 
 def common(curves, axis):
-    """The most of `axis` that all runs reached."""
-    return min(max(row[axis] for row in rows) for runs in curves.values() for rows in runs)
+    """The most of `axis`, tokens or seconds, that all runs reached."""
+    return min(rows[-1][axis] for runs in curves.values() for rows in runs)
 
 
-def summarise(curves):
+def summarise(curves, nats):
     """Numbers of each method, each a mean and half an interval.
 
     Args:
         curves: For each method the evaluations of each of its runs.
+        nats: KL to the reference within which the best gold score of each run is compared, several.
 
     Returns:
-        `where`, at which KL, tokens and seconds methods are compared; `methods`, the numbers of each.
+        `where`, at which tokens and seconds methods are compared; `methods`, the numbers of each.
     """
-    where = {axis: common(curves, axis) for axis in ("kl", "tokens", "seconds")}
-    points = {
-        "gold at half that KL": ("kl", where["kl"] / 2),
-        "gold at that KL": ("kl", where["kl"]),
+    where = {axis: common(curves, axis) for axis in ("tokens", "seconds")}
+    points = {f"gold within {most:g} nats": ("kl", most) for most in nats} | {
         "gold at equal tokens": ("tokens", where["tokens"]),
         "gold at equal time": ("seconds", where["seconds"]),
     }
@@ -72,7 +72,7 @@ def text(place, summary, rates):
     where, methods = summary["where"], summary["methods"]
     columns = [name for name in next(iter(methods.values())) if name != "values"]
     lines = [
-        f"{Path(place).name}: compared at {where['kl']:.2f} nats, {where['tokens']:,.0f} completion tokens, "
+        f"{Path(place).name}: compared at {where['tokens']:,.0f} completion tokens, "
         f"{where['seconds']:.0f} s of one core; {len(next(iter(methods.values()))['values']['final gold'])} seeds",
         "| method | learning rate | " + " | ".join(columns) + " |",
         "|" + "---|" * (len(columns) + 2),
@@ -114,9 +114,9 @@ def plot(places, path):
     return True
 
 
-def write(place, curves, rates):
+def write(place, curves, rates, nats):
     """Write `result.json` for a task; return the table."""
-    summary = summarise(curves)
+    summary = summarise(curves, nats)
     found = {"rates": rates, "curves": curves, **summary}
     (Path(place) / "result.json").write_text(json.dumps(found, indent=1))
     return text(place, summary, rates)

@@ -68,6 +68,7 @@ def grpo_like(place, method, run, learning_rate, seed):
             critic="adapter" if adapter else "head",
             critic_init="reward" if adapter else "policy",
             critic_layers=half if method == "ppo_adapter_half" else None,
+            critic_learning_rate=learning_rate if method == "ppo_adapter_slow" else None,
             kl_coef=task.kl_coef,
             gae_lambda=1.0,
             vf_coef=0.5,

@@ -36,6 +36,7 @@ class Task:
     base: str
     completion_length: int
     missing_eos_penalty: float | None
+    nats: tuple[float, ...]  # KL within which gold scores are compared
     rollouts: int = 40
     kl_coef: float = 0.1
 
@@ -49,9 +50,17 @@ TASKS = {
         "world/base",
         32,
         None,
+        (1, 2, 3, 4),
     ),
     "movie_sentiment": Task(
-        "outputs/movie_sentiment_cpu", ("reviews/texts", "train", "test"), 8, "judge", "base", 48, 1.0
+        "outputs/movie_sentiment_cpu",
+        ("reviews/texts", "train", "test"),
+        8,
+        "judge",
+        "base",
+        48,
+        1.0,
+        (4, 8, 12, 16),
     ),
 }
 
