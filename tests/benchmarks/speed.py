@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 OURS = ["ppo_head", "ppo_adapter", "ppo_adapter_half"]  # the last one with `critic_layers` at half the layers
 SYSTEMS = ["trl112", *OURS, "floor_head", "floor_adapter", "grpo", "rloo", "sft"]
 PHASES = ["update", "generate", "score", "train", "rest"]
+TO_TRL112 = ["update", "peak_mib"]  # what is set in relation to it
 # (what, of which system, relative to which, at most), for 27M and up with fixed lengths
 FLOOR = [("update", "ppo_head", "floor_head", 1.15), ("update", "ppo_adapter", "floor_adapter", 1.15)]
 SFT = [("peak_mib", system, "sft", 1.25) for system in ("ppo_head", "ppo_adapter")]
@@ -70,13 +71,16 @@ def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
+    """Lay medians out as a table of Markdown, with ratios to TRL 1.12's where it was measured."""
     lines = [
-        "| system | s per update | generate | score | train | rest | tokens | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| system | s per update | to TRL 1.12 | generate | score | train | rest | tokens | peak MiB | to TRL 1.12 |",
+        "|" + "---|" * 10,
     ]
     for system, row in medians.items():
-        times = " | ".join(f"{row[phase]:.2f}" for phase in PHASES)
-        lines.append(f"| {system} | {times} | {row['tokens']:.0f} | {row['peak_mib']:.0f} |")
+        update, *phases = (f"{row[phase]:.2f}" for phase in PHASES)
+        ratios = [f"{row[what] / medians['trl112'][what]:.2f}" if "trl112" in medians else "" for what in TO_TRL112]
+        cells = [system, update, ratios[0], *phases, f"{row['tokens']:,.0f}", f"{row['peak_mib']:,.0f}", ratios[1]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

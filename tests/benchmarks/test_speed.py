@@ -39,6 +39,15 @@ def test_verdicts_by_hand():
     ]
 
 
+def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
+    row = {"generate": 1.0, "score": 2.0, "train": 3.0, "rest": 0.0, "tokens": 2560}
+    medians = {"trl112": row | {"update": 8.0, "peak_mib": 4000}, "ppo_head": row | {"update": 6.0, "peak_mib": 1000}}
+    assert speed.table(medians).splitlines()[-1] == (
+        "| ppo_head | 6.00 | 0.75 | 1.00 | 2.00 | 3.00 | 0.00 | 2,560 | 1,000 | 0.25 |"
+    )
+    assert "| 6.00 |  | 1.00 |" in speed.table({"ppo_head": medians["ppo_head"]})
+
+
 def test_ragged_lengths_by_hand():
     """Half the tokens in 0.55 of the time; the passes alone in 0.65 of theirs."""
     fixed = {"ppo_head": {"update": 10.0, "score": 2.0, "train": 6.0, "tokens": 1000}}
