@@ -148,10 +148,10 @@ def test_the_page_has_what_was_run_and_what_came_out(whole):
     assert "recipes/ppo.py --config x.yaml" in text
     assert "0123456789ab-dirty" in text
     assert "trl 1.16.0" in text
-    assert "Win rate against the reference 0.800 [0.750, 0.850], by gold_score: better than the reference." in text
+    assert "Win rate against the reference 0.800 [0.750, 0.850], by gold_score. But an alarm was raised" in text
     assert "0.840 [0.800, 0.870]" in text
     assert "fell a text" in text
-    assert "1 alarms or warnings" in text
+    assert "Alarms and warnings: 1" in text
     assert "policy reward 1.250" in text
     assert "reference gold -0.750" in text
     assert "rollouts of step 120, 16 of them" in text
@@ -339,6 +339,16 @@ def test_verdicts(changes, level, words, tmp_path):
     found, sentence = verdict(stage)
     assert found == level
     assert words in sentence
+
+
+def test_a_policy_that_was_better_before_is_not_called_good(tmp_path):
+    alarms = [{"kind": "length_drift", "step": 3}, {"kind": "over_optimization", "step": 4}]
+    stage = Stage("ppo", tmp_path, records={"evaluation.json": comparison()}, alarms=alarms)
+    found, sentence = verdict(stage)
+    assert found == "bad"
+    assert "fell in training" in sentence
+    stage.alarms = alarms[:1]
+    assert verdict(stage)[0] == "good"
 
 
 def test_numbers_and_texts():

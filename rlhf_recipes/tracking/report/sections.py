@@ -154,6 +154,9 @@ def verdict(stage: Stage) -> tuple[str, str]:
         return "bad", f"{rate}. The reward rose and the gold score fell: the policy fools its reward model."
     if ends[1] < 0.5:
         return "bad", f"{rate}: worse than the reference."
+    if any(row.get("kind") == "over_optimization" for row in stage.alarms or []):
+        fell = "But an alarm was raised: what its reward stands for fell in training, the reward did not."
+        return "bad", f"{rate}. {fell}"
     if ends[0] <= 0.5:
         return "care", f"{rate}: cannot be told from the reference."
     if record.get("win_rate_by") == "reward_score":

@@ -101,7 +101,7 @@ def _in_short(runs: Sequence[Run], policies: Sequence[Stage]) -> str:
         level, sentence = verdict(stage)
         raised = len(stage.alarms or [])
         if stage.alarms is not None:
-            sentence += f" {raised} alarms or warnings." if raised else " No alarm was raised."
+            sentence += f" Alarms and warnings: {raised}." if raised else " No alarm was raised."
         parts.append(f'<p class="verdict {level}"><strong>{clean(stage.name)}</strong>: {clean(sentence)}</p>')
     number = sum(len(run.missing) + sum(len(stage.missing) for stage in run.stages) for run in runs)
     if number:
