@@ -12,17 +12,10 @@ import statistics
 from pathlib import Path
 
 import torch
-from speed_clock import Clock, Updates, memory, seconds
-from speed_world import LORA, PROMPT_LENGTH
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
-
-FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+from speed_clock import Clock, Updates, memory
+from speed_floor import floor
+from speed_world import FOUR_BIT, LORA, PROMPT_LENGTH, dtype_of, load, prompts
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 def import_libraries(system: str) -> None:
@@ -33,25 +26,6 @@ def import_libraries(system: str) -> None:
     names += ["rlhf_recipes.ppo.trainer"] if system.startswith("ppo_") else []
     for name in names:
         importlib.import_module(name)
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def load(world: Path, kind, precision: str, **options):
-    """Load a model of the benchmark in float32, bfloat16 or 4 bits."""
-    if precision == "4bit":
-        options["quantization_config"] = FOUR_BIT
-        options["device_map"] = {"": "cpu"}
-    dtype = dtype_of(precision)
-    return kind.from_pretrained(world / "policy", dtype=dtype, **options)
-
-
-def prompts(world: Path):
-    from datasets import Dataset
-
-    return Dataset.from_dict({"prompt": json.loads((world / "prompts.json").read_text())})
 
 
 def common(given) -> dict:
@@ -216,60 +190,6 @@ def trl112(given, clock: Clock) -> None:
     )
     trainer.optimizer.step = clock.marks_step(trainer.optimizer.step)
     trainer.train()
-
-
-def floor(given, clock: Clock) -> None:
-    """The same generation, forward and backward passes, and nothing else: what no trainer can do without.
-
-    With `head` the critic reads the policy's hidden states; with `adapter` it has passes of its own. The old
-    log-probabilities, the reference, the reward (and the critic's adapter) take one forward pass each.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    tokenizer = AutoTokenizer.from_pretrained(given.world / "policy", padding_side="left")
-    model = load(given.world, AutoModelForCausalLM, given.precision)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
-    texts, own = prompts(given.world)["prompt"], given.system == "floor_adapter"
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
-    for update in range(given.updates):
-        clock.begin()
-        inputs = tokenizer(texts[update * given.batch : (update + 1) * given.batch], return_tensors="pt", padding=True)
-        with torch.no_grad(), autocast(given):
-            sequences = clock.timed(model.generate)(
-                **inputs, max_new_tokens=given.completion_length, do_sample=True, top_k=0, top_p=1.0
-            )
-            length = sequences.size(1) - inputs["input_ids"].size(1)
-            ends = (sequences[:, -length:] == tokenizer.eos_token_id).int()
-            mask = torch.cat([inputs["attention_mask"], (ends.cumsum(1) - ends == 0).long()], dim=1)
-            clock.tokens = int(mask.sum())
-            for batch in zip(sequences.split(given.micro_batch), mask.split(given.micro_batch), strict=True):
-                passes(model, batch, length, heads=2, trunks=2 if own else 1)
-        for _ in range(given.epochs):
-            clock.first_pass = clock.first_pass or seconds()
-            for batch in zip(sequences.split(given.micro_batch), mask.split(given.micro_batch), strict=True):
-                with autocast(given):
-                    loss = passes(model, batch, length, heads=1, trunks=1 if own else 0)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            clock.last_step = seconds()
-        clock.end()
-
-
-def autocast(given):
-    return torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16")
-
-
-def passes(model, batch, length, heads: int, trunks: int):
-    """Run the model with its output layer, or its trunk alone, and return a loss over all of it."""
-    ids, mask = batch
-    loss = torch.zeros(())
-    for _ in range(heads):
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits[:, :-1]
-        loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten())
-    for _ in range(trunks):
-        loss = loss + model.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state.float().mean()
-    return loss
 
 
 SYSTEMS = {

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -22,6 +24,7 @@ from transformers import (
 
 PROMPT_LENGTH = 32
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LENGTHS = {"fixed": 1e-12, "ragged": 1 / 24}  # probability of the end token at each step
 SIZES = {
     "1.3M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
@@ -103,3 +106,26 @@ def set_end_probability(model, end: int, probability: float) -> None:
     logits[:, end] = -torch.inf
     wanted = (logits.logsumexp(dim=1) + torch.tensor(probability / (1 - probability)).log()).mean()
     head[end] = direction * wanted / (states @ direction).mean()
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def load(world: Path, kind, precision: str, **options):
+    """Load a model of the benchmark in float32, bfloat16 or 4 bits."""
+    if precision == "4bit":
+        options["quantization_config"] = FOUR_BIT
+        options["device_map"] = {"": "cpu"}
+    model = kind.from_pretrained(world / "policy", dtype=dtype_of(precision), **options)
+    if kind is AutoModelForCausalLM:  # bitsandbytes may repack, at the first pass in eval mode, what is trained later
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def prompts(world: Path):
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": json.loads((world / "prompts.json").read_text())})

@@ -3,7 +3,8 @@
 import pytest
 import speed
 import torch
-from speed_world import LENGTHS, make_model, make_world, set_end_probability
+from speed_world import LENGTHS, load, make_model, make_world, set_end_probability
+from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.models.tiny import word_tokenizer
 
@@ -28,6 +29,17 @@ def test_the_world_has_prompts_of_the_length_that_it_is_named_after(tmp_path):
         found = {len(prompt.split()) for prompt in json.loads((world / "prompts.json").read_text())}
         assert found <= wanted
         assert len(found) == 1 if lengths == "fixed" else len(found) > 5
+
+
+def test_a_quantized_model_can_be_trained_after_it_generated(tmp_path):
+    """bitsandbytes would repack its layers here, and compute them without a gradient from then on."""
+    world = make_world(tmp_path, "1.3M", "fixed", texts=None)
+    model = load(world, AutoModelForCausalLM, "4bit").eval()
+    before = {name: value.clone() for name, value in model.named_parameters() if value.dtype == torch.uint8}
+    with torch.no_grad():
+        model(torch.randint(3, 100, (1, 4)))
+    assert len(before) == 4 * 7
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters() if name in before)
 
 
 def test_verdicts_by_hand():
