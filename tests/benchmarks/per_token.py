@@ -156,7 +156,7 @@ def main(argv=None):
             for method in given.methods:  # alternating
                 run = train(place, method, rates[method], seed, pythons.get(method, sys.executable))
                 curves[method].append(evaluation.curve(run))
-        print(per_token_report.write(place, curves, rates, TASKS[name].nats), flush=True)
+        print(per_token_report.write(place, curves, rates, TASKS[name].nats, TASKS[name].kl_coef), flush=True)
     if per_token_report.plot([given.output / name for name in given.tasks], given.output / "curves.png"):
         print(f"Drawn: {given.output / 'curves.png'}")
 

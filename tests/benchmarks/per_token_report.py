@@ -41,12 +41,13 @@ def common(curves, axis):
     return min(rows[-1][axis] for runs in curves.values() for rows in runs)
 
 
-def summarise(curves, nats):
+def summarise(curves, nats, kl_coef):
     """Numbers of each method, each a mean and half an interval.
 
     Args:
         curves: For each method the evaluations of each of its runs.
         nats: KL to the reference within which the best gold score of each run is compared, several.
+        kl_coef: Of the objective that is trained, reward minus `kl_coef` times KL.
 
     Returns:
         `where`, at which tokens and seconds methods are compared; `methods`, the numbers of each.
@@ -63,6 +64,7 @@ def summarise(curves, nats):
             f"final {key}": [float(rows[-1][key]) for rows in runs]
             for key in ("gold", "reward", "kl", "length", "tokens", "seconds")
         }
+        numbers["final objective"] = [float(rows[-1]["reward"] - kl_coef * rows[-1]["kl"]) for rows in runs]
         methods[method] = {name: interval(values) for name, values in numbers.items()} | {"values": numbers}
     return {"where": where, "methods": methods}
 
@@ -114,9 +116,9 @@ def plot(places, path):
     return True
 
 
-def write(place, curves, rates, nats):
+def write(place, curves, rates, nats, kl_coef):
     """Write `result.json` for a task; return the table."""
-    summary = summarise(curves, nats)
+    summary = summarise(curves, nats, kl_coef)
     found = {"rates": rates, "curves": curves, **summary}
     (Path(place) / "result.json").write_text(json.dumps(found, indent=1))
     return text(place, summary, rates)

@@ -50,7 +50,7 @@ TASKS = {
         "world/base",
         32,
         None,
-        (1, 2, 3, 4),
+        (2, 3, 4),
     ),
     "movie_sentiment": Task(
         "outputs/movie_sentiment_cpu",
