@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from learning_vs_trl112 import CACHE, make_environment
-from speed_world import LENGTHS, SIZES, make_world
+from speed_world import COMPLETION_LENGTH, LENGTHS, PROMPT_LENGTH, SIZES, make_world
 
 HERE = Path(__file__).resolve().parent
 OURS = ["ppo_head", "ppo_adapter", "ppo_adapter_half"]  # the last one with `critic_layers` at half the layers
@@ -67,7 +67,21 @@ def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict
         for system in given.systems:
             found[system].append(measure(system, world, pythons.get(system, sys.executable), options))
     keys = [*PHASES, "tokens", "peak_mib"]
-    return {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
+    medians = {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
+    if "fixed" in world.name:
+        check_lengths(medians, given.batch)
+    return medians
+
+
+def check_lengths(medians: dict[str, dict[str, float]], batch: int) -> None:
+    """Raise if some system had less to do than the others, whose padding is computed."""
+    whole = batch * (PROMPT_LENGTH + COMPLETION_LENGTH)
+    for system, row in medians.items():
+        if row["tokens"] not in (0, whole):  # TRL 1.12 and SFT do not count
+            raise RuntimeError(
+                f"{system} had {row['tokens']:.0f} tokens in place of {whole}: its prompts or completions are not of "
+                "the fixed lengths. Remove the folder of the model, which may be of another version."
+            )
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:

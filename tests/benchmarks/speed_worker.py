@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from speed_clock import Clock, Updates, memory
 from speed_floor import floor
-from speed_world import FOUR_BIT, LORA, PROMPT_LENGTH, dtype_of, load, prompts
+from speed_world import COMPLETION_LENGTH, FOUR_BIT, LORA, PROMPT_LENGTH, dtype_of, load, prompts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "4bit"], default="fp32")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro_batch", type=int, default=32)
-    parser.add_argument("--completion_length", type=int, default=48)
+    parser.add_argument("--completion_length", type=int, default=COMPLETION_LENGTH)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rewards", type=int, default=1, help="reward adapters, for the growth with roles")
     parser.add_argument("--updates", type=int, default=3, help="the first is not counted if there are more")

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-PROMPT_LENGTH = 32
+PROMPT_LENGTH, COMPLETION_LENGTH = 32, 48
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LENGTHS = {"fixed": 1e-12, "ragged": 1 / 24}  # probability of the end token at each step

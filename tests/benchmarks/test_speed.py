@@ -60,6 +60,12 @@ def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
     assert "| 6.00 |  | 1.00 |" in speed.table({"ppo_head": medians["ppo_head"]})
 
 
+def test_unlike_work_at_fixed_lengths_is_an_error():
+    speed.check_lengths({"ppo_head": {"tokens": 640}, "trl112": {"tokens": 0}}, batch=8)
+    with pytest.raises(RuntimeError, match="floor_head had 552 tokens in place of 640"):
+        speed.check_lengths({"ppo_head": {"tokens": 640}, "floor_head": {"tokens": 552}}, batch=8)
+
+
 def test_ragged_lengths_by_hand():
     """Half the tokens in 0.55 of the time; the passes alone in 0.65 of theirs."""
     fixed = {"ppo_head": {"update": 10.0, "score": 2.0, "train": 6.0, "tokens": 1000}}
