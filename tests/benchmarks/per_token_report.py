@@ -110,8 +110,10 @@ def plot(places, path):
                     axis.plot(run_x, run_y, color=colour, alpha=0.2, linewidth=0.7)
             axis.set(xlabel=labels[x], ylabel=labels[y])
         row[0].set_title(Path(place).name, loc="left")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    lines = {line.get_label(): line for row in axes for line in row[0].get_lines()}
+    shown = [name for name in NAMES.values() if name in lines]
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend([lines[name] for name in shown], shown, loc="lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=90)
     return True
 
