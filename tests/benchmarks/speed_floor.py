@@ -3,7 +3,7 @@
 import torch
 from speed_clock import Clock, seconds
 from speed_world import LORA, load, prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def floor(given, clock: Clock) -> None:
@@ -14,7 +14,7 @@ def floor(given, clock: Clock) -> None:
     """
     from peft import LoraConfig, get_peft_model
 
-    tokenizer = AutoTokenizer.from_pretrained(given.world / "policy", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.world / "policy", padding_side="left")
     model = load(given.world, AutoModelForCausalLM, given.precision)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     texts, own = prompts(given.world)["prompt"], given.system == "floor_adapter"

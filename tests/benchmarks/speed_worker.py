@@ -15,7 +15,7 @@ import torch
 from speed_clock import Clock, Updates, memory
 from speed_floor import floor
 from speed_world import COMPLETION_LENGTH, FOUR_BIT, LORA, PROMPT_LENGTH, dtype_of, load, prompts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 
 def import_libraries(system: str) -> None:
@@ -65,7 +65,7 @@ def grpo_like(given, clock: Clock) -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
     shared = {
         "train_dataset": prompts(given.world),
-        "processing_class": AutoTokenizer.from_pretrained(given.world / "policy"),
+        "processing_class": PreTrainedTokenizerFast.from_pretrained(given.world / "policy"),
         "peft_config": lora,
         "callbacks": [callback],
     }
@@ -133,7 +133,7 @@ def sft(given, clock: Clock) -> None:
         load(given.world, AutoModelForCausalLM, given.precision),
         SFTConfig(**settings),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=AutoTokenizer.from_pretrained(given.world / "policy"),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(given.world / "policy"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
         callbacks=[Updates(clock, 1)],
     )
@@ -149,7 +149,7 @@ def trl112(given, clock: Clock) -> None:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    tokenizer = AutoTokenizer.from_pretrained(given.world / "policy", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.world / "policy", padding_side="left")
 
     def pad(row):
         ids = tokenizer(row["prompt"])["input_ids"]
