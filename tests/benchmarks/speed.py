@@ -65,18 +65,18 @@ def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict
     found = {system: [] for system in given.systems}
     for _ in range(given.rounds):
         for system in given.systems:
-            found[system].append(measure(system, world, pythons.get(system, sys.executable), options))
+            result = measure(system, world, pythons.get(system, sys.executable), options)
+            if "fixed" in world.name:
+                check_lengths({system: result}, given.batch)  # before the others take their time
+            found[system].append(result)
     keys = [*PHASES, "tokens", "peak_mib"]
-    medians = {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
-    if "fixed" in world.name:
-        check_lengths(medians, given.batch)
-    return medians
+    return {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
 
 
-def check_lengths(medians: dict[str, dict[str, float]], batch: int) -> None:
+def check_lengths(results: dict[str, dict[str, float]], batch: int) -> None:
     """Raise if some system had less to do than the others, whose padding is computed."""
     whole = batch * (PROMPT_LENGTH + COMPLETION_LENGTH)
-    for system, row in medians.items():
+    for system, row in results.items():
         if row["tokens"] not in (0, whole):  # TRL 1.12 and SFT do not count
             raise RuntimeError(
                 f"{system} had {row['tokens']:.0f} tokens in place of {whole}: its prompts or completions are not of "
