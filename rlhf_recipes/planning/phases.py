@@ -33,9 +33,10 @@ def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
     - generate: keys and values of a whole rollout and the logits of one step, or one layer's work on all prompts.
     - score: old and reference log-probabilities, values and rewards, a micro-batch at a time, without gradients: one
       layer's work, or the output layer's.
-    - train: gradients and optimizer states, and the largest of three moments: the backward pass of a critic with
-      layers of its own begins, which comes before the policy's forward pass; that of the policy's layers begins; or
-      that of its output layer. From the first on, the critic's gradients are kept besides.
+    - train: gradients and optimizer states, and the largest of three moments: the backward pass of the policy's
+      output layer begins; that of its layers begins; or that of a critic with layers of its own, whose forward pass
+      comes after both, while the policy's gradients are kept besides. What the first update keeps of a rollout of one
+      micro-batch from the last pass of its scoring on counts here.
 
     Args:
         sizes: The run.
@@ -93,15 +94,15 @@ def _train(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
         optimizer=sizes.trained * (4 + sizes.optimizer_bytes),  # gradients live only here
         rest=common.rest + TRAINING_BYTES[sizes.device],
     )
-    moments = []
-    if sizes.critic is not None:
-        own = sizes.critic_network or sizes.network
-        common = replace(common, optimizer=common.optimizer + 4 * sizes.critic.parameters)
-        moments.append(replace(common, activations=_backward(sizes, own, sizes.critic)))
     in_layers = _backward(sizes, sizes.network, sizes.policy)
-    moments.append(replace(common, activations=in_layers, logits=exact_kl_memory(sizes)))
     kept = kept_activations(sizes, sizes.network, sizes.policy)
-    moments.append(replace(common, activations=kept, logits=logits_memory(sizes, backward=True)))
+    moments = [
+        replace(common, activations=in_layers, logits=exact_kl_memory(sizes)),
+        replace(common, activations=kept, logits=logits_memory(sizes, backward=True)),
+    ]
+    if sizes.critic is not None:
+        own = _backward(sizes, sizes.critic_network or sizes.network, sizes.critic)
+        moments.append(replace(common, activations=own, optimizer=common.optimizer + 4 * sizes.policy.parameters))
     return max(moments, key=lambda memory: memory.total)
 
 

@@ -45,40 +45,25 @@ def run_sizes(
         ValueError: If the model is no dense decoder, or the critic's model is missing.
     """
     source: Any = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    base, notes = str(model_args.model_name_or_path), []
+    base, notes = str(model_args.model_name_or_path), list[str]()
     model = empty_model(base, attn_implementation=model_args.attn_implementation, **source)
     config: Any = model.config
     network = network_sizes(model)
 
     def adapter(folder: str | None, what: str) -> AdapterSizes:
-        lora = lora_config(model_args, "CAUSAL_LM")
-        if folder is not None and is_adapter(folder):
-            lora = _saved_lora(folder)
-        elif folder is not None:
-            notes.append(f"{what} {folder!r} is not there yet: taken as an adapter with this stage's LoRA settings.")
-        return adapter_sizes(empty_model(base, **source), lora)
+        return adapter_sizes(empty_model(base, **source), _lora(folder, what, model_args, notes))
 
     policy = adapter(ppo_args.sft_adapter, "sft_adapter")
     rewards, others = _rewards(ppo_args, base, adapter)
-    critic, critic_network = None, None
-    if training_args.critic == "model":
-        if ppo_args.critic_model is None:
-            raise ValueError("`critic: model` needs `critic_model`, the classifier that the critic starts from.")
-        own = empty_model(ppo_args.critic_model)
-        critic_network, critic = network_sizes(own), whole_model_sizes(own)
-    elif training_args.critic == "adapter":
-        critic = rewards[0] if rewards and training_args.critic_init == "reward" else policy
-
+    critic, critic_network = _critic(ppo_args, training_args, [*rewards, policy])
     weight_bytes = _bytes_of(model_args.dtype, config)
     bits: Literal[0, 4, 8] = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
-    reference = policy.parameters if ppo_args.sft_adapter is not None else 0
-    micro_batch = training_args.per_device_train_batch_size
-    sizes = RunSizes(
+    return RunSizes(
         network=network,
         policy=policy,
         critic=critic,
         critic_network=critic_network,
-        frozen=reference + sum(reward.parameters for reward in rewards),
+        frozen=sum(each.parameters for each in [*rewards, *([policy] if ppo_args.sft_adapter else [])]),
         others=others,
         heads=len(rewards) + 1,
         weight_bytes=weight_bytes,
@@ -88,15 +73,14 @@ def run_sizes(
         eager=config._attn_implementation == "eager",
         exact_kl=training_args.kl_estimator == "full",
         optimizer_bytes=optimizer_bytes(training_args.optim),
-        micro_batch=micro_batch,
+        micro_batch=training_args.per_device_train_batch_size,
         evaluation_batch=training_args.per_device_eval_batch_size,
-        rollout=micro_batch * training_args.micro_batches_per_rollout,
+        rollout=training_args.per_device_train_batch_size * training_args.micro_batches_per_rollout,
         prompt=prompt_length,
         completion=training_args.max_completion_length or 0,
         device="cpu" if device == "cpu" else "cuda",
         file_bytes=_file_bytes(network, config, weight_bytes, bits) if device == "cpu" else 0,
-    )
-    return sizes, notes
+    ), notes
 
 
 def _checkpointed(training_args: PPOConfig) -> int:
@@ -157,8 +141,30 @@ def _rewards(ppo_args: PPOArguments, base: str, adapter: Any) -> tuple[list[Adap
     return adapters, others
 
 
+def _critic(
+    ppo_args: PPOArguments, training_args: PPOConfig, adapters: list[AdapterSizes]
+) -> tuple[AdapterSizes | None, NetworkSizes | None]:
+    """The critic's adapter (like the first reward's, or the policy's, the last), and a network of its own."""
+    if training_args.critic == "head":
+        return None, None
+    if training_args.critic == "adapter":
+        return adapters[0 if training_args.critic_init == "reward" else -1], None
+    if ppo_args.critic_model is None:
+        raise ValueError("`critic: model` needs `critic_model`, the classifier that the critic starts from.")
+    own = empty_model(ppo_args.critic_model)
+    return whole_model_sizes(own), network_sizes(own)
+
+
 def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _lora(folder: str | None, what: str, model_args: ModelConfig, notes: list[str]) -> LoraConfig:
+    if folder is not None and is_adapter(folder):
+        return _saved_lora(folder)
+    if folder is not None:
+        notes.append(f"{what} {folder!r} is not there yet: taken as an adapter with this stage's LoRA settings.")
+    return lora_config(model_args, "CAUSAL_LM")
 
 
 def _saved_lora(folder: str) -> LoraConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlhf_recipes.ppo import checks
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
+FIRST_PASS = ("first_logps", "first_entropies", "first_values")  # each (B, T)
 _POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 
@@ -32,15 +34,19 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
 
     Returns:
         `old_per_token_logps`, `ref_per_token_logps` and `kl`, the KL to the reference per token (of padding too), in
-        nats, each `(B, T)`; with a critic that is a head on the policy, `old_values` `(B, T)`; and `anchor_hidden`
-        `(B, T, H)` where the loss needs distributions of the anchor.
+        nats, each `(B, T)`; with a critic that is a head on the policy, `old_values` `(B, T)`; `anchor_hidden`
+        `(B, T, H)` where the loss needs distributions of the anchor; and what `first_pass` names.
     """
     args, mask = trainer.args, batch["completion_mask"]
     full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
-    old_logps, _, old = policy_pass(trainer, trainer.model, batch, batch_size, what_to_keep(trainer, full))
     with trainer.roles.use(trainer.reference):
         keep = keep_states if full else None
         ref_logps, _, ref = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
+    shared = first_pass(trainer)
+    with torch.set_grad_enabled(bool(shared)):  # the last one, so that none runs beside what it keeps
+        outputs = policy_pass(trainer, trainer.model, batch, batch_size, what_to_keep(trainer, full))
+    old_logps = outputs[0].detach()
+    old: Any = outputs[2] if outputs[2] is None else outputs[2].detach()
     if trainer.model.training and trainer.state.global_step == trainer._step == 0:
         checks.check_same_distribution(
             old_logps,
@@ -51,6 +57,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
             cause="The policy's adapter changed after the reference was copied from it, or the base did.",
         )
     found = {"old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps}
+    found |= dict(zip(shared, outputs, strict=False))
     if args.kl_estimator != "full":
         values = {"old_values": old} if old is not None else {}
         return {**found, **values, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}
@@ -59,6 +66,20 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
     if args.kl_placement == "loss":
         found["anchor_hidden"] = old if args.kl_anchor == "old" else ref
     return {**found, "kl": exact_kl(trainer, old, ref, mask, trainer.roles.model)}
+
+
+def first_pass(trainer: PPOTrainer) -> tuple[str, ...]:
+    """What a rollout keeps of the old policy's pass, with its graph, because it is the first update's too.
+
+    A rollout of one micro-batch is first trained on with the tokens and the weights that it was scored with. A pass
+    of its own is made in the very first update, where the two are compared, and with several processes, whose
+    gradients go by a wrapper around the policy.
+    """
+    args = trainer.args
+    alone = args.micro_batches_per_rollout == trainer.accelerator.num_processes == 1
+    if not (alone and trainer.model.training and trainer._step > 0 and args.kl_estimator != "full"):
+        return ()
+    return FIRST_PASS if trainer.critic.kind == "head" else FIRST_PASS[:2]
 
 
 def keep_states(states: Tensor) -> Tensor:

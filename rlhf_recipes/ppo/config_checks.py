@@ -91,10 +91,19 @@ def check_contradictions(config: PPOConfig) -> None:
     Raises:
         ValueError: With the fields' names and the fix.
     """
-    adaptive, bandit = config.kl_controller == "adaptive", config.advantage_estimator == "bandit"
-    longest = config.max_completion_length or 0
-    warmup = _longest_warmup(config)
-    contradictions = {
+    for message, holds in contradictions(config).items():
+        if holds:
+            raise ValueError(f"{message}.")
+
+
+def contradictions(config: PPOConfig) -> dict[str, bool]:
+    """All messages about contradictions, each with whether it holds."""
+    return _kl_contradictions(config) | _bandit_contradictions(config) | _other_contradictions(config)
+
+
+def _kl_contradictions(config: PPOConfig) -> dict[str, bool]:
+    adaptive = config.kl_controller == "adaptive"
+    return {
         "`kl_anchor: old` is the policy that sampled, so its KL in the reward is 0. Set `kl_placement: loss`": (
             config.kl_anchor == "old" and config.kl_placement == "reward"
         ),
@@ -104,6 +113,16 @@ def check_contradictions(config: PPOConfig) -> None:
         "`kl_controller: adaptive` steers the KL to the reference, but `kl_anchor` is 'old'. Set it to `reference`": (
             adaptive and config.kl_anchor == "old"
         ),
+        f"`kl_horizon` is {config.kl_horizon}, so a rollout of {config.generation_batch_size} completions could make "
+        "`kl_coef` negative. Raise it to more than a fifth of a rollout": (
+            adaptive and (config.generation_batch_size or 0) >= 5 * config.kl_horizon
+        ),
+    }
+
+
+def _bandit_contradictions(config: PPOConfig) -> dict[str, bool]:
+    bandit = config.advantage_estimator == "bandit"
+    return {
         "`advantage_estimator: bandit` takes a completion as one action, so there are no rewards to place on its "
         f"tokens by `reward_placement: {config.reward_placement}`. Set it to `terminal`, or the estimator to `gae`": (
             bandit and config.reward_placement != "terminal"
@@ -117,14 +136,16 @@ def check_contradictions(config: PPOConfig) -> None:
         "`advantage_estimator: bandit` learns from whole completions. Set `loss_aggregation: sequence`": (
             bandit and config.loss_aggregation != "sequence"
         ),
+    }
+
+
+def _other_contradictions(config: PPOConfig) -> dict[str, bool]:
+    longest = config.max_completion_length or 0
+    return {
         "`reward_placement: redistributed` pays differences of the reward adapter's own scores, which `score_scaling` "
         "and `score_clip` would only change on the last token. Remove these, or choose another placement": (
             config.reward_placement == "redistributed"
             and (config.score_scaling != "none" or config.score_clip is not None)
-        ),
-        f"`kl_horizon` is {config.kl_horizon}, so a rollout of {config.generation_batch_size} completions could make "
-        "`kl_coef` negative. Raise it to more than a fifth of a rollout": (
-            adaptive and (config.generation_batch_size or 0) >= 5 * config.kl_horizon
         ),
         "`missing_eos_mode: replace` needs `missing_eos_penalty`, whose negative it puts in the score's place": (
             config.missing_eos_mode == "replace" and config.missing_eos_penalty is None
@@ -139,7 +160,7 @@ def check_contradictions(config: PPOConfig) -> None:
         "duration": config.critic_warmup_explained_variance is not None and config.critic_warmup_steps == 0,
         "`critic_warmup_steps` leaves no optimizer step for the policy. Raise `max_steps`": 0
         < config.max_steps
-        <= warmup,
+        <= _longest_warmup(config),
         "`delta` must be larger than 1 + `epsilon_high` (or `epsilon`), or it clips before they do": (
             config.delta is not None and config.delta <= 1.0 + (config.epsilon_high or config.epsilon)
         ),
@@ -147,9 +168,6 @@ def check_contradictions(config: PPOConfig) -> None:
             config.ptx_batch_size is not None and config.ptx_coef == 0.0
         ),
     }
-    for message, holds in contradictions.items():
-        if holds:
-            raise ValueError(f"{message}.")
 
 
 def _longest_warmup(config: PPOConfig) -> int:

@@ -19,13 +19,10 @@ from rlhf_recipes.models.loading import load_sequence_classifier, positions_foll
 from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import decoder_layers
-from rlhf_recipes.ppo.objective import backward_now, critic_loss
 from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
 from rlhf_recipes.reward_modeling.readout import Readout
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from rlhf_recipes.ppo.config import PPOConfig
 
 MODEL = "critic_model"  # the submodule of the policy that is a critic of its own
@@ -168,24 +165,6 @@ class Critic:
             with self._roles.use(self._adapter):
                 hidden = self._roles.hidden_states_of_top(below, self.layers, **rows.arguments)
         return self.values(rows.take(hidden, positions_before(batch)))
-
-    def loss(self, batch: dict[str, Tensor], args: PPOConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        """Run a critic with a network of its own, and free its activations before the policy takes as many.
-
-        Args:
-            batch: What `forward` and `critic_loss` take.
-            args: The configuration.
-            accelerator: The trainer's, for its precision.
-
-        Returns:
-            What `critic_loss` gives.
-        """
-        with accelerator.autocast():
-            loss, clipped = critic_loss(self.forward(batch), batch, args)
-        if loss.requires_grad and accelerator.scaler is None:  # float16's gradients need the scale of the whole loss
-            named = self._policy.named_parameters()
-            loss = backward_now(loss, [parameter for name, parameter in named if is_critic_parameter(name)])
-        return loss, clipped
 
     @torch.no_grad()
     def rollout_values(self, batch: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from rlhf_recipes.ppo._trl import sample_rollout
 from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.ppo.objective import backward_now
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import join, sort_within_steps
 from rlhf_recipes.ppo.roles_table import roles_table
@@ -155,6 +156,13 @@ class PPOEngine(GRPOTrainer):
                 if not made or (self.updates.warming_up and not is_critic_parameter(name)):
                     parameter.grad = None  # unlike a zero, it also keeps Adam from moving on with its momentum
         return loss
+
+    def _backward_of_policy(self, loss: Tensor) -> Tensor:
+        """Free what the policy's loss keeps for its gradient, before a critic of its own network takes as much."""
+        if not loss.requires_grad or self.accelerator.scaler is not None:
+            return loss  # float16's gradients need the scale of the whole loss
+        named = self.model.named_parameters()
+        return backward_now(loss, [parameter for name, parameter in named if not is_critic_parameter(name)])
 
     def _check_gradients(self) -> None:
         if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale

@@ -24,20 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the trained networks say about a micro-batch, with gradients.
+    """What the policy says about a micro-batch, with gradients.
 
     Attributes:
         logps: Log-probabilities of the completion tokens in nats, shape `(B, T)`.
         entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
-        value_loss: Loss of the critic's values, a scalar.
-        value_clipped: Share of the values whose clipped loss was the larger one, a scalar.
+        values: What a head on the policy expects before each token, in reward units, shape `(B, T)`; `None` where the
+            critic has a network of its own.
         full_kl: Exact KL per token in nats, shape `(B, T)`, where the loss needs it.
     """
 
     logps: Tensor
     entropies: Tensor
-    value_loss: Tensor
-    value_clipped: Tensor
+    values: Tensor | None = None
     full_kl: Tensor | None = None
 
 
@@ -47,6 +46,11 @@ class LossMetrics(NamedTuple):
     means: dict[str, tuple[Tensor, Tensor]]
     maxima: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, means: dict[str, tuple[Tensor, Tensor]], maxima: dict[str, Tensor]) -> LossMetrics:
+        """Collect metrics without their graphs, which would keep memory until the end of the step."""
+        return cls({name: (mean.detach(), count) for name, (mean, count) in means.items()}, maxima)
+
 
 def count_items(mask: Tensor, args: PPOConfig) -> Tensor:
     """Number of items in a mean over a batch: tokens, or completions; with a fixed length those without tokens too."""
@@ -55,15 +59,16 @@ def count_items(mask: Tensor, args: PPOConfig) -> Tensor:
     return mask.any(dim=1).sum() if args.loss_aggregation == "sequence" else mask.new_tensor(len(mask))
 
 
-def ppo_loss(
+def policy_loss(
     new: Outputs, batch: dict[str, Tensor], args: PPOConfig, kl_coef: float, entropy_coef: float
 ) -> tuple[Tensor, LossMetrics]:
-    """Compute the loss of a micro-batch, `-(L_CLIP - c1 L_VF - beta L_KL + c2 L_entropy)`.
+    """Compute the policy's terms of the loss of a micro-batch, `-(L_CLIP - beta L_KL + c2 L_entropy)`.
+
+    `critic_loss` is the remaining one.
 
     Args:
-        new: The outputs of the networks as they are now.
-        batch: `completion_mask`, `value_mask`, `old_per_token_logps`, `advantages` and `ref_per_token_logps`, each
-            `(B, T)`.
+        new: The outputs of the policy as it is now.
+        batch: `completion_mask`, `old_per_token_logps`, `advantages` and `ref_per_token_logps`, each `(B, T)`.
         args: Clips, weights and how to average.
         kl_coef: Weight of the KL in the loss: 0 where the penalty is part of the rewards.
         entropy_coef: Weight of the entropy bonus.
@@ -73,7 +78,7 @@ def ppo_loss(
     """
     mask, old_logps = batch["completion_mask"], batch["old_per_token_logps"]
     average: Any = {"aggregation": args.loss_aggregation, "length": args.max_completion_length}
-    policy_loss, policy_clipped = clipped_policy_loss(
+    clipped_loss, clipped = clipped_policy_loss(
         new.logps,
         old_logps,
         batch["advantages"],
@@ -88,45 +93,38 @@ def ppo_loss(
     kl = new.logps.new_zeros(())
     if kl_coef:
         kl = aggregate(kl_per_token(new, batch, args), mask, args.loss_aggregation, args.max_completion_length)
-    loss = total_loss(
-        policy_loss, new.value_loss, kl, entropy, vf_coef=args.vf_coef, kl_coef=kl_coef, entropy_coef=entropy_coef
-    )
+    none = kl.new_zeros(())
+    loss = total_loss(clipped_loss, none, kl, entropy, vf_coef=0.0, kl_coef=kl_coef, entropy_coef=entropy_coef)
     log_ratio = (new.logps - old_logps).detach().masked_fill(~mask.bool(), 0.0)
-    items, tokens, values = count_items(mask, args), mask.sum(), batch["value_mask"]
+    items, tokens = count_items(mask, args), mask.sum()
     means = {
         "entropy": (masked_mean(new.entropies, mask), tokens),
-        "ppo/policy_loss": (policy_loss, items),
-        "ppo/clip_fraction": (policy_clipped, tokens),
+        "ppo/policy_loss": (clipped_loss, items),
+        "ppo/clip_fraction": (clipped, tokens),
         "ppo/approx_kl": (0.5 * masked_mean(log_ratio**2, mask), tokens),
         "ppo/ratio_mean": (masked_mean(log_ratio.exp(), mask), tokens),
-        "critic/value_loss": (new.value_loss, count_items(values, args)),
-        "critic/clip_fraction": (new.value_clipped, values.sum()),
     }
     if kl_coef:
         means["ppo/kl_loss"] = (kl, items)
-    return loss, LossMetrics(means, {"ppo/ratio_max": log_ratio.max().exp()})
+    return loss, LossMetrics.of(means, {"ppo/ratio_max": log_ratio.max().exp()})
 
 
-def critic_loss(values: Tensor, batch: dict[str, Tensor], args: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Compute the loss of the critic's values before each token, in reward units, shape `(B, T)`.
+def critic_loss(values: Tensor, batch: dict[str, Tensor], args: PPOConfig) -> tuple[Tensor, LossMetrics]:
+    """Compute the critic's term of the loss of a micro-batch, `c1 L_VF`.
 
     Args:
-        values: The values as they are now.
+        values: The values before each token as they are now, in reward units, shape `(B, T)`.
         batch: `value_mask`, `old_values` and `returns`, each `(B, T)`.
-        args: The clip, and how to average.
+        args: The clip, the weight, and how to average.
 
     Returns:
-        The loss and the share of values whose clipped loss was the larger one, both scalars.
+        The loss, a scalar, and the metrics.
     """
-    return clipped_value_loss(
-        values,
-        batch["old_values"],
-        batch["returns"],
-        batch["value_mask"],
-        args.value_clip,
-        aggregation=args.loss_aggregation,
-        length=args.max_completion_length,
-    )
+    mask = batch["value_mask"]
+    average: Any = {"aggregation": args.loss_aggregation, "length": args.max_completion_length}
+    loss, clipped = clipped_value_loss(values, batch["old_values"], batch["returns"], mask, args.value_clip, **average)
+    means = {"critic/value_loss": (loss, count_items(mask, args)), "critic/clip_fraction": (clipped, mask.sum())}
+    return args.vf_coef * loss, LossMetrics.of(means, {})
 
 
 def backward_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
@@ -149,11 +147,21 @@ def backward_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-    result = loss.detach()
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        if gradient is not None:
-            result = result + ((parameter - parameter.detach()) * gradient).sum()
+    result: Tensor = _KnownGradient.apply(loss.detach(), gradients, *trained)
     return result
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient by some parameters is given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> Any:
+        return None, None, *(None if gradient is None else scale[0] * gradient for gradient in ctx.gradients)
 
 
 def kl_per_token(new: Outputs, batch: dict[str, Tensor], args: PPOConfig) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_recipes.ppo.checks import check_not_bandit
 from rlhf_recipes.ppo.functional import bandit_advantages, first_token_mask, gae, length_adaptive_lambda
 from rlhf_recipes.shaping import (
     ClipScores,
@@ -51,6 +52,39 @@ class Scored:
     token_rewards: Tensor | None = None
     attention: Tensor | None = None
     potentials: Tensor | None = None
+
+
+def collect(
+    scores: Tensor,
+    functions: Sequence[Any],
+    weights: Sequence[float],
+    potentials: Sequence[Any] | None,
+    mask: Tensor,
+    args: PPOConfig,
+) -> Scored:
+    """Put together what the reward functions said of completions, and of their tokens.
+
+    Args:
+        scores: Weighted sum of all rewards of a completion, shape `(B,)`.
+        functions: The reward functions, after they were called.
+        weights: Their weights.
+        potentials: For each completion one potential per token, or `None`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        args: The configuration.
+
+    Raises:
+        ValueError: If rewards were given per token, and the advantages are about whole completions.
+    """
+    token_rewards = attention = None
+    for function, weight in zip(functions, weights, strict=True):
+        rows = getattr(function, "token_rewards", None)
+        if rows is not None:
+            check_not_bandit(args, function.__name__)
+            given = weight * pad_rows(rows, mask)
+            token_rewards = given if token_rewards is None else token_rewards + given
+        shares = getattr(function, "attention", None)
+        attention = attention if shares is None else pad_rows(shares, mask)
+    return Scored(scores, token_rewards, attention, None if potentials is None else pad_rows(potentials, mask))
 
 
 class TokenRewards:

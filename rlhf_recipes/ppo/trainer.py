@@ -20,19 +20,19 @@ from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
-from rlhf_recipes.ppo.anchor import exact_kl, make_kl_controller, policy_and_reference, what_to_keep
+from rlhf_recipes.ppo.anchor import FIRST_PASS, exact_kl, make_kl_controller, policy_and_reference, what_to_keep
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
-from rlhf_recipes.ppo.objective import Outputs, count_items, critic_loss, ppo_loss
+from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards
 from rlhf_recipes.ppo.step_metrics import StepMetrics
-from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, estimate_advantages, pad_rows
+from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
 from rlhf_recipes.ppo.updates import UpdateControl
 from rlhf_recipes.shaping import Completions, ScoreTransform
 
@@ -179,21 +179,6 @@ class PPOTrainer(PPOEngine):
             checks.check_potentials(self._potentials, completion_ids_list)
         return rewards_per_func
 
-    def _scored(self, mask: Tensor) -> Scored:
-        """Collect what the reward functions said of the tokens beside the scores."""
-        token_rewards = attention = None
-        functions: list[Any] = self.reward_funcs
-        for function, weight in zip(functions, self.reward_weights.tolist(), strict=True):
-            rows = getattr(function, "token_rewards", None)
-            if rows is not None:
-                checks.check_not_bandit(self.args, function.__name__)
-                given = weight * pad_rows(rows, mask)
-                token_rewards = given if token_rewards is None else token_rewards + given
-            weights = getattr(function, "attention", None)
-            attention = attention if weights is None else pad_rows(weights, mask)
-        potentials = None if self._potentials is None else pad_rows(self._potentials, mask)
-        return Scored(self._scores, token_rewards, attention, potentials)
-
     # 2. The rollout: completions from TRL, then values, token rewards and advantages.
     @phase("score")
     @torch.no_grad()
@@ -203,10 +188,10 @@ class PPOTrainer(PPOEngine):
         training = self.model.training
         batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         mask = batch["completion_mask"]
-        batch |= policy_and_reference(self, batch, batch_size)
-        if "old_values" not in batch:
+        if self.critic.kind != "head":
             with self.accelerator.autocast():
                 batch |= self.critic.rollout_values(batch, batch_size)
+        batch |= policy_and_reference(self, batch, batch_size)
         values = batch["old_values"]
 
         completions = Completions(
@@ -216,7 +201,9 @@ class PPOTrainer(PPOEngine):
             sum_over_processes=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
             training=training,
         )
-        token_rewards, scores, contributions = self.token_rewards(self._scored(mask), mask, completions)
+        functions: Any = self.reward_funcs
+        scored = collect(self._scores, functions, self.reward_weights.tolist(), self._potentials, mask, self.args)
+        token_rewards, scores, contributions = self.token_rewards(scored, mask, completions)
         kl = batch.pop("kl").masked_fill(~mask.bool(), 0.0)
         if self.args.kl_placement == "reward":
             token_rewards = token_rewards - self.kl_controller.value * kl
@@ -249,8 +236,26 @@ class PPOTrainer(PPOEngine):
     # 3. The loss of one micro-batch.
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         whole, inputs = inputs, trim(inputs)
-        mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
+        for name in FIRST_PASS:  # TRL keeps the rollout for all epochs
+            whole.pop(name, None)
+        loss, values, metrics = self._policy_loss(model, inputs)
+        if values is None:
+            with self.accelerator.autocast():
+                values = self.critic.forward(inputs)
+        value_loss, value_metrics = critic_loss(values, inputs, self.args)
+        loss = (loss + value_loss) * self._share_of_step(inputs["completion_mask"], inputs)
+        if self.model.training and self.ptx_texts is not None:
+            ptx_loss = self.ptx_texts.loss(self)
+            metrics.means["ppo/ptx_loss"] = (ptx_loss, torch.ones_like(ptx_loss))
+            loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
+        checks.check_finite("loss", loss, whole, self.args.output_dir, self.accelerator.process_index)
+        self.step_metrics[self.mode].add(metrics.means | value_metrics.means, metrics.maxima)
+        return loss
+
+    def _policy_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, LossMetrics]:
+        """Compute the policy's terms, and the values if the critic is a head on it; else its activations are free."""
         new = self._forward(model, inputs)
+        mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
         if self.model.training and self._step == 0:
             checks.check_same_distribution(
                 new.logps,
@@ -260,32 +265,24 @@ class PPOTrainer(PPOEngine):
                 what="every ratio of new to old policy must be 1",
                 cause="Dropout, or a layer that computes differently in training and in evaluation, is on.",
             )
-        kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
-        loss, metrics = ppo_loss(new, inputs, self.args, kl_coef, self.updates.entropy_coef)
-        loss = loss * self._share_of_step(mask, inputs)
         if self.model.training:
             self.updates.record(new.logps - old_logps, new.entropies, mask)
-            if self.ptx_texts is not None:
-                ptx_loss = self.ptx_texts.loss(self)
-                metrics.means["ppo/ptx_loss"] = (ptx_loss, torch.ones_like(ptx_loss))
-                loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-        checks.check_finite("loss", loss, whole, self.args.output_dir, self.accelerator.process_index)
-        self.step_metrics[self.mode].add(*metrics)
-        return loss
+        kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
+        loss, metrics = policy_loss(new, inputs, self.args, kl_coef, self.updates.entropy_coef)
+        return loss if self.critic.kind == "head" else self._backward_of_policy(loss), new.values, metrics
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
-        """Run critic and policy on a micro-batch, with gradients."""
-        value = None if self.critic.kind == "head" else self.critic.loss(inputs, self.args, self.accelerator)
+        """Run the policy on a micro-batch, with gradients."""
+        if "first_logps" in inputs:
+            return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
         full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
         logps, entropies, kept = policy_pass(self, model, inputs, read=what_to_keep(self, full))
-        if value is None:
-            value = critic_loss(self.critic.values(kept) if full else kept, inputs, self.args)
-        kl = None
-        if full:
-            mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
-            anchor = self.model if old else self.roles.model
-            kl = exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old)
-        return Outputs(logps, entropies, *value, kl)
+        if not full:
+            return Outputs(logps, entropies, kept)
+        values = self.critic.values(kept) if self.critic.kind == "head" else None
+        mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
+        anchor = self.model if old else self.roles.model
+        return Outputs(logps, entropies, values, exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old))
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

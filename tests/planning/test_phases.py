@@ -51,10 +51,11 @@ def test_train_numbers():
     kept = 2 * 10 * 576 + 960
     train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1)))["train"]
     assert (train.activations, train.logits) == (kept + 10 * 256, 0)  # a backward pass begins
-    assert train.optimizer == 12 * TRAINED + 4 * 600  # the critic's gradient is kept while the policy runs
+    assert train.optimizer == 12 * TRAINED + 4 * 600  # the policy's gradient is kept while the critic runs
     assert train.rest == FIXED_BYTES["cpu"] + TRAINING_BYTES["cpu"] + 6 * 128
     train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=200)))["train"]
     assert (train.activations, train.logits) == (kept, 4 * 200 * 37 + 128)  # the policy's output layer
+    assert train.optimizer == 12 * TRAINED
     again = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1), checkpointing=1))["train"]
     assert again.activations == 640 + 960 + 10 * 576 + 10 * 256
 

@@ -4,6 +4,8 @@ from collections import Counter
 
 import torch
 
+from rlhf_recipes.ppo.anchor import FIRST_PASS
+
 EOS = 1  # of the tiny tokenizer
 WORDS = range(6, 30)  # ids of plain words in it
 
@@ -33,9 +35,10 @@ def without_chance(trainer, make=answer):
 
 
 def rollout(trainer, rows=8):
-    """One rollout of the trainer, in training mode and in the order of generation."""
+    """One rollout of the trainer, in training mode and in the order of generation, as a later epoch finds it."""
     trainer.model.train()
-    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(rows)])
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(rows)])
+    return {name: value for name, value in batch.items() if name not in FIRST_PASS}
 
 
 def unpadded(batch, row):

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.ppo._trl import completion_logps
 from rlhf_recipes.ppo.critic import is_critic_parameter
-from rlhf_recipes.ppo.objective import Outputs, backward_now, critic_loss, kl_per_token, ppo_loss
+from rlhf_recipes.ppo.objective import Outputs, backward_now, critic_loss, kl_per_token, policy_loss
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
 
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "critic_learning_rate": 1e-3}
@@ -103,7 +103,7 @@ def expected_kl(estimator, anchor, new, old, ref):
     }
     args = type("Args", (), {"kl_anchor": anchor, "kl_estimator": estimator})
     unused = torch.zeros(tokens, 1)
-    per_token = kl_per_token(Outputs(new[:, None], unused, unused, unused), batch, args)
+    per_token = kl_per_token(Outputs(new[:, None], unused), batch, args)
     return (old.exp() * per_token[:, 0]).sum()
 
 
@@ -141,7 +141,7 @@ def numbers_of_a_batch(mask, args):
         "old_values": old_values,
         "returns": returns,
     }
-    return Outputs(0.2 * logps + old, entropies, *critic_loss(values, batch, args)), values, batch
+    return Outputs(0.2 * logps + old, entropies), values, batch
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
@@ -150,7 +150,7 @@ def test_the_total_is_the_sum_of_its_four_terms(make_config, aggregation):
     args = make_config(loss_aggregation=aggregation, kl_placement="loss", kl_estimator="k3", vf_coef=0.4, delta=2.0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     new, values, batch = numbers_of_a_batch(mask, args)
-    loss, _ = ppo_loss(new, batch, args, kl_coef=0.3, entropy_coef=0.05)
+    loss = policy_loss(new, batch, args, kl_coef=0.3, entropy_coef=0.05)[0] + critic_loss(values, batch, args)[0]
     sums = [[], [], []]
     for row, length in enumerate((3, 1, 4)):
         for t in range(length):
