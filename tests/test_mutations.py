@@ -303,7 +303,7 @@ BUGS = [
     Bug(ROWS, "columns < lengths[:, None]", "columns <= lengths[:, None]", PADDED),
     Bug(ROWS, "// mask.size(1)]", "// self._length]", PADDED),
     Bug(ROWS, "packed and len(", "True and len(", PADDED),
-    Bug(ROWS, "index_copy(0, places, tokens)", "index_copy(0, places.flip(0), tokens)", "test_slots_by_hand"),
+    Bug(ROWS, "index_put((places,), tokens)", "index_put((places.flip(0),), tokens)", "test_slots_by_hand"),
     Bug(PADDING, '"mask"), packed)', '"mask"), not packed)', JOINED),
     Bug(PADDING, 'batch[f"prompt_{name}"], batch[f"completion_{name}"]', 'batch[f"completion_{name}"]', JOINED),
     Bug(PADDING, "keepdim=True) - 1\n", "keepdim=True)\n", POSITIONS),

@@ -30,7 +30,8 @@ def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
                 [0, 5]])
     """
     zeros = tokens.new_zeros(math.prod(shape), *tokens.shape[1:])
-    return zeros.index_copy(0, places, tokens).view(*shape, *tokens.shape[1:])
+    # `index_copy` would keep the tokens for its backward pass
+    return zeros.index_put((places,), tokens).view(*shape, *tokens.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rlhf_recipes.models.rows import Rows, Slots
+from rlhf_recipes.models.rows import Rows, Slots, spread
 
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 VALUES = torch.tensor([[9, 5, 6, 9], [7, 9, 9, 9], [9, 9, 9, 9]])
@@ -20,6 +20,17 @@ def test_packed_rows_by_hand():
     assert rows.split(torch.tensor([[5, 6, 7]])).tolist() == [[0, 5, 6, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
     assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]]))[:2].tolist() == [[1, 0], [2, 2]]
     assert rows.take(torch.tensor([[5, 6, 7]]), torch.tensor([[1], [0], [-1]])).tolist() == [[6], [7], [7]]
+
+
+def test_spread_keeps_places_and_no_tokens_for_its_gradient():
+    tokens = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    places, kept = torch.tensor([4, 0, 3]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = spread(tokens, places, 2, 3)
+    assert [tensor.tolist() for tensor in kept] == [[4, 0, 3]]
+    weights = torch.randn(2, 3, 4, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), tokens)
+    assert_close(gradient, weights.flatten(0, 1)[places], atol=0, rtol=0)
 
 
 def test_padded_rows_by_hand():
