@@ -22,11 +22,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 
 
 def run_sizes(
-    ppo_args: PPOArguments,
-    training_args: PPOConfig,
-    model_args: ModelConfig,
-    prompt_length: int,
-    device: str,
+    ppo_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig, prompt_length: int, device: str
 ) -> tuple[RunSizes, list[str]]:
     """Find out what the memory of a PPO run depends on, without loading weights.
 
@@ -54,16 +50,18 @@ def run_sizes(
         return adapter_sizes(empty_model(base, **source), _lora(folder, what, model_args, notes))
 
     policy = adapter(ppo_args.sft_adapter, "sft_adapter")
-    rewards, others = _rewards(ppo_args, base, adapter)
-    critic, critic_network = _critic(ppo_args, training_args, [*rewards, policy])
+    rewards, others = _rewards(ppo_args, adapter)
+    like = rewards[0] if rewards and training_args.critic_init == "reward" else policy
+    critic, critic_network = _critic(training_args.critic, ppo_args.critic_model, like)
     weight_bytes = _bytes_of(model_args.dtype, config)
     bits: Literal[0, 4, 8] = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
-    return RunSizes(
+    reference = policy.parameters if ppo_args.sft_adapter is not None else 0
+    sizes = RunSizes(
         network=network,
         policy=policy,
         critic=critic,
         critic_network=critic_network,
-        frozen=sum(each.parameters for each in [*rewards, *([policy] if ppo_args.sft_adapter else [])]),
+        frozen=reference + sum(reward.parameters for reward in rewards),
         others=others,
         heads=len(rewards) + 1,
         weight_bytes=weight_bytes,
@@ -80,7 +78,8 @@ def run_sizes(
         completion=training_args.max_completion_length or 0,
         device="cpu" if device == "cpu" else "cuda",
         file_bytes=_file_bytes(network, config, weight_bytes, bits) if device == "cpu" else 0,
-    ), notes
+    )
+    return sizes, notes
 
 
 def _checkpointed(training_args: PPOConfig) -> int:
@@ -129,7 +128,7 @@ def longest_prompt(
     return longest
 
 
-def _rewards(ppo_args: PPOArguments, base: str, adapter: Any) -> tuple[list[AdapterSizes], int]:
+def _rewards(ppo_args: PPOArguments, adapter: Any) -> tuple[list[AdapterSizes], int]:
     """Adapters on the base, and the bytes of reward models beside it."""
     folders = [*([ppo_args.reward_adapter] if ppo_args.reward_adapter else []), *(ppo_args.reward_adapters or [])]
     adapters, others = [], 0
@@ -142,16 +141,14 @@ def _rewards(ppo_args: PPOArguments, base: str, adapter: Any) -> tuple[list[Adap
 
 
 def _critic(
-    ppo_args: PPOArguments, training_args: PPOConfig, adapters: list[AdapterSizes]
+    kind: str, critic_model: str | None, like: AdapterSizes
 ) -> tuple[AdapterSizes | None, NetworkSizes | None]:
-    """The critic's adapter (like the first reward's, or the policy's, the last), and a network of its own."""
-    if training_args.critic == "head":
-        return None, None
-    if training_args.critic == "adapter":
-        return adapters[0 if training_args.critic_init == "reward" else -1], None
-    if ppo_args.critic_model is None:
+    """The critic's adapter, which is like another role's, and the network of a critic of its own."""
+    if kind != "model":
+        return (like if kind == "adapter" else None), None
+    if critic_model is None:
         raise ValueError("`critic: model` needs `critic_model`, the classifier that the critic starts from.")
-    own = empty_model(ppo_args.critic_model)
+    own = empty_model(critic_model)
     return whole_model_sizes(own), network_sizes(own)
 
 

@@ -93,7 +93,7 @@ def policy_loss(
     kl = new.logps.new_zeros(())
     if kl_coef:
         kl = aggregate(kl_per_token(new, batch, args), mask, args.loss_aggregation, args.max_completion_length)
-    none = kl.new_zeros(())
+    none = kl.new_zeros(())  # the critic's term may have to wait until the policy's activations are gone
     loss = total_loss(clipped_loss, none, kl, entropy, vf_coef=0.0, kl_coef=kl_coef, entropy_coef=entropy_coef)
     log_ratio = (new.logps - old_logps).detach().masked_fill(~mask.bool(), 0.0)
     items, tokens = count_items(mask, args), mask.sum()

@@ -12,7 +12,7 @@ CRITICS = {"head": {"critic": "head"}, "adapter": {}, "upper_half": {"critic_lay
 
 
 def run(make_trainer, monkeypatch, shared, **fields):
-    """Three rollouts of two epochs; returns the trainer and how often the policy read whole texts with gradients."""
+    """Three rollouts of two epochs; returns the trainer and the policy's passes, with gradients and without."""
     with monkeypatch.context() as patch:
         if not shared:
             patch.setattr(anchor, "first_pass", lambda trainer: ())
@@ -43,7 +43,7 @@ def test_the_same_run_with_a_pass_less_in_each_rollout(make_trainer, monkeypatch
     assert min(logged(one, "ppo/approx_kl")[1::2]) > 1e-9
 
 
-def test_the_rollout_that_trl_keeps_loses_the_graph_with_the_first_update(make_trainer, tmp_path):
+def test_the_rollout_that_trl_keeps_loses_the_graph_with_the_first_update(make_trainer):
     trainer = without_chance(make_trainer(**ONE, critic="head", save_strategy="steps", save_steps=1))
     kept = []
     compute = trainer._compute_loss
