@@ -26,18 +26,28 @@ def packed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    slots: Slots | None = None,
+    slots: list[Slots] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention of transformers' `sdpa`, which looks at each text alone in a pass that has `slots`.
 
-    Padding lies behind the tokens of a text, where causal attention does not look, so that it needs no mask.
+    Padding lies behind the tokens of a text, where causal attention does not look, so that it needs no mask. A CPU
+    computes it in float32, twice as fast as torch's kernel for 16 bits; not a single token's after a cache.
     """
+    if query.device.type == "cpu" and query.element_size() == 2 and query.size(2) > 1:
+        states = (query.float(), key.float(), value.float())
+        with torch.autocast("cpu", enabled=False):
+            return packed_sdpa(module, *states, attention_mask, slots, **kwargs)[0].to(query.dtype), None
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query, key, value = slots.pad(query), slots.pad(key), slots.pad(value)
-    output, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
-    return slots.unpad(output), None
+    counts = [len(group.places) for group in slots]
+    parts = zip(*(each.split(counts, dim=2) for each in (query, key, value)), strict=True)
+    outputs = []
+    for group, (queries, keys, values) in zip(slots, parts, strict=True):
+        padded = (group.pad(queries), group.pad(keys), group.pad(values))
+        output, _ = sdpa_attention_forward(module, *padded, None, **kwargs)
+        outputs.append(group.unpad(output))
+    return torch.cat(outputs, dim=1), None
 
 
 def packed_mask(

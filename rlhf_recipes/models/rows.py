@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_GROUPS = 4  # of texts, which attention pads to their longest: more groups have less padding, and each costs calls
+
 
 def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
     """Put tokens `(n, ...)` to their places in a tensor of zeros.
@@ -36,7 +38,7 @@ def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where attention finds the texts of a packed pass.
+    """Where attention puts texts of like length that lie one after another, `N` tokens of `B` texts.
 
     Attributes:
         places: For each token its place among the `B * L` of the padded texts, shape `(N,)`.
@@ -82,20 +84,22 @@ class Rows:
         mask = mask.bool()
         lengths = mask.sum(dim=1)
         self._mask_shape, self._length = mask.shape, int(lengths.max())
-        self._columns = mask.flatten().nonzero().squeeze(1)
+        self._packed = packed and not bool((lengths == self._length).all())
+        order = lengths.argsort(stable=True) if self._packed else torch.arange(len(mask), device=mask.device)
+        rows, columns = mask[order].nonzero(as_tuple=True)
+        self._columns = order[rows] * mask.size(1) + columns
         positions = (mask.long().cumsum(dim=1) - 1).flatten()[self._columns]
-        starts = torch.arange(len(mask), device=mask.device) * self._length
-        self._places = positions + starts[self._columns // mask.size(1)]
-        self._packed = packed and len(self._places) < len(mask) * self._length
         self.arguments: dict[str, Any]
         if self._packed:
-            starts = lengths.cumsum(dim=0) - lengths
-            slots = Slots(self._places, len(mask), self._length)
+            ends = lengths[order].cumsum(dim=0)
+            self._starts = torch.empty_like(ends).scatter(0, order, ends - lengths[order])
+            slots = _like_length(lengths[order].tolist(), rows, positions)
             self.arguments = {"position_ids": positions[None], "slots": slots}
         else:
+            self._starts = order * self._length
+            self._places = self._starts[rows] + positions
             columns = torch.arange(self._length, device=mask.device)
             self.arguments = {"attention_mask": (columns < lengths[:, None]).long()}
-        self._starts = starts
 
     def join(self, values: Tensor) -> Tensor:
         """Values of the mask's columns `(B, W, ...)` as the network's `(1, N, ...)` or `(B, L, ...)`."""
@@ -115,3 +119,15 @@ class Rows:
         """Take the network's states at positions `(B, t)` of the texts: `(B, t, ...)`."""
         places = self.places(positions)
         return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *states.shape[2:])
+
+
+def _like_length(lengths: list[int], rows: Tensor, positions: Tensor) -> list[Slots]:
+    """Slots for texts in the order of their `lengths`, from the text `rows` and position of each token, `(N,)`."""
+    size, found, start = math.ceil(len(lengths) / _GROUPS), [], 0
+    for first in range(0, len(lengths), size):
+        group = lengths[first : first + size]
+        tokens = slice(start, start + sum(group))
+        start = tokens.stop
+        if group[-1]:
+            found.append(Slots((rows[tokens] - first) * group[-1] + positions[tokens], len(group), group[-1]))
+    return found

@@ -93,8 +93,9 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
 
     - Both norms keep their input in float32: `2 H`.
     - Attention keeps queries, keys, values and its output, keys and values repeated for all heads: `4 heads x
-      head_size`. The fused kernels (`sdpa`, flash) keep one more number for each head; `eager` keeps the weights, a
-      float32 and their 16-bit copy for each head and each token that is looked at.
+      head_size`, which on a CPU are float32 in 16 bits too. The fused kernels (`sdpa`, flash) keep one more number for
+      each head; `eager` keeps the weights, a float32 and their 16-bit copy for each head and each token that is looked
+      at.
     - The MLP keeps what its activation function reads and, with a gate, also its result and the other factor: `3 I`
       or `I`.
     - Each adapted linear layer keeps its input and the `r` numbers between its two matrices. The frozen matrices need
@@ -109,6 +110,8 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
     casts = casts_inputs(sizes)
     if sizes.eager:
         attention = 3.0 * width * compute + network.heads * sizes.length * (4 + (compute if compute < 4 else 0))
+    elif sizes.device == "cpu" and compute == 2:
+        attention = 4.0 * width * 4 + 4 * network.heads
     else:
         attention = (4.0 if casts else 3.0) * width * compute + 4 * network.heads
     mlp = (3 if network.gated else 1) * network.intermediate * compute

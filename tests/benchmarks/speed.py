@@ -4,6 +4,8 @@
     python tests/benchmarks/speed.py --sizes 1.3M 27M --lengths fixed ragged --precisions fp32 bf16 4bit
     python tests/benchmarks/speed.py --growth             # against batch, length and vocabulary
     python tests/benchmarks/speed.py --short              # this project against the floor, a guard of two minutes
+    python tests/benchmarks/speed.py --gpu --sizes 0.5B 1.5B 3B 7B --precisions 4bit --batch 16 --prompt_length 128 \
+        --completion_length 256
 
 Every measurement is a process of its own; the systems take turns, and medians are compared. See README.md.
 """
@@ -18,37 +20,39 @@ from pathlib import Path
 from statistics import median
 
 from learning_vs_trl112 import CACHE, make_environment
-from speed_world import COMPLETION_LENGTH, LENGTHS, PROMPT_LENGTH, SIZES, make_world
+from speed_world import COMPLETION_LENGTH, LENGTHS, PROMPT_LENGTH, QWEN, SIZES, make_world
 
 HERE = Path(__file__).resolve().parent
 OURS = ["ppo_head", "ppo_adapter", "ppo_adapter_half"]  # the last one with `critic_layers` at half the layers
 SYSTEMS = ["trl112", *OURS, "floor_head", "floor_adapter", "grpo", "rloo", "sft"]
 PHASES = ["update", "generate", "score", "train", "rest"]
 TO_TRL112 = ["update", "peak_mib"]  # what is set in relation to it
-# (what, of which system, relative to which, at most), for 27M and up with fixed lengths
+# (what, of which system, relative to which, at most), with fixed lengths
 FLOOR = [("update", "ppo_head", "floor_head", 1.15), ("update", "ppo_adapter", "floor_adapter", 1.15)]
 SFT = [("peak_mib", system, "sft", 1.25) for system in ("ppo_head", "ppo_adapter")]
-BARS = [
+BARS_27M = [
     ("update", "ppo_head", "trl112", 0.60),
     ("update", "ppo_adapter_half", "trl112", 0.85),
     *FLOOR,
     *[("peak_mib", system, "trl112", 0.45) for system in OURS],
     *SFT,
 ]
-BARS_4_BIT_05B = [*FLOOR, *[("peak_mib", system, "trl112", 0.35) for system in OURS], *SFT]
+BARS_LARGER_4_BIT = [*FLOOR, *[("peak_mib", system, "trl112", 0.35) for system in OURS], *SFT]
 RAGGED = 1.2  # time with ragged lengths, at most, relative to that with fixed ones and as many real tokens
 
 
-def measure(system: str, world: Path, python: str, options: dict[str, object]) -> dict:
+def measure(system: str, world: Path, python: str, options: dict[str, object], gpu: bool = False) -> dict:
     """Run one system once, and return its medians."""
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "CUDA_VISIBLE_DEVICES": ""}
+    machine = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | (
+        {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    )
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
         [python, HERE / "speed_worker.py", world, system, *words],
         capture_output=True,
         text=True,
-        env=os.environ | quiet | threads,
+        env=os.environ | quiet | machine,
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
@@ -62,20 +66,21 @@ def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict
     """Measure all systems, round by round, and take medians."""
     options = {"precision": precision, "updates": given.updates, "batch": given.batch}
     options |= {"micro_batch": given.micro_batch or given.batch}
+    options |= {"prompt_length": given.prompt_length, "completion_length": given.completion_length}
     found = {system: [] for system in given.systems}
     for _ in range(given.rounds):
         for system in given.systems:
-            result = measure(system, world, pythons.get(system, sys.executable), options)
+            result = measure(system, world, pythons.get(system, sys.executable), options, given.gpu)
             if "fixed" in world.name:
-                check_lengths({system: result}, given.batch)  # before the others take their time
+                length = given.prompt_length + given.completion_length
+                check_lengths({system: result}, given.batch * length)  # before the others take their time
             found[system].append(result)
     keys = [*PHASES, "tokens", "peak_mib"]
     return {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
 
 
-def check_lengths(results: dict[str, dict[str, float]], batch: int) -> None:
-    """Raise if some system had less to do than the others, whose padding is computed."""
-    whole = batch * (PROMPT_LENGTH + COMPLETION_LENGTH)
+def check_lengths(results: dict[str, dict[str, float]], whole: int) -> None:
+    """Raise if some system had fewer tokens than the others, whose padding is computed."""
     for system, row in results.items():
         if row["tokens"] not in (0, whole):  # TRL 1.12 and SFT do not count
             raise RuntimeError(
@@ -98,10 +103,19 @@ def table(medians: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def judge(medians: dict[str, dict[str, float]], bars) -> list[tuple[bool, str]]:
+def bars(size: str, lengths: str, precision: str) -> list[tuple[str, str, str, float]]:
+    """What is judged: with 1.3M, which is there to see what does not depend on size, and ragged lengths nothing."""
+    if size == "1.3M" or lengths == "ragged":
+        return []
+    if size == "27M":
+        return BARS_27M
+    return BARS_LARGER_4_BIT if precision == "4bit" else [*FLOOR, *SFT]
+
+
+def judge(medians: dict[str, dict[str, float]], wanted) -> list[tuple[bool, str]]:
     """Compare with the bars whose systems were measured."""
     verdicts = []
-    for what, system, other, most in bars:
+    for what, system, other, most in wanted:
         if {system, other} <= medians.keys():
             ratio = medians[system][what] / medians[other][what]
             word = "PASS" if ratio <= most else "FAIL"
@@ -151,7 +165,7 @@ def parse(argv=None):
     parser.add_argument("--environment", type=Path, default=CACHE, help="of TRL 1.12; made if need be (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"), help="where models go (%(default)s)")
     parser.add_argument("--texts", type=Path, help="jsonl.gz with dialogues in `chosen`; default: made-up reviews")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["27M"])
+    parser.add_argument("--sizes", nargs="+", choices=[*SIZES, *QWEN], default=["27M"])
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["fixed"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "4bit"], default=["fp32"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
@@ -159,6 +173,9 @@ def parse(argv=None):
     parser.add_argument("--updates", type=int, default=3, help="of a round; the first does not count (%(default)s)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro_batch", type=int, help="default: the batch")
+    parser.add_argument("--prompt_length", type=int, default=PROMPT_LENGTH)
+    parser.add_argument("--completion_length", type=int, default=COMPLETION_LENGTH)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU: wall time, and memory as torch counts it")
     parser.add_argument("--growth", action="store_true", help="measure growth in place of the comparison")
     parser.add_argument("--short", action="store_true", help="this project against the floor only, small batch")
     given = parser.parse_args(argv)
@@ -181,16 +198,15 @@ def main(argv=None) -> int:
     verdicts, found = [], {}
     for size in given.sizes:
         for lengths in given.lengths:
-            world = make_world(given.output.resolve(), size, lengths, given.texts)
+            world = make_world(given.output.resolve(), size, lengths, given.texts, None, given.prompt_length)
             for precision in given.precisions:
                 print(f"{size}, {lengths} lengths, {precision}", flush=True)
                 medians = compare(given, world, precision, pythons)
                 print(table(medians))
-                bars = BARS_4_BIT_05B if (size, precision) == ("0.5B", "4bit") else BARS
-                bars = bars if size != "1.3M" and lengths == "fixed" else []
+                wanted = bars(size, lengths, precision)
                 if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
-                    bars = [(what, system, other, 1.3) for what, system, other, _ in bars]
-                verdicts += judge(medians, bars)
+                    wanted = [(what, system, other, 1.3) for what, system, other, _ in wanted]
+                verdicts += judge(medians, wanted)
                 found[size, lengths, precision] = medians
                 (world / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
     for (size, lengths, precision), medians in found.items():

@@ -9,7 +9,10 @@ from transformers import TrainerCallback
 
 
 def seconds() -> float:
-    """The time: of this process's work if it has one thread, so that others on the machine do not count; else all."""
+    """The time: on a GPU when its work is done; of one thread, its work alone, so that others do not count."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -93,6 +96,9 @@ class Updates(TrainerCallback):
 
 
 def memory(name: str) -> float:
-    """A line of the process's status in MiB: `VmRSS` now, `VmHWM` at its peak."""
+    """A line of the process's status in MiB: `VmRSS` now, `VmHWM` at its peak; on a GPU, what torch's tensors take."""
+    if torch.cuda.is_available():
+        taken = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
+        return taken[name]() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))

@@ -2,7 +2,7 @@
 
 import torch
 from speed_clock import Clock, seconds
-from speed_world import LORA, load, prompts
+from speed_world import DEVICE, LORA, dtype_of, load, prompts
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
@@ -22,6 +22,7 @@ def floor(given, clock: Clock) -> None:
     for update in range(given.updates):
         clock.begin()
         inputs = tokenizer(texts[update * given.batch : (update + 1) * given.batch], return_tensors="pt", padding=True)
+        inputs = inputs.to(DEVICE)
         with torch.no_grad(), autocast(given):
             sequences = clock.timed(model.generate)(
                 **inputs, max_new_tokens=given.completion_length, do_sample=True, top_k=0, top_p=1.0
@@ -45,13 +46,13 @@ def floor(given, clock: Clock) -> None:
 
 
 def autocast(given):
-    return torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16")
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype_of(given.precision) == torch.bfloat16)
 
 
 def passes(model, batch, length, heads: int, trunks: int):
     """Run the model with its output layer, or its trunk alone, and return a loss over all of it."""
     ids, mask = batch
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=DEVICE)
     for _ in range(heads):
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits[:, :-1]
         loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from speed_clock import Clock, Updates, memory
 from speed_floor import floor
-from speed_world import COMPLETION_LENGTH, FOUR_BIT, LORA, PROMPT_LENGTH, dtype_of, load, prompts
+from speed_world import COMPLETION_LENGTH, DEVICE, LORA, PROMPT_LENGTH, dtype_of, four_bit, load, prompts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 
@@ -36,8 +36,8 @@ def common(given) -> dict:
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "temperature": 1.0,
-        "bf16": given.precision == "bf16",
-        "use_cpu": True,
+        "bf16": dtype_of(given.precision) == torch.bfloat16,
+        "use_cpu": DEVICE == "cpu",
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
@@ -90,7 +90,7 @@ def grpo_like(given, clock: Clock) -> None:
             **common(given),
             **engine,
         )
-        quantization = FOUR_BIT if given.precision == "4bit" else None
+        quantization = four_bit() if given.precision == "4bit" else None
         dtype = dtype_of(given.precision)
         model = load_causal_lm(str(given.world / "policy"), quantization_config=quantization, dtype=dtype)
         trainer = PPOTrainer(model, reward_adapters(given), config, **shared)
@@ -124,7 +124,7 @@ def sft(given, clock: Clock) -> None:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    length = PROMPT_LENGTH + given.completion_length
+    length = given.prompt_length + given.completion_length
     settings = common(given) | {"max_steps": given.updates, "activation_checkpointing": False, "max_length": length}
     settings["gradient_accumulation_steps"] = given.batch // given.micro_batch
     del settings["temperature"]
@@ -153,7 +153,7 @@ def trl112(given, clock: Clock) -> None:
 
     def pad(row):
         ids = tokenizer(row["prompt"])["input_ids"]
-        return {"input_ids": [tokenizer.pad_token_id] * (32 - len(ids)) + ids}
+        return {"input_ids": [tokenizer.pad_token_id] * (given.prompt_length - len(ids)) + ids}
 
     rows = prompts(given.world).map(pad, remove_columns="prompt")
     parts = [load(given.world, AutoModelForCausalLM, given.precision)]
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "4bit"], default="fp32")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro_batch", type=int, default=32)
+    parser.add_argument("--prompt_length", type=int, default=PROMPT_LENGTH, help="at most, of the files")
     parser.add_argument("--completion_length", type=int, default=COMPLETION_LENGTH)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rewards", type=int, default=1, help="reward adapters, for the growth with roles")

@@ -17,36 +17,53 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 PROMPT_LENGTH, COMPLETION_LENGTH = 32, 48
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LENGTHS = {"fixed": 1e-12, "ragged": 1 / 24}  # probability of the end token at each step
 SIZES = {
     "1.3M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
     "27M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408},
-    "0.5B": {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "tie_word_embeddings": True,
-    },
 }
-VOCABULARY = {"1.3M": 2000, "27M": 2000, "0.5B": 151_936}
 
 
-def make_world(folder: Path, size: str, lengths: str, texts: Path | None, vocabulary: int | None = None) -> Path:
+def qwen(hidden, layers, heads, key_value_heads, intermediate, tied=True):
+    """The fields of a shape of Qwen2.5."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "intermediate_size": intermediate,
+        "tie_word_embeddings": tied,
+    }
+
+
+QWEN = {
+    "0.5B": qwen(896, 24, 14, 2, 4864),
+    "1.5B": qwen(1536, 28, 12, 2, 8960),
+    "3B": qwen(2048, 36, 16, 2, 11008),
+    "7B": qwen(3584, 28, 28, 4, 18944, tied=False),
+}
+VOCABULARY = {"0.5B": 151_936, "1.5B": 151_936, "3B": 151_936, "7B": 152_064}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_world(
+    folder: Path,
+    size: str,
+    lengths: str,
+    texts: Path | None,
+    vocabulary: int | None = None,
+    prompt_length: int = PROMPT_LENGTH,
+) -> Path:
     """Write the model, the reward adapter and the prompts of one size, unless they are there, and name the folder."""
     from rlhf_recipes.models.tiny import word_tokenizer
 
-    vocabulary = vocabulary or VOCABULARY[size]
-    world = folder / f"{size}_{lengths}_{vocabulary}"
+    vocabulary = vocabulary or VOCABULARY.get(size, 2000)
+    world = folder / f"{size}_{lengths}_{vocabulary}_{prompt_length}"
     if (world / "prompts.json").exists():
         return world
     turns = read_prompts(texts)
@@ -64,8 +81,8 @@ def make_world(folder: Path, size: str, lengths: str, texts: Path | None, vocabu
     scorer.save_pretrained(world / "reward")
 
     long = [word for turn in turns for word in turn]
-    fixed = [long[start : start + PROMPT_LENGTH] for start in range(0, len(long) - PROMPT_LENGTH, PROMPT_LENGTH)]
-    chosen = fixed if lengths == "fixed" else [turn[-PROMPT_LENGTH:] for turn in turns]
+    fixed = [long[start : start + prompt_length] for start in range(0, len(long) - prompt_length, prompt_length)]
+    chosen = fixed if lengths == "fixed" else [turn[-prompt_length:] for turn in turns]
     (world / "prompts.json").write_text(json.dumps([" ".join(turn) for turn in chosen[:1024]]))
     return world
 
@@ -84,11 +101,16 @@ def read_prompts(texts: Path | None) -> list[list[str]]:
 
 
 def make_model(size, vocabulary, tokenizer):
-    """A Llama with random weights, or a Qwen2 for the shape of Qwen2.5-0.5B."""
-    kind, make = (Qwen2Config, Qwen2ForCausalLM) if size == "0.5B" else (LlamaConfig, LlamaForCausalLM)
-    options = {"max_position_embeddings": 512, "tie_word_embeddings": False} | SIZES[size]
+    """A Llama with random weights, or a Qwen2 in the shape of a Qwen2.5; one of more than a billion in bfloat16."""
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    model = make(kind(vocab_size=vocabulary, **options, **tokens))
+    options = tokens | {"max_position_embeddings": 512, "vocab_size": vocabulary}
+    if size in QWEN:
+        config = Qwen2Config(**QWEN[size], **options)
+    else:
+        config = LlamaConfig(**SIZES[size], tie_word_embeddings=False, **options)
+    dtype = torch.float32 if size in (*SIZES, "0.5B") else torch.bfloat16
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.do_sample = True
     return model
 
@@ -97,9 +119,9 @@ def make_model(size, vocabulary, tokenizer):
 def set_end_probability(model, end: int, probability: float) -> None:
     """Give all embeddings a common part, which the last hidden states keep, and point the end token's row along it."""
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    common = 5 * embeddings.std() * torch.ones(embeddings.size(1))
+    common = 5 * embeddings.std() * torch.ones_like(embeddings[0])
     embeddings += common
-    ids = torch.randint(3, len(embeddings), (8, 32))
+    ids = torch.randint(3, len(embeddings), (8, 32), device=DEVICE)
     direction = common / common.norm()
     states = model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1)
     logits = model.lm_head(states)
@@ -109,15 +131,25 @@ def set_end_probability(model, end: int, probability: float) -> None:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """Of weights, or of what 4 bits are computed in: bfloat16 on a GPU."""
+    return torch.bfloat16 if precision == "bf16" or (precision, DEVICE) == ("4bit", "cuda") else torch.float32
+
+
+def four_bit() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype_of("4bit"),
+    )
 
 
 def load(world: Path, kind, precision: str, **options):
     """Load a model of the benchmark in float32, bfloat16 or 4 bits."""
     if precision == "4bit":
-        options["quantization_config"] = FOUR_BIT
-        options["device_map"] = {"": "cpu"}
-    model = kind.from_pretrained(world / "policy", dtype=dtype_of(precision), **options)
+        options["quantization_config"] = four_bit()
+        options["device_map"] = {"": DEVICE}
+    model = kind.from_pretrained(world / "policy", dtype=dtype_of(precision), **options).to(DEVICE)
     if kind is AutoModelForCausalLM:  # bitsandbytes may repack, at the first pass in eval mode, what is trained later
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

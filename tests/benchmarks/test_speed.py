@@ -3,7 +3,8 @@
 import pytest
 import speed
 import torch
-from speed_world import LENGTHS, load, make_model, make_world, set_end_probability
+from accelerate import init_empty_weights
+from speed_world import LENGTHS, VOCABULARY, load, make_model, make_world, prompts, set_end_probability
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.models.tiny import word_tokenizer
@@ -31,6 +32,23 @@ def test_the_world_has_prompts_of_the_length_that_it_is_named_after(tmp_path):
         assert len(found) == 1 if lengths == "fixed" else len(found) > 5
 
 
+def test_prompts_have_the_length_asked_for(tmp_path):
+    world = make_world(tmp_path, "1.3M", "fixed", texts=None, prompt_length=7)
+    assert world != make_world(tmp_path, "1.3M", "fixed", texts=None)
+    assert {len(prompt.split()) for prompt in prompts(world)["prompt"]} == {7}
+
+
+@pytest.mark.parametrize(("size", "billions"), [("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616)])
+def test_the_shapes_are_those_of_qwen_2_5(size, billions):
+    """The numbers of parameters that its report gives, of models that take no memory here."""
+    tokenizer = word_tokenizer(["a"])
+    with init_empty_weights():
+        model = make_model(size, VOCABULARY[size], tokenizer)
+    model.tie_weights()
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=1e-3)
+    assert model.dtype == (torch.float32 if size == "0.5B" else torch.bfloat16)
+
+
 def test_a_quantized_model_can_be_trained_after_it_generated(tmp_path):
     """bitsandbytes would repack its layers here, and compute them without a gradient from then on."""
     world = make_world(tmp_path, "1.3M", "fixed", texts=None)
@@ -51,6 +69,13 @@ def test_verdicts_by_hand():
     ]
 
 
+def test_which_bars_are_judged():
+    assert speed.bars("1.3M", "fixed", "fp32") == speed.bars("7B", "ragged", "4bit") == []
+    assert ("update", "ppo_head", "trl112", 0.60) in speed.bars("27M", "fixed", "bf16")
+    assert ("peak_mib", "ppo_adapter", "trl112", 0.35) in speed.bars("0.5B", "fixed", "4bit")
+    assert {other for _, _, other, _ in speed.bars("0.5B", "fixed", "fp32")} == {"floor_head", "floor_adapter", "sft"}
+
+
 def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
     row = {"generate": 1.0, "score": 2.0, "train": 3.0, "rest": 0.0, "tokens": 2560}
     medians = {"trl112": row | {"update": 8.0, "peak_mib": 4000}, "ppo_head": row | {"update": 6.0, "peak_mib": 1000}}
@@ -61,9 +86,9 @@ def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
 
 
 def test_unlike_work_at_fixed_lengths_is_an_error():
-    speed.check_lengths({"ppo_head": {"tokens": 640}, "trl112": {"tokens": 0}}, batch=8)
+    speed.check_lengths({"ppo_head": {"tokens": 640}, "trl112": {"tokens": 0}}, 640)
     with pytest.raises(RuntimeError, match="floor_head had 552 tokens in place of 640"):
-        speed.check_lengths({"ppo_head": {"tokens": 640}, "floor_head": {"tokens": 552}}, batch=8)
+        speed.check_lengths({"ppo_head": {"tokens": 640}, "floor_head": {"tokens": 552}}, 640)
 
 
 def test_ragged_lengths_by_hand():

@@ -1,6 +1,7 @@
 """Texts read one after another get the states and gradients that each of them gets alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from rlhf_recipes.models.packing import is_packed, pack, packed_mask
+from rlhf_recipes.models.packing import is_packed, pack, packed_mask, packed_sdpa
 from rlhf_recipes.models.rows import Rows
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -48,7 +49,7 @@ MODELS = {
     ),
     "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, **SPECIAL)),
 }
-LENGTHS = (5, 1, 9, 3)
+LENGTHS = (5, 1, 9, 3, 8, 2)  # attention pads 1 and 2, 3 and 5, 8 and 9 together
 
 
 def make(name):
@@ -63,7 +64,7 @@ def make(name):
 
 def make_texts():
     generator = torch.Generator().manual_seed(0)
-    mask = torch.zeros(len(LENGTHS), 12, dtype=torch.long)
+    mask = torch.zeros(len(LENGTHS), 14, dtype=torch.long)
     for row, length in enumerate(LENGTHS):
         mask[row, row : row + length] = 1  # tokens begin anywhere
     return torch.randint(3, 60, mask.shape, generator=generator), mask
@@ -107,6 +108,21 @@ def test_half_precision_packs_too():
     model = make("llama").to(torch.bfloat16)
     pack(model)
     assert is_packed(model)
+
+
+def test_a_cpu_attends_in_float32_where_numbers_have_16_bits():
+    torch.manual_seed(0)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
+    states = [torch.randn(2, 4, 9, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    exact = [each.detach().float().requires_grad_() for each in states]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_sdpa(module, *states, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True).transpose(1, 2)
+    assert torch.equal(found, expected.bfloat16())
+    for each in (found, expected):
+        each.backward(torch.ones_like(each))
+    for gradient, other in zip(states, exact, strict=True):
+        assert torch.equal(gradient.grad, other.grad.bfloat16())
 
 
 def sliding():

@@ -13,13 +13,26 @@ VALUES = torch.tensor([[9, 5, 6, 9], [7, 9, 9, 9], [9, 9, 9, 9]])
 
 def test_packed_rows_by_hand():
     rows = Rows(MASK, packed=True)
-    assert rows.join(VALUES).tolist() == [[5, 6, 7]]
-    assert rows.arguments["position_ids"].tolist() == [[0, 1, 0]]
-    slots = rows.arguments["slots"]
-    assert (slots.places.tolist(), slots.texts, slots.length) == ([0, 1, 2], 3, 2)
-    assert rows.split(torch.tensor([[5, 6, 7]])).tolist() == [[0, 5, 6, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
-    assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]]))[:2].tolist() == [[1, 0], [2, 2]]
-    assert rows.take(torch.tensor([[5, 6, 7]]), torch.tensor([[1], [0], [-1]])).tolist() == [[6], [7], [7]]
+    assert rows.join(VALUES).tolist() == [[7, 5, 6]]  # the shortest text first
+    assert rows.arguments["position_ids"].tolist() == [[0, 0, 1]]
+    assert groups(rows) == [([0], 1, 1), ([0, 1], 1, 2)]
+    assert rows.split(torch.tensor([[7, 5, 6]])).tolist() == [[0, 5, 6, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
+    assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]])).tolist() == [[2, 1], [0, 0], [0, 0]]
+    assert rows.take(torch.tensor([[7, 5, 6]]), torch.tensor([[1], [0], [0]])).tolist() == [[6], [7], [7]]
+
+
+def groups(rows):
+    return [(group.places.tolist(), group.texts, group.length) for group in rows.arguments["slots"]]
+
+
+def test_attention_pads_texts_of_like_length_together():
+    lengths = torch.tensor([3, 1, 7, 2, 7, 0, 4, 5, 6])
+    rows = Rows(torch.arange(7) < lengths[:, None], packed=True)
+    assert groups(rows) == [
+        ([2, 4, 5], 3, 2),  # texts of 0, 1 and 2 tokens
+        ([0, 1, 2, 5, 6, 7, 8, 10, 11, 12, 13, 14], 3, 5),
+        ([0, 1, 2, 3, 4, 5, *range(7, 21)], 3, 7),
+    ]
 
 
 def test_spread_keeps_places_and_no_tokens_for_its_gradient():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.packing import pack
 from rlhf_recipes.planning.memory import (
     PhaseMemory,
     cache_bytes,
@@ -47,9 +48,11 @@ def test_kept_per_layer_numbers():
     # norms 2 x 8 x 4; q, k, v 3 x 8 x 4 and 4 for each head; MLP 3 x 16 x 4; inputs 40 x 4; ranks 14 x 4
     assert kept_per_layer(SIZES, NETWORK, ADAPTER) == 64 + 96 + 8 + 192 + 160 + 56
     # every adapted layer casts its input, so that the attention's output is kept beside it
-    mixed = replace(SIZES, autocast=True)
+    mixed = replace(SIZES, autocast=True, device="cuda")
     assert kept_per_layer(mixed, NETWORK, ADAPTER) == 64 + 64 + 8 + 96 + 128 + 28
-    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 48 + 8 + 96 + 80 + 28
+    assert kept_per_layer(replace(AUTOCAST, device="cuda"), NETWORK, ADAPTER) == 64 + 48 + 8 + 96 + 80 + 28
+    # a CPU keeps q, k, v and the attention's output in float32, 4 x 8 x 4
+    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 128 + 8 + 96 + 80 + 28
     # the weights of 2 heads to 5 tokens, in place of one number for each head
     assert kept_per_layer(replace(SIZES, eager=True), NETWORK, ADAPTER) == 64 + 96 + 40 + 192 + 160 + 56
     plain = replace(NETWORK, gated=False)
@@ -78,7 +81,7 @@ def test_kept_activations_numbers():
     assert kept_activations(checkpointing, NETWORK, ADAPTER) == 2 * 8 * 4 * tokens + 3 * 4 * 8 * tokens
     every_second = kept_activations(replace(SIZES, checkpointing=2), NETWORK, ADAPTER)
     assert every_second == (576 + 8 * 4) * tokens + 3 * 4 * 8 * tokens
-    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 324 + 3 * 4 * 8 * tokens + 2 * 600
+    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 404 + 3 * 4 * 8 * tokens + 2 * 600
 
 
 def test_working_memory_numbers():
@@ -129,6 +132,8 @@ FORMS = {
     "bfloat16": {"weight_bytes": 2},
     "autocast": {"weight_bytes": 2, "autocast": True},
     "eager": {"eager": True},
+    "bfloat16 on a GPU": {"weight_bytes": 2, "device": "cuda"},  # as here without `pack`
+    "autocast on a GPU": {"weight_bytes": 2, "autocast": True, "device": "cuda"},
 }
 
 
@@ -156,6 +161,8 @@ def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpoin
     dtype = torch.bfloat16 if fields.get("weight_bytes") == 2 else torch.float32
     attention = "eager" if form == "eager" else "sdpa"
     base = AutoModelForCausalLM.from_pretrained(other_model_path, dtype=dtype, attn_implementation=attention)
+    if "device" not in fields:
+        pack(base)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
     model = get_peft_model(base, fuse_lora(config)).train()
     if checkpointing:
