@@ -1,5 +1,7 @@
 """The speed benchmark: its models, its verdicts, and its short form as a guard."""
 
+from types import SimpleNamespace
+
 import pytest
 import speed
 import torch
@@ -74,6 +76,20 @@ def test_which_bars_are_judged():
     assert ("update", "ppo_head", "trl112", 0.60) in speed.bars("27M", "fixed", "bf16")
     assert ("peak_mib", "ppo_adapter", "trl112", 0.35) in speed.bars("0.5B", "fixed", "4bit")
     assert {other for _, _, other, _ in speed.bars("0.5B", "fixed", "fp32")} == {"floor_head", "floor_adapter", "sft"}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_gpu_is_hidden_unless_asked_for(monkeypatch, tmp_path, gpu):
+    environments = []
+
+    def run(words, env, **options):
+        environments.append(env)
+        return SimpleNamespace(stdout='RESULT {"update": 1.0, "peak_mib": 2.0}\n', stderr="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    assert speed.measure("ppo_head", tmp_path, "python", {"updates": 2}, gpu)["update"] == 1.0
+    assert environments[0]["CUDA_VISIBLE_DEVICES"] == ("0" if gpu else "")
 
 
 def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
