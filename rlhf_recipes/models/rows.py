@@ -60,7 +60,7 @@ class Slots:
 
 
 class Rows:
-    """Texts as a network reads them: one after another, or as rows padded on the right where it cannot do that.
+    """Texts as a network reads them: one after another, the shortest first, or as rows padded on the right.
 
     Args:
         mask: 1 where there is a token, shape `(B, W)`; the tokens of a text lie together.
@@ -73,7 +73,7 @@ class Rows:
         >>> rows = Rows(torch.tensor([[0, 1, 1], [1, 0, 0]]), packed=True)
         >>> states = rows.join(torch.tensor([[0, 5, 6], [7, 0, 0]]))
         >>> states.tolist(), rows.arguments["position_ids"].tolist()
-        ([[5, 6, 7]], [[0, 1, 0]])
+        ([[7, 5, 6]], [[0, 0, 1]])
         >>> rows.split(states).tolist()
         [[0, 5, 6], [7, 0, 0]]
         >>> rows.take(states, torch.tensor([[1], [0]])).tolist()
