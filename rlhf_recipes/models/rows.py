@@ -85,7 +85,9 @@ class Rows:
         lengths = mask.sum(dim=1)
         self._mask_shape, self._length = mask.shape, int(lengths.max())
         self._packed = packed and not bool((lengths == self._length).all())
-        order = lengths.argsort(stable=True) if self._packed else torch.arange(len(mask), device=mask.device)
+        order = torch.arange(len(mask), device=mask.device)
+        if self._packed:  # texts without a token at the end, so that the place before them is a token's
+            order = lengths.where(lengths > 0, mask.size(1) + 1).argsort(stable=True)
         rows, columns = mask[order].nonzero(as_tuple=True)
         self._columns = order[rows] * mask.size(1) + columns
         positions = (mask.long().cumsum(dim=1) - 1).flatten()[self._columns]
@@ -128,6 +130,6 @@ def _like_length(lengths: list[int], rows: Tensor, positions: Tensor) -> list[Sl
         group = lengths[first : first + size]
         tokens = slice(start, start + sum(group))
         start = tokens.stop
-        if group[-1]:
-            found.append(Slots((rows[tokens] - first) * group[-1] + positions[tokens], len(group), group[-1]))
+        if longest := max(group):
+            found.append(Slots((rows[tokens] - first) * longest + positions[tokens], len(group), longest))
     return found
