@@ -19,8 +19,7 @@ def fuse_lora(config: Config) -> Config:
     """Make a LoRA configuration build the layers of this module, on linear layers as they are and in 4 bits.
 
     The adapters are PEFT's in everything else: names of parameters, saving, merging. What has no fused form (DoRA,
-    dropout in training, several adapters at a time, 16-bit layers with float32 adapters outside of autocast) is
-    computed as PEFT does.
+    dropout in training, several adapters at a time) is computed as PEFT does.
 
     Args:
         config: Configuration of new adapters; only LoRA's is changed.
@@ -59,24 +58,30 @@ class FusedLinear4bit(lora.Linear4bit):  # type: ignore[misc]  # PEFT makes it o
 
 
 def _fusable_adapter(layer: Any, x: Tensor) -> str | None:
-    """The adapter in use, where it is one alone, plain LoRA without dropout, and of the input's type."""
+    """The adapter in use, where it is one alone, plain LoRA without dropout, and no narrower than the input."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return None
     dropout, down, up = (each[active[0]] for each in (layer.lora_dropout, layer.lora_A, layer.lora_B))
     plain = up.bias is None and (isinstance(dropout, nn.Identity) or not dropout.training)
-    fits = torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype
-    return active[0] if plain and fits else None
+    wide = torch.promote_types(x.dtype, down.weight.dtype) == down.weight.dtype
+    return active[0] if plain and (wide or torch.is_autocast_enabled(x.device.type)) else None
 
 
 def _forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.size(-1))  # in two dimensions from the start: the base's output is no view then
     output: Tensor = layer.base_layer(rows)
-    update = (layer.lora_A[adapter](rows), layer.lora_B[adapter].weight.t())
-    if torch.is_autocast_enabled(x.device.type) or isinstance(layer.base_layer, Linear4bit):
-        output = torch.addmm(output, *update, alpha=layer.scaling[adapter])
+    down, up, alpha = layer.lora_A[adapter], layer.lora_B[adapter].weight.t(), layer.scaling[adapter]
+    if torch.is_autocast_enabled(x.device.type):
+        output = torch.addmm(output, down(rows), up, alpha=alpha)
     else:
-        output.addmm_(*update, alpha=layer.scaling[adapter])  # nothing else needs the base's output alone
+        dtype, wide = output.dtype, output.to(down.weight.dtype)  # float32 on 16-bit layers, rounded once, at the end
+        update = down(rows.to(down.weight.dtype))
+        if isinstance(layer.base_layer, Linear4bit):
+            wide = torch.addmm(wide, update, up, alpha=alpha)
+        else:
+            wide.addmm_(update, up, alpha=alpha)  # nothing else needs the base's output alone
+        output = wide.to(dtype)
     return output.view(*x.shape[:-1], -1)
 
 

@@ -103,26 +103,53 @@ def test_variants_are_computed_as_peft_does(options):
     compare(plain, fused, x, **EXACT)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_16_bit_layers_with_float32_adapters(autocast):
-    plain, fused = pair(torch.float32)
+def mixed(base, adapters):
+    """PEFT's layers and fused ones, whose base layers and adapters have number formats of their own."""
+    plain, fused = pair(adapters)
     for model in (plain, fused):
         for index in (0, 2):
-            model.base_model.model[index].base_layer.bfloat16()
+            model.base_model.model[index].base_layer.to(base)
+    return plain, fused
+
+
+def test_16_bit_layers_with_float32_adapters_under_autocast():
+    plain, fused = mixed(torch.bfloat16, torch.float32)
     x = torch.randn(3, 6, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16):
         compare(plain, fused, x, atol=3e-2, rtol=3e-2)
         assert fused(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_layers_in_4_bits(tmp_path, autocast):
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+def test_16_bit_layers_with_float32_adapters_are_rounded_once(base):
+    plain, fused = mixed(base, torch.float32)
+    x = torch.randn(3, 6, dtype=base)
+    compare(plain, fused, x, atol=1e-6, rtol=torch.finfo(base).eps)  # their sums may round to neighbours
+    layer = fused.base_model.model[0]
+    given = layer(x)
+    assert given.dtype == base
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.base_layer(x).double() + 7 / 3 * x.double() @ (up.double() @ down.double()).T
+    assert_close(given, expected.to(base), atol=0, rtol=0)
+
+
+def test_adapters_narrower_than_the_input_do_not_narrow_the_output():
+    plain, fused = mixed(torch.float32, torch.bfloat16)
+    x = torch.randn(3, 6)
+    assert fused(x).dtype == torch.float32
+    assert_close(fused(x), plain(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_layers_in_4_bits(tmp_path, dtype, autocast):
     torch.manual_seed(0)
     tiny_llama(word_tokenizer(["a", "b", "c"]), hidden_size=64, layers=1).save_pretrained(tmp_path)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     config = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     plain, fused = (
-        get_peft_model(load_causal_lm(str(tmp_path), quantization_config=four_bit), given)
+        get_peft_model(load_causal_lm(str(tmp_path), quantization_config=four_bit, dtype=dtype), given)
         for given in (LoraConfig(**config), fuse_lora(LoraConfig(**config)))
     )
     fused.load_state_dict(plain.state_dict(), strict=False)
@@ -130,8 +157,10 @@ def test_layers_in_4_bits(tmp_path, autocast):
     assert layers
     assert all(type(layer) is FusedLinear4bit for layer in layers)
     assert all(isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit) for layer in layers)
+    assert all(layer.lora_A["default"].weight.dtype == torch.float32 for layer in layers)
     ids = torch.tensor([[3, 4, 5, 3], [5, 5, 4, 3]])
-    tolerance = {"atol": 2e-2, "rtol": 2e-2} if autocast else {"atol": 1e-5, "rtol": 1e-4}
+    narrow = autocast or dtype == torch.bfloat16
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if narrow else {"atol": 1e-5, "rtol": 1e-4}
     found = []
     for model in (plain, fused):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
