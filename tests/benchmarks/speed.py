@@ -42,7 +42,7 @@ RAGGED = 1.2  # time with ragged lengths, at most, relative to that with fixed o
 
 
 def measure(system: str, world: Path, python: str, options: dict[str, object], gpu: bool = False) -> dict:
-    """Run one system once, and return its medians."""
+    """Run one system once, and return its medians, or with ragged lengths its means."""
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     machine = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | (
         {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
@@ -62,31 +62,33 @@ def measure(system: str, world: Path, python: str, options: dict[str, object], g
     return result
 
 
-def compare(given, world: Path, precision: str, pythons: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Measure all systems, round by round, and take medians."""
+def compare(given, worlds: dict[str, Path], precision: str, pythons: dict[str, str]) -> dict[str, dict[str, dict]]:
+    """Measure all systems, round by round, with all lengths after each other, and take medians: by lengths, system."""
     options = {"precision": precision, "updates": given.updates, "batch": given.batch}
     options |= {"micro_batch": given.micro_batch or given.batch}
     options |= {"prompt_length": given.prompt_length, "completion_length": given.completion_length}
-    found = {system: [] for system in given.systems}
+    runs = {lengths: {system: [] for system in given.systems} for lengths in worlds}
     for _ in range(given.rounds):
         for system in given.systems:
-            result = measure(system, world, pythons.get(system, sys.executable), options, given.gpu)
-            if "fixed" in world.name:
-                length = given.prompt_length + given.completion_length
-                check_lengths({system: result}, given.batch * length)  # before the others take their time
-            found[system].append(result)
+            for lengths, world in worlds.items():
+                result = measure(system, world, pythons.get(system, sys.executable), options, given.gpu)
+                if lengths == "fixed":  # before the others take their time
+                    check_lengths(system, result, given.batch * (given.prompt_length + given.completion_length))
+                runs[lengths][system].append(result)
     keys = [*PHASES, "tokens", "peak_mib"]
-    return {system: {key: median(run[key] for run in runs) for key in keys} for system, runs in found.items()}
+    return {
+        lengths: {system: {key: median(run[key] for run in each) for key in keys} for system, each in systems.items()}
+        for lengths, systems in runs.items()
+    }
 
 
-def check_lengths(results: dict[str, dict[str, float]], whole: int) -> None:
-    """Raise if some system had fewer tokens than the others, whose padding is computed."""
-    for system, row in results.items():
-        if row["tokens"] not in (0, whole):  # TRL 1.12 and SFT do not count
-            raise RuntimeError(
-                f"{system} had {row['tokens']:.0f} tokens in place of {whole}: its prompts or completions are not of "
-                "the fixed lengths. Remove the folder of the model, which may be of another version."
-            )
+def check_lengths(system: str, result: dict[str, float], whole: int) -> None:
+    """Raise if a system had fewer tokens than the others, whose padding is computed."""
+    if result["tokens"] not in (0, whole):  # TRL 1.12 and SFT do not count
+        raise RuntimeError(
+            f"{system} had {result['tokens']:.0f} tokens in place of {whole}: its prompts or completions are not of "
+            "the fixed lengths. Remove the folder of the model, which may be of another version."
+        )
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
@@ -103,10 +105,19 @@ def table(medians: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def bars(size: str, lengths: str, precision: str) -> list[tuple[str, str, str, float]]:
-    """What is judged: with 1.3M, which is there to see what does not depend on size, and ragged lengths nothing."""
-    if size == "1.3M" or lengths == "ragged":
+def judge_all(given, size: str, precision: str, found: dict[str, dict[str, dict]]) -> list[tuple[bool, str]]:
+    """What is judged: nothing with 1.3M, which is there to see what does not depend on size."""
+    if size == "1.3M":
         return []
+    wanted = bars(size, precision)
+    if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
+        wanted = [(what, system, other, 1.3) for what, system, other, _ in wanted]
+    fixed, ragged = found.get("fixed", {}), found.get("ragged", {})
+    return judge(fixed, wanted) + judge_ragged(fixed, ragged)
+
+
+def bars(size: str, precision: str) -> list[tuple[str, str, str, float]]:
+    """The bars for fixed lengths, by the size of the model."""
     if size == "27M":
         return BARS_27M
     return BARS_LARGER_4_BIT if precision == "4bit" else [*FLOOR, *SFT]
@@ -195,25 +206,21 @@ def main(argv=None) -> int:
         growth(given)
         return 0
     pythons = {"trl112": str(make_environment(given.environment))} if "trl112" in given.systems else {}
-    verdicts, found = [], {}
+    folder, passed = given.output.resolve(), True
     for size in given.sizes:
-        for lengths in given.lengths:
-            world = make_world(given.output.resolve(), size, lengths, given.texts, None, given.prompt_length)
-            for precision in given.precisions:
-                print(f"{size}, {lengths} lengths, {precision}", flush=True)
-                medians = compare(given, world, precision, pythons)
-                print(table(medians))
-                wanted = bars(size, lengths, precision)
-                if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
-                    wanted = [(what, system, other, 1.3) for what, system, other, _ in wanted]
-                verdicts += judge(medians, wanted)
-                found[size, lengths, precision] = medians
-                (world / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
-    for (size, lengths, precision), medians in found.items():
-        if lengths == "ragged" and (size, "fixed", precision) in found:
-            verdicts += judge_ragged(found[size, "fixed", precision], medians)
-    print("\n".join(text for _, text in verdicts))
-    return 0 if all(passed for passed, _ in verdicts) else 1
+        worlds = {
+            each: make_world(folder, size, each, given.texts, None, given.prompt_length) for each in given.lengths
+        }
+        for precision in given.precisions:
+            print(f"{size}, {precision}", flush=True)
+            found = compare(given, worlds, precision, pythons)
+            for lengths, medians in found.items():
+                print(f"{lengths} lengths:\n{table(medians)}")
+                (worlds[lengths] / f"result_{precision}.json").write_text(json.dumps(medians, indent=1) + "\n")
+            for passes, text in judge_all(given, size, precision, found):
+                print(text, flush=True)
+                passed = passed and passes
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

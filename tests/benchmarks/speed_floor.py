@@ -18,7 +18,7 @@ def floor(given, clock: Clock) -> None:
     model = load(given.world, AutoModelForCausalLM, given.precision)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     texts, own = prompts(given.world)["prompt"], given.system == "floor_adapter"
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=0.0)
     for update in range(given.updates):
         clock.begin()
         inputs = tokenizer(texts[update * given.batch : (update + 1) * given.batch], return_tensors="pt", padding=True)

@@ -72,10 +72,34 @@ def test_verdicts_by_hand():
 
 
 def test_which_bars_are_judged():
-    assert speed.bars("1.3M", "fixed", "fp32") == speed.bars("7B", "ragged", "4bit") == []
-    assert ("update", "ppo_head", "trl112", 0.60) in speed.bars("27M", "fixed", "bf16")
-    assert ("peak_mib", "ppo_adapter", "trl112", 0.35) in speed.bars("0.5B", "fixed", "4bit")
-    assert {other for _, _, other, _ in speed.bars("0.5B", "fixed", "fp32")} == {"floor_head", "floor_adapter", "sft"}
+    assert ("update", "ppo_head", "trl112", 0.60) in speed.bars("27M", "bf16")
+    assert ("peak_mib", "ppo_adapter", "trl112", 0.35) in speed.bars("0.5B", "4bit")
+    assert {other for _, _, other, _ in speed.bars("0.5B", "fp32")} == {"floor_head", "floor_adapter", "sft"}
+
+
+def test_systems_take_turns_and_lengths_follow_each_other(monkeypatch, tmp_path):
+    order, seconds = [], iter([10, 4, 8, 5, 30, 12, 9, 9, 20, 6, 10, 7])
+
+    def measure(system, world, python, options, gpu):
+        order.append((system, world.name))
+        row = dict.fromkeys((*speed.PHASES, "peak_mib"), next(seconds))
+        return row | {"tokens": 32 * 80 if world.name == "f" else 1024}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    given = speed.parse(["--systems", "ppo_head", "floor_head", "--rounds", "3"])
+    found = speed.compare(given, {"fixed": tmp_path / "f", "ragged": tmp_path / "r"}, "fp32", {})
+    assert order == 3 * [("ppo_head", "f"), ("ppo_head", "r"), ("floor_head", "f"), ("floor_head", "r")]
+    assert [found["fixed"][each]["update"] for each in ("ppo_head", "floor_head")] == [20, 9]  # medians
+    assert [found["ragged"][each]["update"] for each in ("ppo_head", "floor_head")] == [6, 7]
+    texts = [text for _, text in speed.judge_all(given, "27M", "fp32", found)]
+    assert texts == [
+        "FAIL update of ppo_head / floor_head: 2.222 (at most 1.15)",
+        "PASS update of ppo_head, ragged / predicted from 0.40 of the tokens: 0.750 (at most 1.2)",
+        "PASS score and train of ppo_head, ragged / predicted from 0.40 of the tokens: 0.750 (at most 1.2)",
+    ]
+    assert speed.judge_all(given, "1.3M", "fp32", found) == []
+    short = speed.parse(["--short"])
+    assert next(text for _, text in speed.judge_all(short, "27M", "fp32", found)).endswith("2.222 (at most 1.3)")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -102,9 +126,10 @@ def test_the_table_sets_time_and_memory_in_relation_to_trl_112():
 
 
 def test_unlike_work_at_fixed_lengths_is_an_error():
-    speed.check_lengths({"ppo_head": {"tokens": 640}, "trl112": {"tokens": 0}}, 640)
+    speed.check_lengths("ppo_head", {"tokens": 640}, 640)
+    speed.check_lengths("trl112", {"tokens": 0}, 640)  # does not count
     with pytest.raises(RuntimeError, match="floor_head had 552 tokens in place of 640"):
-        speed.check_lengths({"ppo_head": {"tokens": 640}, "floor_head": {"tokens": 552}}, 640)
+        speed.check_lengths("floor_head", {"tokens": 552}, 640)
 
 
 def test_ragged_lengths_by_hand():
