@@ -4,7 +4,7 @@ PEFT computes `base(x) + scaling * B(A(x))` with the update, its scaling and the
 output; in 4 bits it copies the base's output besides. `torch.addmm` does the same in one pass over the output.
 """
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
@@ -44,8 +44,8 @@ class FusedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
-        adapter = None if args or kwargs else _fusable_adapter(self, x)
-        return super().forward(x, *args, **kwargs) if adapter is None else _forward(self, adapter, x)
+        update = None if args or kwargs else _fusable_update(self, x)
+        return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
 
 
 class FusedLinear4bit(lora.Linear4bit):  # type: ignore[misc]  # PEFT makes it only with bitsandbytes
@@ -53,34 +53,52 @@ class FusedLinear4bit(lora.Linear4bit):  # type: ignore[misc]  # PEFT makes it o
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
-        adapter = None if args or kwargs else _fusable_adapter(self, x)
-        return super().forward(x, *args, **kwargs) if adapter is None else _forward(self, adapter, x)
+        update = None if args or kwargs else _fusable_update(self, x)
+        return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
 
 
-def _fusable_adapter(layer: Any, x: Tensor) -> str | None:
-    """The adapter in use, where it is one alone, plain LoRA without dropout, and no narrower than the input."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
+class _Update(NamedTuple):
+    """What an adapter adds: `scaling * x @ down.t() @ up.t()`, with `down` (r, in) and `up` (out, r)."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+# A step of generation calls each layer for a few tokens, so that every lookup of an attribute here counts.
+def _fusable_update(layer: Any, x: Tensor) -> _Update | None:
+    """The update in use, if it is of one adapter alone, plain LoRA without dropout, and no narrower than the input."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
-    dropout, down, up = (each[active[0]] for each in (layer.lora_dropout, layer.lora_A, layer.lora_B))
-    plain = up.bias is None and (isinstance(dropout, nn.Identity) or not dropout.training)
-    wide = torch.promote_types(x.dtype, down.weight.dtype) == down.weight.dtype
-    return active[0] if plain and (wide or torch.is_autocast_enabled(x.device.type)) else None
+    [name] = layer.active_adapters
+    downs = layer.lora_A
+    if name not in downs or name in layer.lora_variant:
+        return None
+    dropout, up, down = layer.lora_dropout[name], layer.lora_B[name], downs[name].weight
+    if up.bias is not None or (dropout.training and not isinstance(dropout, nn.Identity)):
+        return None
+    if x.dtype != down.dtype and torch.promote_types(x.dtype, down.dtype) != down.dtype and not _autocast(x):
+        return None
+    return _Update(down, up.weight, layer.scaling[name])
 
 
-def _forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _forward(base_layer: nn.Module, update: _Update, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.size(-1))  # in two dimensions from the start: the base's output is no view then
-    output: Tensor = layer.base_layer(rows)
-    down, up, alpha = layer.lora_A[adapter], layer.lora_B[adapter].weight.t(), layer.scaling[adapter]
-    if torch.is_autocast_enabled(x.device.type):
-        output = torch.addmm(output, down(rows), up, alpha=alpha)
+    output: Tensor = base_layer(rows)
+    down, up, alpha = update.down, update.up.t(), update.scaling
+    if _autocast(x):
+        output = torch.addmm(output, nn.functional.linear(rows, down), up, alpha=alpha)
     else:
-        dtype, wide = output.dtype, output.to(down.weight.dtype)  # float32 on 16-bit layers, rounded once, at the end
-        update = down(rows.to(down.weight.dtype))
-        if isinstance(layer.base_layer, Linear4bit):
-            wide = torch.addmm(wide, update, up, alpha=alpha)
+        dtype, wide = output.dtype, output.to(down.dtype)  # float32 on 16-bit layers, rounded once, at the end
+        small = nn.functional.linear(rows.to(down.dtype), down)
+        if isinstance(base_layer, Linear4bit):
+            wide = torch.addmm(wide, small, up, alpha=alpha)
         else:
-            wide.addmm_(update, up, alpha=alpha)  # nothing else needs the base's output alone
+            wide.addmm_(small, up, alpha=alpha)  # nothing else needs the base's output alone
         output = wide.to(dtype)
     return output.view(*x.shape[:-1], -1)
 
