@@ -41,18 +41,18 @@ class Slots:
     """Where attention puts texts of like length that lie one after another, `N` tokens of `B` texts.
 
     Attributes:
-        places: For each token its place among the `B * L` of the padded texts, shape `(N,)`.
-        texts: `B`.
-        length: `L`.
+        sources: For each place of the padded texts the token that goes there, shape `(B, L)`. Padding repeats a token:
+            causal attention does not look behind a text's tokens, and this takes one pass less than zeros.
+        places: For each token its place among the `B * L`, shape `(N,)`.
     """
 
+    sources: Tensor
     places: Tensor
-    texts: int
-    length: int
 
     def pad(self, values: Tensor) -> Tensor:
-        """`(1, heads, N, D)` to `(B, heads, L, D)`, 0 on padding."""
-        return spread(values[0].transpose(0, 1), self.places, self.texts, self.length).transpose(1, 2)
+        """`(1, heads, N, D)` to `(B, heads, L, D)`."""
+        tokens = values[0].transpose(0, 1).index_select(0, self.sources.flatten())
+        return tokens.view(*self.sources.shape, *tokens.shape[1:]).transpose(1, 2)
 
     def unpad(self, values: Tensor) -> Tensor:
         """`(B, L, heads, D)` to `(1, N, heads, D)`."""
@@ -95,7 +95,7 @@ class Rows:
         if self._packed:
             ends = lengths[order].cumsum(dim=0)
             self._starts = torch.empty_like(ends).scatter(0, order, ends - lengths[order])
-            slots = _like_length(lengths[order].tolist(), rows, positions)
+            slots = _like_length(lengths[order], rows, positions)
             self.arguments = {"position_ids": positions[None], "slots": slots}
         else:
             self._starts = order * self._length
@@ -123,13 +123,16 @@ class Rows:
         return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *states.shape[2:])
 
 
-def _like_length(lengths: list[int], rows: Tensor, positions: Tensor) -> list[Slots]:
-    """Slots for texts in the order of their `lengths`, from the text `rows` and position of each token, `(N,)`."""
+def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Slots]:
+    """Slots for texts in the order of their `lengths` `(B,)`, from text `rows` and position of each token, `(N,)`."""
     size, found, start = math.ceil(len(lengths) / _GROUPS), [], 0
-    for first in range(0, len(lengths), size):
-        group = lengths[first : first + size]
-        tokens = slice(start, start + sum(group))
-        start = tokens.stop
-        if longest := max(group):
-            found.append(Slots((rows[tokens] - first) * longest + positions[tokens], len(group), longest))
+    counts = lengths.tolist()  # once for all groups, since a GPU waits for it
+    for first, group in zip(range(0, len(lengths), size), lengths.split(size), strict=True):
+        longest, count = max(counts[first : first + size]), sum(counts[first : first + size])
+        if count:
+            columns = torch.arange(longest, device=lengths.device)
+            sources = (group.cumsum(dim=0) - group)[:, None] + columns.minimum(group[:, None] - 1)
+            tokens = slice(start, start + count)
+            found.append(Slots(sources, (rows[tokens] - first) * longest + positions[tokens]))
+            start += count
     return found

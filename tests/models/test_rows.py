@@ -15,23 +15,26 @@ def test_packed_rows_by_hand():
     rows = Rows(MASK, packed=True)
     assert rows.join(VALUES).tolist() == [[7, 5, 6]]  # the shortest text first
     assert rows.arguments["position_ids"].tolist() == [[0, 0, 1]]
-    assert groups(rows) == [([0], 1, 1), ([0, 1], 1, 2)]
+    assert groups(rows) == [([[0]], [0]), ([[0, 1]], [0, 1])]
     assert rows.split(torch.tensor([[7, 5, 6]])).tolist() == [[0, 5, 6, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
     assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]]))[:2].tolist() == [[2, 1], [0, 0]]
     assert rows.take(torch.tensor([[7, 5, 6]]), torch.tensor([[1], [0], [-1]])).tolist() == [[6], [7], [6]]
 
 
 def groups(rows):
-    return [(group.places.tolist(), group.texts, group.length) for group in rows.arguments["slots"]]
+    return [(group.sources.tolist(), group.places.tolist()) for group in rows.arguments["slots"]]
 
 
 def test_attention_pads_texts_of_like_length_together():
     lengths = torch.tensor([3, 1, 7, 2, 7, 0, 4, 5, 6])
     rows = Rows(torch.arange(7) < lengths[:, None], packed=True)
     assert groups(rows) == [
-        ([0, 3, 4, 6, 7, 8], 3, 3),  # texts of 1, 2 and 3 tokens
-        ([0, 1, 2, 3, 6, 7, 8, 9, 10, *range(12, 18)], 3, 6),
-        (list(range(14)), 3, 7),  # of 7, 7 and none
+        ([[0, 0, 0], [1, 2, 2], [3, 4, 5]], [0, 3, 4, 6, 7, 8]),  # texts of 1, 2 and 3 tokens
+        (
+            [[0, 1, 2, 3, 3, 3], [4, 5, 6, 7, 8, 8], [9, 10, 11, 12, 13, 14]],
+            [0, 1, 2, 3, 6, 7, 8, 9, 10, *range(12, 18)],
+        ),
+        ([[*range(7)], [*range(7, 14)], [13] * 7], [*range(14)]),  # of 7, 7 and none
     ]
 
 
@@ -63,11 +66,22 @@ def test_rows_without_padding_need_no_packing():
 
 
 def test_slots_by_hand():
-    slots = Slots(torch.tensor([0, 1, 2]), texts=2, length=2)
+    slots = Slots(sources=torch.tensor([[0, 1], [2, 2]]), places=torch.tensor([0, 1, 2]))
     tokens = torch.tensor([[[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]]])  # one batch, two heads, three tokens
     padded = slots.pad(tokens)
-    assert padded.squeeze(-1).tolist() == [[[1, 2], [4, 5]], [[3, 0], [6, 0]]]
+    assert padded.squeeze(-1).tolist() == [[[1, 2], [4, 5]], [[3, 3], [6, 6]]]
     assert torch.equal(slots.unpad(padded.transpose(1, 2)), tokens.transpose(1, 2))
+
+
+def test_padding_gets_no_gradient_and_no_tokens_are_kept_for_it():
+    slots = Slots(sources=torch.tensor([[0, 1], [2, 2]]), places=torch.tensor([0, 1, 2]))
+    tokens, kept = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = slots.unpad(slots.pad(tokens).transpose(1, 2))
+    assert [tensor.tolist() for tensor in kept] == [[0, 1, 2, 2], [0, 1, 2]]
+    weights = torch.randn(1, 3, 4, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), tokens)
+    assert_close(gradient, weights.transpose(1, 2), atol=0, rtol=0)
 
 
 @settings(max_examples=60)
