@@ -179,7 +179,7 @@ def load_scorer(
         return Scorer(model, tokenizer, Readout.load(str(model_name_or_path)), max_length, batch_size)
     _check_adapter(reward_adapter)
     base, missing = load_new_classifier(model_name_or_path, **options)
-    read_config(reward_adapter, base)
+    config = read_config(reward_adapter, base)
     with safe_open(str(Path(reward_adapter, WEIGHTS)), framework="pt") as weights:
         saved = {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
     if missing - saved:
@@ -189,8 +189,8 @@ def load_scorer(
         )
     if not is_encoder(base):
         read_in_float32(base)  # before the saved head is copied into it
-    # The adapter stays beside the base: merged into 4-bit weights it would score otherwise than it does in PPO.
-    adapted = PeftModel.from_pretrained(base, reward_adapter)
+    # The adapter stays beside the base, in layers like PPO's: merged, or rounded elsewhere, it would score otherwise.
+    adapted = PeftModel.from_pretrained(base, reward_adapter, config=config)
     own = Path(reward_adapter, "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(reward_adapter if own else model_name_or_path)
     return Scorer(adapted, tokenizer, Readout.load(reward_adapter), max_length, batch_size)
