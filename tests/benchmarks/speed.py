@@ -106,9 +106,7 @@ def table(medians: dict[str, dict[str, float]]) -> str:
 
 
 def judge_all(given, size: str, precision: str, found: dict[str, dict[str, dict]]) -> list[tuple[bool, str]]:
-    """What is judged: nothing with 1.3M, which is there to see what does not depend on size."""
-    if size == "1.3M":
-        return []
+    """Judge what was measured of one size and format, with both lengths."""
     wanted = bars(size, precision)
     if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
         wanted = [(what, system, other, 1.3) for what, system, other, _ in wanted]
@@ -117,7 +115,9 @@ def judge_all(given, size: str, precision: str, found: dict[str, dict[str, dict]
 
 
 def bars(size: str, precision: str) -> list[tuple[str, str, str, float]]:
-    """The bars for fixed lengths, by the size of the model."""
+    """The bars for fixed lengths: none with 1.3M, which is there to see what does not depend on size."""
+    if size == "1.3M":
+        return []
     if size == "27M":
         return BARS_27M
     return BARS_LARGER_4_BIT if precision == "4bit" else [*FLOOR, *SFT]

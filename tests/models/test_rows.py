@@ -17,7 +17,7 @@ def test_packed_rows_by_hand():
     assert rows.arguments["position_ids"].tolist() == [[0, 0, 1]]
     assert groups(rows) == [([[0]], [0]), ([[0, 1]], [0, 1])]
     assert rows.split(torch.tensor([[7, 5, 6]])).tolist() == [[0, 5, 6, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
-    assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]]))[:2].tolist() == [[2, 1], [0, 0]]
+    assert rows.places(torch.tensor([[1, 0], [0, 0], [0, 0]])).tolist() == [[2, 1], [0, 0], [3, 3]]
     assert rows.take(torch.tensor([[7, 5, 6]]), torch.tensor([[1], [0], [-1]])).tolist() == [[6], [7], [6]]
 
 
