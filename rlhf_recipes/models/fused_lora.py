@@ -39,22 +39,23 @@ def fuse_lora(config: Config) -> Config:
     return config
 
 
-class FusedLinear(lora.Linear):
+class _Fused(nn.Module):
+    """What the fused layers share; the class behind it computes what has no fused form."""
+
+    base_layer: nn.Module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
+        update = None if args or kwargs else _fusable_update(self, x)
+        return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
+
+
+class FusedLinear(_Fused, lora.Linear):
     """LoRA on a linear layer."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
-        update = None if args or kwargs else _fusable_update(self, x)
-        return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
 
-
-class FusedLinear4bit(lora.Linear4bit):  # type: ignore[misc]  # PEFT makes it only with bitsandbytes
+class FusedLinear4bit(_Fused, lora.Linear4bit):  # type: ignore[misc]  # PEFT makes it only with bitsandbytes
     """LoRA on a linear layer in 4 bits."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
-        update = None if args or kwargs else _fusable_update(self, x)
-        return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
 
 
 class _Update(NamedTuple):
