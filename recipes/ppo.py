@@ -20,6 +20,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     from rlhf_recipes import PPOTrainer
     from rlhf_recipes.checkpoints import check_output_dir
     from rlhf_recipes.data import load_rows, to_prompts
+    from rlhf_recipes.data.chat_templates import end_token_ids
     from rlhf_recipes.data.splits import load_splits
     from rlhf_recipes.data.synthetic import GoldScore
     from rlhf_recipes.evaluation.alarm import AlarmLimits
@@ -53,7 +54,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
             EnsembleReward(ppo_args.reward_adapters, ppo_args.reward_ensemble, ppo_args.reward_ensemble_k)
         )
     if ppo_args.reward_url is not None:
-        reward_funcs.append(RemoteReward(ppo_args.reward_url, eos_token_ids={tokenizer.eos_token_id}))
+        reward_funcs.append(RemoteReward(ppo_args.reward_url, eos_token_ids=end_token_ids(policy, tokenizer)))
     if not reward_funcs:
         raise ValueError(
             "PPO needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or add functions to "

@@ -21,6 +21,8 @@ from transformers import GenerationConfig, Trainer
 from trl import GRPOTrainer, RLOOTrainer, is_conversational
 from trl.trainer.utils import use_adapter
 
+from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.generation import sample_with_transformers
 from rlhf_recipes.ppo._trl import rewards
 
 Row = dict[str, Any]
@@ -132,7 +134,11 @@ def _as_reference(trainer: Any) -> Iterator[Any]:
 def sample_batch(
     trainer: Any, rows: list[Row], *, of_reference: bool, gold: str | None, max_new_tokens: int = 128
 ) -> list[Row]:
-    """Sample one completion per row with plain `generate`, and measure it, in the way that fits any trainer.
+    """Sample one completion per row, and measure it, in the way that fits any trainer.
+
+    The tokens are drawn from the model itself at the trainer's temperature (1 where it has none): settings of the
+    model's `generation_config`, or of a GRPO run, that shape what is drawn have no effect, since the KL is a mean over
+    the model's own samples.
 
     Args:
         trainer: A trainer of a causal language model. GRPO and RLOO score with their reward functions; others do not.
@@ -145,18 +151,25 @@ def sample_batch(
         As `policy.sample_rows`; `kl` is `None` without a reference, and the scores without reward functions.
     """
     tokenizer = trainer.processing_class
-    config = getattr(trainer, "generation_config", None) or GenerationConfig(
-        do_sample=True, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+    temperature = getattr(trainer, "temperature", 1.0)
+    ends = getattr(trainer, "eos_token_ids", None) or end_token_ids(
+        trainer.accelerator.unwrap_model(trainer.model), tokenizer
     )
-    eos_token_ids = getattr(trainer, "eos_token_ids", None) or [tokenizer.eos_token_id]
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        max_new_tokens=getattr(trainer, "max_completion_length", None) or max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     prompts = [row["prompt"] for row in rows]
     inputs = _tokenize(tokenizer, prompts).to(trainer.accelerator.device)
     policy = nullcontext(trainer.accelerator.unwrap_model(trainer.model))
     with _as_reference(trainer) if of_reference else policy as model:
-        sequences = model.generate(**inputs, generation_config=config)
+        sequences = sample_with_transformers(model, config, temperature, **inputs)
         start = inputs["input_ids"].size(1)
-        completion_ids = [_until_end(ids, eos_token_ids) for ids in sequences[:, start:].tolist()]
-        temperature = config.temperature or 1.0
+        completion_ids = [_until_end(ids, ends) for ids in sequences[:, start:].tolist()]
         logps, entropies = _logps(model, inputs["attention_mask"], sequences, completion_ids, temperature)
     kl: list[float] | list[None] = [None] * len(rows)
     if has_reference(trainer):
@@ -172,10 +185,7 @@ def sample_batch(
         first = trainer.accelerator.process_index * len(rows)
         scored = with_scores(columns[first : first + len(rows)], trainer, gold)
     sums = entropies.sum(dim=1).tolist()
-    return [
-        measured(completions[i], ids, eos_token_ids, kl[i], sums[i]) | scored[i]
-        for i, ids in enumerate(completion_ids)
-    ]
+    return [measured(completions[i], ids, ends, kl[i], sums[i]) | scored[i] for i, ids in enumerate(completion_ids)]
 
 
 def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:

@@ -1,4 +1,7 @@
-"""Sampling without padding: prompts are read one after another, and rows that have ended leave the batch.
+"""Sampling from the model itself, at a temperature and without padding.
+
+Prompts are read one after another, and rows that have ended leave the batch. Nothing but the temperature stands
+between the model's logits and the tokens that are drawn, whatever a configuration says.
 
 `B` rows, `P` prompt tokens (padded on the left), `T` completion tokens.
 """
@@ -6,15 +9,164 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 
 from rlhf_recipes.models.rows import Rows
 
+logger = logging.getLogger(__name__)
+
+_LONGEST_LINE = 200  # characters of settings, of which one may list thousands of tokens
 _ENDED = 0.25  # share of the rows that have ended at which they leave: copying the others' keys and values costs too
+
+# Settings of a generation configuration that have no part in what is drawn: tokens by name, lengths, memory, outputs.
+_WITHOUT_EFFECT = frozenset(
+    "bos_token_id cache_config cache_implementation compile_config decoder_start_token_id disable_compile do_sample "
+    "early_stopping eos_token_id length_penalty low_memory max_cache_len max_length max_new_tokens output_attentions "
+    "output_hidden_states output_logits output_scores pad_token_id prefill_chunk_size remove_invalid_values "
+    "renormalize_logits return_dict_in_generate transformers_version use_cache".split()
+)
+# Values at which a setting leaves the model's distribution as it is
+NEUTRAL: dict[str, Any] = {
+    "diversity_penalty": 0.0,
+    "do_sample": True,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
+
+
+def ignored_settings(model: Any) -> dict[str, Any]:
+    """Settings of a model's own `generation_config` by which `generate` would not draw from the model itself.
+
+    Here they have no effect (`sample_with_transformers`); whoever is used to the model's texts should know.
+
+    Args:
+        model: The model, with or without adapters.
+
+    Returns:
+        The settings that are not neutral, by name.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = GenerationConfig(eos_token_id=1, do_sample=True, top_p=1.0, min_p=0.25, suppress_tokens=[7])
+        >>> ignored_settings(SimpleNamespace(generation_config=config))
+        {'min_p': 0.25, 'suppress_tokens': [7]}
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = base.generation_config.to_diff_dict()
+    return {
+        name: value
+        for name, value in sorted(settings.items())
+        if name not in _WITHOUT_EFFECT and not name.startswith("_") and value is not None
+        if name not in NEUTRAL or value != NEUTRAL[name]
+    }
+
+
+def warn_of_ignored_settings(model: Any) -> None:
+    """Say in one line which settings of a model's own `generation_config` have no effect on what is sampled here."""
+    if (ignored := ignored_settings(model)) and PartialState().is_main_process:
+        shown = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
+        logger.warning(
+            "Completions are sampled from the policy itself, at the trainer's temperature: %s of the model's "
+            "generation_config.json has no effect.",
+            shown if len(shown) <= _LONGEST_LINE else f"{shown[:_LONGEST_LINE]} ...",
+        )
+
+
+@torch.no_grad()
+def sample_with_transformers(
+    model: Any, generation_config: GenerationConfig, temperature: float, **inputs: Any
+) -> Tensor:
+    """Call `model.generate` so that every token is drawn from the model itself at a temperature.
+
+    Nothing is inherited from the model's own `generation_config`, and the logits processors that transformers builds
+    for the call may hold nothing but the temperature.
+
+    Args:
+        model: A causal model, with or without adapters.
+        generation_config: With `do_sample`, `max_new_tokens` and the ids of padding and end tokens.
+        temperature: At which log-probabilities are computed.
+        inputs: `input_ids` and `attention_mask`, each `(B, P)`, and what else `generate` takes.
+
+    Returns:
+        Prompts and completions, shape `(B, P + T)`.
+
+    Raises:
+        RuntimeError: If anything else would shape what is drawn.
+    """
+    with _inheriting_nothing(model):
+        sequences: Tensor = model.generate(
+            **inputs, generation_config=generation_config, custom_generate=partial(_sample_checked, temperature)
+        )
+    return sequences
+
+
+@contextmanager
+def _inheriting_nothing(model: Any) -> Iterator[None]:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _sample_checked(
+    temperature: float,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    **kwargs: Any,
+) -> Any:
+    """The sampling loop of transformers, behind a look at what it is given."""
+    strange = [type(one).__name__ for one in logits_processor if not isinstance(one, TemperatureLogitsWarper)]
+    if strange:
+        raise RuntimeError(
+            f"Completions must be sampled from the policy itself, but {strange} would change what is drawn. Only "
+            "`temperature` may: remove the setting of the generation configuration that asks for it."
+        )
+    temperatures = [one.temperature for one in logits_processor] or [1.0]
+    if not generation_config.do_sample or generation_config.num_beams != 1 or temperatures != [temperature]:
+        raise RuntimeError(
+            f"Completions must be sampled at the temperature {temperature} of their log-probabilities, but the "
+            f"generation configuration has do_sample={generation_config.do_sample}, num_beams="
+            f"{generation_config.num_beams} and temperature={generation_config.temperature}. Set the trainer's "
+            "`temperature` alone."
+        )
+    return model._sample(input_ids, logits_processor=logits_processor, generation_config=generation_config, **kwargs)
 
 
 class EnoughEnded(StoppingCriteria):
@@ -40,16 +192,21 @@ def _ended(completion_ids: Tensor, ends: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, ends: list[int]
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    generation_config: GenerationConfig,
+    temperature: float,
+    ends: list[int],
 ) -> Tensor:
-    """Generate as `model.generate` does, but spend no time on padding and on rows that have ended.
+    """Sample as `sample_with_transformers` does, but spend no time on padding and on rows that have ended.
 
     Args:
         model: A causal model that reads texts one after another (`rlhf_recipes.models.packing`).
         input_ids: Prompts, shape `(B, P)`.
         attention_mask: 1 where they have a token, shape `(B, P)`.
-        generation_config: With `max_new_tokens` and a padding token. Settings that count tokens from the start, such
-            as `min_new_tokens`, would count from where the batch last got smaller.
+        generation_config: With `do_sample`, `max_new_tokens` and a padding token.
+        temperature: At which log-probabilities are computed.
         ends: Ids of tokens that end a row.
 
     Returns:
@@ -62,11 +219,13 @@ def sample(
     end_ids, rows = input_ids.new_tensor(ends), torch.arange(len(input_ids), device=input_ids.device)
     while len(rows) and input_ids.size(1) < length:
         config.max_new_tokens = length - input_ids.size(1)
-        input_ids = model.generate(
+        input_ids = sample_with_transformers(
+            model,
+            config,
+            temperature,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
-            generation_config=config,
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
         )
         found[rows, : input_ids.size(1)] = input_ids

@@ -12,7 +12,7 @@ from trl import GRPOTrainer, is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from rlhf_recipes.models.generation import sample
+from rlhf_recipes.models.generation import sample, sample_with_transformers
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import spread
 from rlhf_recipes.models.states import states_at
@@ -124,9 +124,9 @@ def _sample(trainer: GRPOTrainer, model: Any, batch: dict[str, Tensor]) -> list[
     ids, mask = batch["prompt_ids"], batch["prompt_mask"]
     config, ends = trainer.generation_config, trainer.eos_token_ids
     if is_packed(inner) and not args.generation_kwargs and not args.cache_implementation:
-        sequences = sample(inner, ids, mask, config, ends)
+        sequences = sample(inner, ids, mask, config, trainer.temperature, ends)
     else:
-        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        sequences = sample_with_transformers(model, config, trainer.temperature, input_ids=ids, attention_mask=mask)
     rows = sequences[:, ids.size(1) :].tolist()
     first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]

@@ -33,9 +33,9 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         batch_size: Sequences per forward pass.
 
     Returns:
-        `old_per_token_logps`, `ref_per_token_logps` and `kl`, the KL to the reference per token (of padding too), in
-        nats, each `(B, T)`; with a critic that is a head on the policy, `old_values` `(B, T)`; `anchor_hidden`
-        `(B, T, H)` where the loss needs distributions of the anchor; and what `first_pass` names.
+        `old_per_token_logps`, `old_entropies`, `ref_per_token_logps` and `kl`, the KL to the reference per token (of
+        padding too), in nats, each `(B, T)`; with a critic that is a head on the policy, `old_values` `(B, T)`;
+        `anchor_hidden` `(B, T, H)` where the loss needs distributions of the anchor; and what `first_pass` names.
     """
     args, mask = trainer.args, batch["completion_mask"]
     full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
@@ -56,7 +56,11 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
             what="the policy must equal its reference",
             cause="The policy's adapter changed after the reference was copied from it, or the base did.",
         )
-    found = {"old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps}
+    found = {
+        "old_per_token_logps": old_logps,
+        "old_entropies": outputs[1].detach(),
+        "ref_per_token_logps": ref_logps,
+    }
     found |= dict(zip(shared, outputs, strict=False))
     if args.kl_estimator != "full":
         values = {"old_values": old} if old is not None else {}

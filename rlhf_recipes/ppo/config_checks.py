@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
+from rlhf_recipes.models.generation import NEUTRAL
+
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
 
@@ -29,8 +31,18 @@ _NOT_HONOURED = {
     "use_liger_kernel": "the roles share one model",
 }
 
-# Ways of sampling that change what is sampled but not the log-probabilities that PPO computes.
-_OFF_POLICY = ("top_p", "top_k", "min_p", "repetition_penalty", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What `generation_kwargs` may say: how memory is used, not what is sampled.
+_GENERATION_KWARGS = ("cache_config", "prefill_chunk_size", "use_cache")
+# For what else stands there, the field to use instead.
+_FIELDS_OF_GENERATION = {
+    "cache_implementation": "use the field `cache_implementation`",
+    "eos_token_id": "completions end at the tokenizer's end token and at those of the model's generation_config.json",
+    "max_length": "use `max_completion_length`",
+    "max_new_tokens": "use `max_completion_length`",
+    "num_return_sequences": "use `num_generations`",
+    "stop_strings": "completions end at end tokens; `TruncatedReward` judges a completion up to another token",
+    "temperature": "use the field `temperature`, which the log-probabilities follow",
+}
 
 _SHARES = ("gamma", "gae_lambda", "critic_lambda", "attention_weight")  # in [0, 1]
 _NOT_NEGATIVE = (
@@ -78,11 +90,16 @@ def check_unused(config: PPOConfig) -> None:
         if value != GRPOConfig.__dataclass_fields__[name].default:
             raise ValueError(f"`{name}` is {value!r}, but PPO does not use it: {instead}. Remove it.")
     given: Any = config.generation_kwargs or {}
-    if off_policy := [name for name in _OFF_POLICY if name in given]:
-        raise ValueError(
-            f"`generation_kwargs` sets {off_policy}, but completions must be sampled from the policy itself: only "
-            "`temperature` changes it. Remove them."
-        )
+    neutral = NEUTRAL | {"temperature": config.temperature}
+    for name, value in given.items():
+        if name not in _GENERATION_KWARGS and (name not in neutral or value != neutral[name]):
+            instead = _FIELDS_OF_GENERATION.get(
+                name, "completions must be sampled from the policy itself: only the field `temperature` changes it"
+            )
+            raise ValueError(
+                f"`generation_kwargs` sets `{name}` to {value!r}, which PPO cannot honour: {instead}. Remove it. "
+                f"Allowed are {', '.join(map(repr, _GENERATION_KWARGS))}."
+            )
 
 
 def check_contradictions(config: PPOConfig) -> None:

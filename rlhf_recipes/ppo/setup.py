@@ -10,8 +10,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, is_adapter, load_policy, same_model
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.reward import load_reward_model
@@ -59,6 +61,8 @@ def build_policy(
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
+    if isinstance(model, PreTrainedModel | PeftModel):
+        warn_of_ignored_settings(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("The model already has an adapter, which is trained further. Leave `peft_config` out.")
@@ -162,7 +166,7 @@ def _reward_of_path(
             "base in memory. Give the folder of a reward adapter on it."
         )
     model, own_tokenizer = load_reward_model(path)
-    ends = {tokenizer.eos_token_id}
+    ends = end_token_ids(roles.model, tokenizer)
     size = args.per_device_train_batch_size
     return ClassifierReward(model, own_tokenizer, Path(path).name, size, Readout.load(path), ends)
 

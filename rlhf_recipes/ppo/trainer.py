@@ -26,6 +26,7 @@ from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
 from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
+from rlhf_recipes.ppo.off_policy import off_policy_metrics
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
@@ -192,7 +193,7 @@ class PPOTrainer(PPOEngine):
             with self.accelerator.autocast():
                 batch |= self.critic.rollout_values(batch, batch_size)
         batch |= policy_and_reference(self, batch, batch_size)
-        values = batch["old_values"]
+        values, entropies = batch["old_values"], batch.pop("old_entropies")
 
         completions = Completions(
             self._completion_ids,
@@ -213,6 +214,7 @@ class PPOTrainer(PPOEngine):
         self._log_rollout(
             {
                 **rollout_metrics(*map(self._of_all_processes, (kl, values, returns, mask, value_mask))),
+                **off_policy_metrics(self, batch, batch["old_per_token_logps"], entropies),
                 **{f"score/{name}": part.mean() for name, part in contributions.items()},
                 "score/total": scores.mean(),
                 "rlhf_reward": (scores - self.kl_controller.value * kl.sum(dim=1)).mean(),

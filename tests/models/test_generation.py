@@ -5,10 +5,46 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rlhf_recipes.models.generation import EnoughEnded, read_prompts, sample
+from rlhf_recipes.models.generation import (
+    EnoughEnded,
+    ignored_settings,
+    read_prompts,
+    sample,
+    sample_with_transformers,
+)
 from rlhf_recipes.models.packing import pack
 
 PAD, END = 0, 2
+
+# Every kind of setting of transformers 5.23 that shapes what is drawn, or how the drawing ends
+SHAPING = {
+    "min_p": 0.2,
+    "top_p": 0.5,
+    "top_k": 3,
+    "top_h": 0.3,
+    "typical_p": 0.2,
+    "epsilon_cutoff": 0.2,
+    "eta_cutoff": 0.2,
+    "temperature": 0.3,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [3, 4, 5, 6, 7],
+    "begin_suppress_tokens": [3, 4, 5, 6, 7],
+    "bad_words_ids": [[3], [4], [5], [6], [7]],
+    "sequence_bias": [[[5], 9.0]],
+    "min_new_tokens": 9,
+    "min_length": 16,
+    "exponential_decay_length_penalty": [1, 1.5],
+    "forced_eos_token_id": 5,
+    "forced_bos_token_id": 5,
+    "guidance_scale": 3.0,
+    "watermarking_config": {"greenlist_ratio": 0.25, "bias": 5.0, "hashing_key": 7, "context_width": 1},
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "stop_strings": ["a"],
+    "max_time": 1e-9,
+    "prompt_lookup_num_tokens": 2,
+}
 LENGTHS = (1, 7, 3, 5, 2, 4, 6, 3)
 
 
@@ -29,10 +65,14 @@ def prompts(lengths=LENGTHS):
     return torch.randint(3, 12, mask.shape, generator=generator), mask
 
 
-def settings(pad=PAD, count=14, do_sample=False):
-    return GenerationConfig(
-        max_new_tokens=count, do_sample=do_sample, top_k=0, eos_token_id=END, pad_token_id=pad, use_cache=True
-    )
+def settings(pad=PAD, count=14, temperature=1e-4, **more):
+    fields = {"do_sample": True, "top_k": 0, "eos_token_id": END, "pad_token_id": pad, "use_cache": True}
+    return GenerationConfig(**(fields | {"max_new_tokens": count, "temperature": temperature} | more))
+
+
+def sampled(model, ids, mask, config=None, ends=(END,)):
+    config = config or settings()
+    return sample(model, ids, mask, config, config.temperature, list(ends))
 
 
 def packed_model(seed=0):
@@ -46,15 +86,16 @@ def packed_model(seed=0):
 @pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 4), (1, 1), (1, 9)])
 def test_greedy_tokens_are_those_of_transformers(seed, pad, lengths):
     ids, mask = prompts(lengths)
-    expected = make_model(seed).generate(input_ids=ids, attention_mask=mask, generation_config=settings(pad))
-    found = sample(packed_model(seed), ids, mask, settings(pad), [END])
+    greedy = settings(pad, do_sample=False, temperature=None)
+    expected = make_model(seed).generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    found = sampled(packed_model(seed), ids, mask, settings(pad))
     assert torch.equal(found, expected)
 
 
 def test_some_of_these_rows_end_early_and_some_do_not():
     ids, mask = prompts()
     ends = [
-        (sample(packed_model(seed), ids, mask, settings(), [END])[:, ids.size(1) :] == END).any(dim=1).float().mean()
+        (sampled(packed_model(seed), ids, mask)[:, ids.size(1) :] == END).any(dim=1).float().mean()
         for seed in range(6)
     ]
     assert any(0.0 < share < 1.0 for share in ends)
@@ -79,7 +120,7 @@ def test_no_time_is_spent_on_padding_or_on_rows_that_ended():
     layer = model.model.layers[0]
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
     ids, mask = prompts()
-    sequences = sample(model, ids, mask, settings(count=40), [END])
+    sequences = sampled(model, ids, mask, settings(count=40))
     lengths = [row.index(END) + 1 if END in row else 40 for row in sequences[:, ids.size(1) :].tolist()]
     assert min(lengths) < max(lengths)
     assert seen[0] == int(mask[:, :-1].sum())  # prompts: real tokens only, the last of each comes with the first step
@@ -108,7 +149,7 @@ def test_tokens_are_drawn_from_the_model():
         model.lm_head.weight.mul_(0.1)  # flat enough for all tokens to come
     ids = torch.tensor([[4, 5], [0, 5]]).repeat(count // 2, 1)
     mask = torch.tensor([[1, 1], [0, 1]]).repeat(count // 2, 1)
-    sequences = sample(model, ids, mask, settings(count=3, do_sample=True), [END])
+    sequences = sampled(model, ids, mask, settings(count=3, temperature=1.0))
     for row, prompt in enumerate(([4, 5], [5])):
         drawn = sequences[row::2, 2:]
         with torch.no_grad():
@@ -124,3 +165,52 @@ def test_tokens_are_drawn_from_the_model():
         statistic = ((seen - expected * count / 2) ** 2 / (expected * count / 2)).sum().item()
         degrees = len(expected) - 1
         assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
+
+
+def drawn(model, seed=3, **more):
+    """Tokens of 16 rows, drawn by `sample_with_transformers`, from one random state."""
+    torch.manual_seed(seed)
+    ids, mask = prompts((4,) * 16)
+    config = settings(temperature=1.0, count=6, **more)
+    return sample_with_transformers(model, config, 1.0, input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_nothing_is_inherited_from_the_models_own_settings(name):
+    model, expected = make_model(), drawn(make_model())
+    model.generation_config = GenerationConfig(eos_token_id=END, do_sample=True, **{name: SHAPING[name]})
+    own = model.generation_config
+    assert torch.equal(drawn(model), expected)
+    assert model.generation_config is own  # what is saved with the model stays
+    assert list(ignored_settings(model)) == [name]
+
+
+def test_greedy_settings_are_not_inherited():
+    model = make_model()
+    model.generation_config = GenerationConfig(do_sample=False, top_k=0, top_p=1.0, max_new_tokens=2, use_cache=False)
+    assert torch.equal(drawn(model), drawn(make_model()))
+    assert ignored_settings(model) == {}
+
+
+_NOT_PROCESSORS = {"temperature", "stop_strings", "max_time", "num_return_sequences", "prompt_lookup_num_tokens"}
+
+
+@pytest.mark.parametrize("name", sorted(SHAPING.keys() - _NOT_PROCESSORS))
+def test_no_setting_passes_the_guard(name):
+    with pytest.raises(RuntimeError) as caught:
+        drawn(make_model(), **{name: SHAPING[name]})
+    assert "sampled" in str(caught.value)
+
+
+def test_a_faster_way_of_drawing_is_not_taken():
+    assert torch.equal(drawn(make_model(), prompt_lookup_num_tokens=2), drawn(make_model()))
+
+
+def test_greedy_search_and_another_temperature_do_not_pass_the_guard():
+    ids, mask = prompts()
+    greedy = settings(do_sample=False, temperature=None)
+    for config in (greedy, settings(temperature=0.7)):
+        with pytest.raises(RuntimeError, match="sampled at the temperature 1.0"):
+            sample_with_transformers(make_model(), config, 1.0, input_ids=ids, attention_mask=mask)
+        with pytest.raises(RuntimeError, match="sampled at the temperature 1.0"):
+            sample(packed_model(), ids, mask, config, 1.0, [END])

@@ -63,8 +63,35 @@ def test_reentrant_checkpointing_is_refused(make_config):
         make_config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
-@pytest.mark.parametrize("name", ["top_p", "repetition_penalty", "typical_p"])
-def test_sampling_off_the_policy_is_refused_in_generation_kwargs_too(make_config, name):
-    with pytest.raises(ValueError, match=rf"`generation_kwargs` sets \['{name}'\]"):
-        make_config(generation_kwargs={name: 0.9})
-    assert make_config(generation_kwargs={"bad_words_ids": [[5]]}).generation_kwargs == {"bad_words_ids": [[5]]}
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("temperature", 0.2, "the field `temperature`"),
+        ("do_sample", False, "sampled from the policy itself"),
+        ("num_beams", 4, "sampled from the policy itself"),
+        ("top_p", 0.9, "sampled from the policy itself"),
+        ("top_k", None, "sampled from the policy itself"),  # for transformers 50
+        ("top_h", 0.3, "sampled from the policy itself"),
+        ("typical_p", 0.9, "sampled from the policy itself"),
+        ("suppress_tokens", [5], "sampled from the policy itself"),
+        ("bad_words_ids", [[5]], "sampled from the policy itself"),
+        ("guidance_scale", 1.5, "sampled from the policy itself"),
+        ("no_repeat_ngram_size", 2, "sampled from the policy itself"),
+        ("exponential_decay_length_penalty", [2, 1.1], "sampled from the policy itself"),
+        ("min_new_tokens", 3, "sampled from the policy itself"),
+        ("a_setting_of_a_later_version", 1, "sampled from the policy itself"),
+        ("num_return_sequences", 2, "`num_generations`"),
+        ("max_new_tokens", 5, "`max_completion_length`"),
+        ("stop_strings", ["."], "`TruncatedReward`"),
+        ("eos_token_id", 7, "generation_config.json"),
+        ("cache_implementation", "static", "the field `cache_implementation`"),
+    ],
+)
+def test_generation_kwargs_that_change_what_is_sampled_are_refused(make_config, name, value, instead):
+    with pytest.raises(ValueError, match=rf"`generation_kwargs` sets `{name}` to .*{instead}"):
+        make_config(generation_kwargs={"use_cache": True, name: value})
+
+
+def test_generation_kwargs_may_say_how_memory_is_used_and_what_holds_anyway(make_config):
+    given = {"use_cache": True, "prefill_chunk_size": 4, "top_p": 1.0, "top_k": 0, "num_beams": 1, "temperature": 0.7}
+    assert make_config(generation_kwargs=given, temperature=0.7).generation_kwargs == given

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_recipes.models.packing import is_packed
-from tests.ppo.support import EOS, rollout, trained, without_chance
+from tests.ppo.support import rollout, trained, without_chance
 
 CRITICS = [{"critic": "head", "critic_init": "policy"}, {}, {"critic_layers": 1}]
 
@@ -27,13 +27,17 @@ def test_a_run_is_the_same_where_the_attention_cannot_pack(make_trainer, critic)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_settings_of_generation_hold(make_trainer, tiny_tokenizer, attention):
-    allowed = {EOS, 7, 8, 9}  # transformers never bans the end token
-    banned = [[token] for token in range(len(tiny_tokenizer)) if token not in allowed]
-    trainer = make_trainer(
-        generation_kwargs={"bad_words_ids": banned}, model_init_kwargs={"attn_implementation": attention}
-    )
-    batch = rollout(trainer)
-    tokens = batch["completion_ids"][batch["completion_mask"].bool()]
-    assert set(tokens.tolist()) <= allowed
-    assert tokens.unique().numel() > 1
+def test_settings_that_the_trainer_was_given_later_do_not_pass(make_trainer, attention):
+    trainer = make_trainer(model_init_kwargs={"attn_implementation": attention})
+    trainer.generation_config.suppress_tokens = [7, 8]
+    with pytest.raises(RuntimeError, match=r"\['SuppressTokensLogitsProcessor'\] would change what is drawn"):
+        rollout(trainer)
+
+
+def test_settings_of_memory_hold(make_trainer):
+    """A chunked reading of the prompts is one call of transformers' `generate`, and draws what it draws otherwise."""
+    rollouts = []
+    for kwargs in (None, {"prefill_chunk_size": 2}):
+        fields = {"generation_kwargs": kwargs, "temperature": 1e-4, "max_completion_length": 4}
+        rollouts.append(rollout(make_trainer(model_init_kwargs={"attn_implementation": "eager"}, **fields)))
+    assert torch.equal(rollouts[0]["completion_ids"], rollouts[1]["completion_ids"])

@@ -25,6 +25,7 @@ from rlhf_recipes.evaluation.records import finite, log_apart, read_records
 from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_batch
 from rlhf_recipes.evaluation.texts import distinct_n, self_bleu, top_ngrams
 from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.tracking.wandb_log import log_table
 
@@ -100,6 +101,8 @@ class PolicyEvaluation(TrainerCallback):
         self._indices = [row % len(dataset) for row in range(rows)]
         self._reference: list[Row] | None = None
         self._evaluated: int | None = None
+        if not isinstance(trainer, PPOTrainer):  # which has said it
+            warn_of_ignored_settings(self._trainer.accelerator.unwrap_model(self._trainer.model))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

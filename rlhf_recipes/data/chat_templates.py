@@ -1,0 +1,285 @@
+"""Chats as token ids: the prompt as a policy reads it, and the answer up to the token that ends it.
+
+What a chat template writes around an answer differs: it may close a turn with the end token, with a token of its own
+(`<end_of_turn>`) and a line break, with nothing at all; its generation prompt may open a thought that finished
+dialogues do not show. A reward has to be trained and read at the same token, at which PPO's completions stop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from jinja2.exceptions import TemplateError
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_CHATS = 16  # that are looked at for what a template does
+_MARKER = "ANSWERx7ANSWER"  # an answer that is found again in a template's text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A chat as token ids.
+
+    Attributes:
+        prompt_ids: The prompt, with the generation prompt, as a policy reads it before it answers.
+        ids: The answer after it, up to and with its end token, or without one if it was cut off.
+        closed: Whether the template ends the answer with an end token; else the tokenizer's is put there.
+        added: What the generation prompt opens that the template does not write before a given answer, as text.
+        closing: What the template writes after the answer.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    closed: bool
+    added: str
+    closing: str
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[dict[str, Any]],
+    answer: list[dict[str, Any]],
+    end_ids: Collection[int],
+    *,
+    finished: bool = True,
+    tools: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Answer:
+    """Encode a chat as PPO reads it: the prompt's ids, and after them those of the answer.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        prompt: Messages before the answer, maybe none.
+        answer: The messages of the answer, one or more.
+        end_ids: Ids that end a completion of the policy, the tokenizer's end token among them.
+        finished: Whether the answer ended; one that was cut off has no end token.
+        tools: Tools that the template may name, or their JSON.
+        template_kwargs: Further arguments of the template.
+
+    Returns:
+        The token ids, and what the template did.
+
+    Raises:
+        ValueError: If there is no chat template, or it cannot be seen where in its text the answer begins.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> tokenizer = word_tokenizer(["user", "model", "stop", "hi", "you"])
+        >>> tokenizer.chat_template = (
+        ...     "{% for m in messages %}{{ m.role }} {{ m.content }} stop {% endfor %}"
+        ...     "{% if add_generation_prompt %}model {% endif %}"
+        ... )
+        >>> prompt, answer = [{"role": "user", "content": "hi"}], [{"role": "model", "content": "you"}]
+        >>> [end], eos = tokenizer.convert_tokens_to_ids(["stop"]), tokenizer.eos_token_id
+        >>> tokenizer.convert_ids_to_tokens(encode_answer(tokenizer, prompt, answer, {eos, end}).ids)
+        ['you', 'stop']
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows are chats, but the tokenizer has no chat template. Set `tokenizer.chat_template` and save the "
+            "tokenizer again, or give rows of plain text."
+        )
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options: dict[str, Any] = {"tools": tools or None, **(template_kwargs or {})}
+    whole = _rendered(tokenizer, [*prompt, *answer], **options)
+    before = _rendered(tokenizer, prompt, add_generation_prompt=True, **options) if prompt else ""
+    prompt_ids = _ids_of(tokenizer, before)
+    start, added = len(before), ""
+    if not whole.startswith(before):
+        start = _start_of_answer(tokenizer, prompt, answer, whole, options)
+        added = before[_shared(before, whole[:start]) :]
+    end = _end_of_content(tokenizer, prompt, answer, whole, options)
+    whole_ids = _ids_of(tokenizer, whole)
+    if not added and whole_ids[: len(prompt_ids)] == prompt_ids:
+        ids = whole_ids[len(prompt_ids) :]  # some tokenizers write the first word of a text in another way
+    else:
+        ids = _ids_of(tokenizer, whole[start:])
+    ends = [place for place, token in enumerate(ids) if token in end_ids]
+    if end is not None:  # those after the content, of which the first one ends the answer
+        count = sum(token in end_ids for token in _ids_of(tokenizer, whole[end:]))
+        ends = ends[len(ends) - count :][:1]
+    if ends:
+        ids = ids[: ends[-1] + 1]
+    else:
+        kept = whole[start:end] if end is not None and end < len(whole) else None
+        ids = [*(ids if kept is None else _ids_of(tokenizer, kept)), tokenizer.eos_token_id]
+    return Answer(
+        prompt_ids, ids if finished else ids[:-1], bool(ends), added, whole[len(whole) if end is None else end :]
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """Encode a prompt, text or chat, as PPO gives it to the policy.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> encode_prompt(word_tokenizer(["the", "film"]), "the film the")
+        [3, 4, 3]
+    """
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(text=prompt)["input_ids"]
+        return ids
+    return _ids_of(tokenizer, _rendered(tokenizer, prompt, add_generation_prompt=True)) if prompt else []
+
+
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens that end a completion: the tokenizer's end token, and those that the model names.
+
+    Args:
+        model: The policy, a reward model on the same base, or the path of one. Its `generation_config` may name one id
+            or several, such as that of the end of a turn; a sequence classifier has none, so it is read from its
+            folder, or from that of its base.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The ids, each once, the tokenizer's first.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[1, 6]))
+        >>> end_token_ids(model, SimpleNamespace(eos_token_id=6))
+        [6, 1]
+    """
+    if isinstance(model, str):
+        config = _saved_settings(model)
+    else:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(base, "generation_config", None) or _saved_settings(base.config._name_or_path)
+        config = config or base.config.get_text_config()
+    named = getattr(config, "eos_token_id", None)
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    eos: Any = tokenizer.eos_token_id
+    return list(dict.fromkeys([eos, *named]))
+
+
+def _saved_settings(path: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # many models have no such file
+        return None
+
+
+def warn_about_template(
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Iterable[tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+    end_ids: Collection[int],
+    consequence: str,
+    **options: Any,
+) -> None:
+    """Warn, before training, of a chat template that does not end an answer, or opens one that rows do not have.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        chats: Prompt and answer of some chats; the first few are looked at.
+        end_ids: Ids that end a completion.
+        consequence: What becomes of an answer without an end token in this stage, as a sentence.
+        **options: `template_kwargs` and `tools` of `encode_answer`.
+
+    Raises:
+        ValueError: As `encode_answer`.
+    """
+    seen = [encode_answer(tokenizer, *chat, end_ids, **options) for chat, _ in zip(chats, range(_CHATS), strict=False)]
+    if not seen or not PartialState().is_main_process:
+        return
+    names = " or ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in end_ids)
+    if not any(answer.closed for answer in seen):
+        closing = _ids_of(tokenizer, seen[0].closing)[:1]
+        other = (
+            f", or, if {tokenizer.convert_ids_to_tokens(closing[0])!r} is what ends an answer, add its id "
+            f"{closing[0]} to `eos_token_id` in the model's generation_config.json"
+            if closing
+            else ""
+        )
+        logger.warning(
+            "The chat template writes no end token (%s) after the last answer. %s Let the template write `eos_token` "
+            "after each answer%s.",
+            *(names, consequence, other),
+        )
+    if added := next((answer.added for answer in seen if answer.added), None):
+        logger.warning(
+            "The chat template's generation prompt adds %r, which the template does not write before a given answer: "
+            "PPO samples answers after it. Put it into the answers of the rows, or turn it off (for many templates by "
+            "`chat_template_kwargs`, such as `enable_thinking: false`).",
+            added,
+        )
+
+
+def check_prompts_stay_open(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that puts its end token behind every text, prompts too.
+
+    Args:
+        tokenizer: The tokenizer of a causal model that reads rows of plain text.
+
+    Raises:
+        ValueError: If it does: completions would be sampled after an end token, and rows trained on with two of them.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> check_prompts_stay_open(word_tokenizer(["the", "film"]))
+    """
+    sample = "a"
+    ids: Any = tokenizer(text=sample)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and ids[-1:] != _ids_of(tokenizer, sample)[-1:]:
+        raise ValueError(
+            f"The tokenizer puts its end token {tokenizer.eos_token!r} behind every text, prompts too, so that a "
+            "completion would come after an end. Turn it off (`tokenizer.add_eos_token = False`, or a post-processor "
+            "without it) and save the tokenizer again; the stages put it after completions themselves."
+        )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], **options: Any) -> str:
+    try:
+        text: Any = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except TemplateError as error:  # some refuse a system message, or turns that do not alternate
+        roles = ", ".join(str(message.get("role")) for message in chat)
+        raise ValueError(
+            f"The chat template refuses a chat with the roles {roles}: {error}. Change such rows, or the template."
+        ) from error
+    return str(text)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _shared(left: str, right: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _with_marker(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": _MARKER}
+
+
+def _start_of_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Any], answer: list[Any], whole: str, options: dict[str, Any]
+) -> int:
+    """Where the answer begins in the text of a chat that does not begin with the generation prompt."""
+    marked = _rendered(tokenizer, [*prompt, _with_marker(answer[0]), *answer[1:]], **options)
+    start = marked.find(_MARKER)
+    if start < 0 or not whole.startswith(marked[:start]):
+        raise ValueError(
+            "The text that the chat template makes of a chat does not begin with what it makes of the prompt (its "
+            "generation prompt included), and where the answer begins cannot be seen. Use a template that writes a "
+            "prompt in the same way with and without an answer."
+        )
+    return start
+
+
+def _end_of_content(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Any], answer: list[Any], whole: str, options: dict[str, Any]
+) -> int | None:
+    """Where the content of the last message ends in the text of a chat; `None` if that cannot be seen."""
+    marked = _rendered(tokenizer, [*prompt, *answer[:-1], _with_marker(answer[-1])], **options)
+    _, found, closing = marked.rpartition(_MARKER)
+    return len(whole) - len(closing) if found and whole.endswith(closing) else None
