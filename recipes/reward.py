@@ -29,7 +29,6 @@ from rlhf_recipes.reward_modeling import (
     RewardModelConfig,
     check_score_head,
     drop_ties,
-    end_at_eos,
     evaluate_pairs,
 )
 from rlhf_recipes.reward_modeling.baselines import pair_baselines
@@ -75,9 +74,6 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     upcast_trainable(trainer.model)
     check_score_head(trainer)
     check_tokenized(trainer, given=rows)
-    if "chosen" in rows["train"].column_names and "chosen_ids" not in rows["train"].column_names:
-        trainer.train_dataset = end_at_eos(trainer.train_dataset, tokenizer.eos_token_id)
-        trainer.eval_dataset = end_at_eos(trainer.eval_dataset, tokenizer.eos_token_id)
 
     # 3. Train, and score the held-out rows.
     run = start_run(

@@ -12,6 +12,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_completions
+from rlhf_recipes.data.chat_templates import check_completions, end_token_ids
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
 from rlhf_recipes.models import (
@@ -41,6 +42,8 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         attn_implementation=model_args.attn_implementation,
         **source,
     )
+
+    check_completions(rows["train"], tokenizer, end_token_ids(model, tokenizer))
 
     # 2. TRL's trainer puts the adapter on the base, and an end token after every completion.
     trainer = SFTTrainer(

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
 
+from rlhf_recipes.data.dialogues import split_dialogue
+
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -107,7 +111,7 @@ def encode_answer(
     ends = [place for place, token in enumerate(ids) if token in end_ids]
     if end is not None:  # those after the content, of which the first one ends the answer
         count = sum(token in end_ids for token in _ids_of(tokenizer, whole[end:]))
-        ends = ends[len(ends) - count :][:1]
+        ends = ends[max(0, len(ends) - count) :][:1]
     if ends:
         ids = ids[: ends[-1] + 1]
     else:
@@ -169,43 +173,116 @@ def _saved_settings(path: str) -> GenerationConfig | None:
         return None
 
 
+def check_completions(rows: Dataset, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> None:
+    """Check how the rows of a supervised fine-tuning end, before it begins.
+
+    Args:
+        rows: Rows as `to_completions` gives them: `prompt` and `completion`, `messages`, or `text`.
+        tokenizer: The tokenizer.
+        end_ids: Ids that end a completion of the model.
+
+    Raises:
+        ValueError: If the tokenizer ends prompts too, or the chat template refuses a chat.
+    """
+    column = next(name for name in ("completion", "messages", "text") if name in rows.column_names)
+    if isinstance(rows[0][column], str):
+        check_prompts_stay_open(tokenizer)
+        return
+    first = rows.select(range(min(_CHATS, len(rows))))
+    chats = [
+        split_dialogue(row["messages"]) if column == "messages" else (row["prompt"], row[column]) for row in first
+    ]
+    warn_about_template(
+        tokenizer,
+        [chat for chat in chats if chat[1]],
+        end_ids,
+        "A model that is trained on this does not learn to stop, and PPO would cut off its completions.",
+        **options_of(first[0]),
+    )
+
+
+def check_prompt_format(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    template_kwargs: Any = None,
+) -> None:
+    """Check that prompts do not end in an end token, and that the template closes answers with one that ends them.
+
+    Args:
+        rows: Rows with a column `prompt`; the first few are looked at.
+        tokenizer: The policy's tokenizer.
+        model: The policy, which may name more end tokens.
+        template_kwargs: Further arguments of the template.
+
+    Raises:
+        ValueError: If the tokenizer ends prompts too, or the chat template refuses a chat.
+    """
+    prompts = [row["prompt"] for row in islice(rows, _CHATS)]
+    if prompts and isinstance(prompts[0], str):
+        check_prompts_stay_open(tokenizer)
+        return
+    answer = [{"role": "assistant", "content": _MARKER}]
+    warn_about_template(
+        tokenizer,
+        [(prompt, answer) for prompt in prompts if prompt and prompt[-1]["role"] != "assistant"],
+        end_token_ids(model, tokenizer),
+        "A policy that follows the template does not stop there, and its completions are cut off.",
+        answers_given=False,
+        template_kwargs=template_kwargs,
+    )
+
+
+def options_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of how its chat is rendered, by its columns `tools` and `chat_template_kwargs`, as in TRL.
+
+    Example:
+        >>> options_of({"prompt": "Hi"})
+        {'tools': None, 'template_kwargs': None}
+    """
+    return {"tools": row.get("tools"), "template_kwargs": row.get("chat_template_kwargs")}
+
+
 def warn_about_template(
     tokenizer: PreTrainedTokenizerBase,
-    chats: Iterable[tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+    chats: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]],
     end_ids: Collection[int],
     consequence: str,
+    *,
+    answers_given: bool = True,
     **options: Any,
 ) -> None:
     """Warn, before training, of a chat template that does not end an answer, or opens one that rows do not have.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        chats: Prompt and answer of some chats; the first few are looked at.
+        chats: Prompt and answer of some chats.
         end_ids: Ids that end a completion.
         consequence: What becomes of an answer without an end token in this stage, as a sentence.
+        answers_given: Whether the answers are those of rows, which may lack what the generation prompt opens.
         **options: `template_kwargs` and `tools` of `encode_answer`.
 
     Raises:
         ValueError: As `encode_answer`.
     """
-    seen = [encode_answer(tokenizer, *chat, end_ids, **options) for chat, _ in zip(chats, range(_CHATS), strict=False)]
+    seen = [encode_answer(tokenizer, *chat, end_ids, **options) for chat in chats]
     if not seen or not PartialState().is_main_process:
         return
-    names = " or ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in end_ids)
     if not any(answer.closed for answer in seen):
-        closing = _ids_of(tokenizer, seen[0].closing)[:1]
-        other = (
-            f", or, if {tokenizer.convert_ids_to_tokens(closing[0])!r} is what ends an answer, add its id "
-            f"{closing[0]} to `eos_token_id` in the model's generation_config.json"
-            if closing
-            else ""
-        )
+        names = " or ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in end_ids)
+        other = ""
+        if closing := _ids_of(tokenizer, seen[0].closing)[:1]:
+            token = tokenizer.convert_ids_to_tokens(closing[0])
+            other = (
+                f", or, if {token!r} is what ends an answer, add its id {closing[0]} to `eos_token_id` in the model's "
+                "generation_config.json"
+            )
         logger.warning(
             "The chat template writes no end token (%s) after the last answer. %s Let the template write `eos_token` "
             "after each answer%s.",
             *(names, consequence, other),
         )
-    if added := next((answer.added for answer in seen if answer.added), None):
+    if answers_given and (added := next((answer.added for answer in seen if answer.added), None)):
         logger.warning(
             "The chat template's generation prompt adds %r, which the template does not write before a given answer: "
             "PPO samples answers after it. Put it into the answers of the rows, or turn it off (for many templates by "

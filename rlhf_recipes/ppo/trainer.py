@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.formats import check_prompt_lengths
 from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.models.loading import load_tokenizer
@@ -132,7 +133,7 @@ class PPOTrainer(PPOEngine):
             if dataset is not None:
                 checks.check_prompts(dataset, needed)
                 check_prompt_lengths(dataset, tokenizer, longest)
-
+                check_prompt_format(dataset, tokenizer, policy, args.chat_template_kwargs)
         self.token_rewards = TokenRewards(args, placement, score_transforms)
         self.potential = potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
@@ -164,7 +165,9 @@ class PPOTrainer(PPOEngine):
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
+        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        more = zip(inputs, prompt_ids, ended, strict=True)
+        inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)

@@ -3,7 +3,7 @@
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.reward_modeling.evaluation import evaluate_pairs, pairwise_evaluation, score_sequences
-from rlhf_recipes.reward_modeling.preparation import check_score_head, end_at_eos
+from rlhf_recipes.reward_modeling.preparation import check_score_head
 from rlhf_recipes.reward_modeling.readout import Readout, fit_normalization
 from rlhf_recipes.reward_modeling.table import drop_ties
 from rlhf_recipes.reward_modeling.trainer import PreferenceTrainer
@@ -16,7 +16,6 @@ __all__ = [
     "RewardModelConfig",
     "check_score_head",
     "drop_ties",
-    "end_at_eos",
     "evaluate_pairs",
     "fit_normalization",
     "pairwise_evaluation",

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+
+from rlhf_recipes.data.chat_templates import (
+    check_prompts_stay_open,
+    encode_answer,
+    end_token_ids,
+    options_of,
+    warn_about_template,
+)
+from rlhf_recipes.data.dialogues import split_dialogue
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import PreTrainedTokenizerBase
     from trl import RewardTrainer
+
+_LOOKED_AT = 16  # rows, for what they are and what a chat template makes of them
 
 
 def check_score_head(trainer: RewardTrainer) -> None:
@@ -27,10 +42,10 @@ def check_score_head(trainer: RewardTrainer) -> None:
     """
     model: Any = trainer.model  # TRL types what a trainer holds only in part
     tokenizer: Any = trainer.processing_class
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+    if tokenizer.pad_token_id in end_token_ids(model, tokenizer):
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.pad_token]
         raise ValueError(
-            f"The padding token is the end token ({tokenizer.eos_token!r}). A reward model reads its score at the "
+            f"The padding token is the end token ({tokenizer.pad_token!r}). A reward model reads its score at the "
             "last token that is not padding, so it would never see that a completion ended. Set `pad_token` to "
             f"another token that does not occur in the texts (special tokens of this tokenizer: {others or 'none'})."
         )
@@ -41,28 +56,59 @@ def check_score_head(trainer: RewardTrainer) -> None:
         )
 
 
-def end_at_eos(pairs: Dataset, eos_token_id: int) -> Dataset:
-    """Cut what a chat template writes after the last end token, such as ChatML's line break.
+def with_chat_ids(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], name: str
+) -> Dataset | IterableDataset:
+    """Encode the chats among preferences as PPO will read them: generation prompt, answer, and its end token.
 
-    PPO's completions stop at the end token, so that is where the reward model has to learn to be read.
+    TRL's own way takes what the template writes, whether that ends at the end token, behind it or without one.
 
     Args:
-        pairs: Rows with `chosen_ids` and `rejected_ids` of complete texts, as `RewardTrainer` tokenized them.
-        eos_token_id: The end token. A text without it stays as it is.
+        rows: Rows with `chosen` and `rejected`, or with `completions`. Text stays as it is, and so do rows that bring
+            token ids.
+        tokenizer: The tokenizer.
+        end_ids: Ids that end a completion of the policy.
+        name: What the progress bar calls the rows.
 
     Returns:
-        The rows with both columns cut.
+        The rows; chats have `chosen_ids` and `rejected_ids`, or `completion_ids`.
 
-    Example:
-        >>> pairs = Dataset.from_dict({"chosen_ids": [[5, 1, 6, 1, 9]], "rejected_ids": [[5, 6]]})
-        >>> end_at_eos(pairs, eos_token_id=1)[0]
-        {'chosen_ids': [5, 1, 6, 1], 'rejected_ids': [5, 6]}
+    Raises:
+        ValueError: If a chat cannot be encoded, with its row, or the rows are text and the tokenizer ends prompts too.
     """
-    columns = ("chosen_ids", "rejected_ids")
-    return pairs.map(
-        lambda pair: {column: cut_after_eos(pair[column], eos_token_id) for column in columns},
-        desc="Ending texts at EOS",
-    )
+    some = list(islice(rows, _LOOKED_AT))
+    group = bool(some) and "completions" in some[0]
+    names = ("completion_ids",) if group else ("chosen_ids", "rejected_ids")
+    some = [row for row in some if any(row.get(column) is None for column in names)]
+    if not some:
+        return rows
+    if not (chats := [chat for row in some for chat in _chats_of(row)[:1]]):
+        check_prompts_stay_open(tokenizer)
+        return rows
+    consequence = f"The reward model is trained with {tokenizer.eos_token!r} there, which a policy may never write."
+    warn_about_template(tokenizer, chats, end_ids, consequence, **options_of(some[0]))
+
+    def encoded(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if group and row.get("completion_ids"):
+            return {"completion_ids": row["completion_ids"]}
+        try:
+            answers = [encode_answer(tokenizer, *chat, end_ids, **options_of(row)) for chat in _chats_of(row)]
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the {name} rows: {error}") from error
+        ids = [[*answer.prompt_ids, *answer.ids] for answer in answers]
+        return {"completion_ids": ids} if group else dict(zip(names, ids, strict=True))
+
+    more = {"desc": f"Encoding {name} chats"} if isinstance(rows, Dataset) else {}
+    return rows.map(encoded, with_indices=True, **more)
+
+
+def _chats_of(row: dict[str, Any]) -> list[tuple[list[Any], list[Any]]]:
+    """Prompt and answer of each completion of a row, if they are chats."""
+    sides = row.get("completions") or [row[side] for side in ("chosen", "rejected") if row.get(side)]
+    if not sides or not isinstance(sides[0], list):
+        return []
+    prompt = row.get("prompt")
+    return [split_dialogue(side) if prompt is None else (prompt, side) for side in sides]
 
 
 def cut_after_eos(ids: list[int], eos_token_id: int) -> list[int]:

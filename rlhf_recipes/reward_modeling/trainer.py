@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from trl import RewardTrainer
 
+from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.losses import read_scores, untied_margins
 from rlhf_recipes.reward_modeling.objective import preference_objective, regroup
+from rlhf_recipes.reward_modeling.preparation import with_chat_ids
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.reward_modeling.scoring import score_tokens
 from rlhf_recipes.reward_modeling.table import (
@@ -58,6 +61,7 @@ class PreferenceTrainer(RewardTrainer):
     def __init__(self, *, args: PreferenceConfig, **kwargs: Any) -> None:
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
+        self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
         super().__init__(args=args, **kwargs)
         self._prompts_in_step = 0
         config, given = args, kwargs.get("data_collator")
@@ -76,8 +80,10 @@ class PreferenceTrainer(RewardTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
     ) -> Any:
-        """Check the rows against the objective, and tokenize them as TRL does."""
+        """Check the rows against the objective, and tokenize them: texts as TRL does, chats as PPO reads them."""
+        ends = end_token_ids(self._given_model, processing_class)
         if _is_trl(dataset, args):
+            dataset = with_chat_ids(dataset, processing_class, ends, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -87,6 +93,7 @@ class PreferenceTrainer(RewardTrainer):
         if "prompt_lengths" in dataset.column_names:
             return dataset  # prepared before
         dataset = check_rows(dataset, args, dataset_name)
+        dataset = with_chat_ids(dataset, processing_class, ends, dataset_name)
         if is_table(dataset.column_names):
             dataset = self._tokenized(dataset, processing_class, args, dataset_name)
         else:
@@ -182,6 +189,10 @@ class PreferenceTrainer(RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        tokenizer: Any = self.processing_class
+        ends = end_token_ids(self.model, tokenizer)  # a classifier alone does not say how answers end
+        if len(ends) > 1:
+            GenerationConfig(eos_token_id=ends).save_pretrained(output_dir or str(self.args.output_dir))
         if self.args.readout != "last":
             Readout(self.args.readout).save(output_dir or str(self.args.output_dir))
 

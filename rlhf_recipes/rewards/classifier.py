@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder
+from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder, which_ended
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -31,7 +32,7 @@ class ClassifierReward:
         batch_size: Texts per forward pass.
         readout: Which numbers make the score, with gain and bias; `None`: the raw one.
         eos_token_ids: Ids that end a completion of the policy. One without is shown to a decoder without its end
-            token. `None`: all are finished.
+            token. `None`: what the trainer says (`PPOTrainer` does); with another one, all are finished.
 
     Raises:
         ValueError: If the model has more than one output, or an encoder is to be read per token.
@@ -68,19 +69,20 @@ class ClassifierReward:
         self.model = model.eval().requires_grad_(False)
         self._tokenizer, self._batch_size, self._readout = tokenizer, batch_size, readout
         self._eos_token_ids, self._context = eos_token_ids, context_length(model)
+        self._own_ends = [] if self.encoder else end_token_ids(model, tokenizer)
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        finished: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> list[float]:
         """Return one score per completion."""
-        finished = [True] * len(prompts)
-        if self._eos_token_ids is not None and completion_ids is not None:
-            finished = [bool(ids) and ids[-1] in self._eos_token_ids for ids in completion_ids]
-        return self.scores(prompts, completions, finished)
+        return self.scores(
+            prompts, completions, which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
+        )
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[Any], finished: Sequence[bool]) -> list[float]:
         """Score completions.
@@ -97,7 +99,14 @@ class ClassifierReward:
             ValueError: If a text does not fit into the model's context, or a score is not finite; it names the row.
         """
         rows = [
-            encode(self._tokenizer, prompt, completion, encoder=self.encoder, finished=done)
+            encode(
+                self._tokenizer,
+                prompt,
+                completion,
+                encoder=self.encoder,
+                finished=done,
+                end_ids=self._own_ends,
+            )
             for prompt, completion, done in zip(prompts, completions, finished, strict=True)
         ]
         for row, (ids, _) in enumerate(rows):

@@ -1,6 +1,7 @@
 """Token ids of a prompt and a completion in the format that a reward model with a tokenizer of its own was trained on.
 
-Decoders read `prompt + completion + end token`, as `trl.RewardTrainer` writes it. Encoders (BERT) read
+Decoders read `prompt + completion + end token`: a text as `trl.RewardTrainer` writes it, a chat as PPO samples it,
+with the generation prompt before the answer and nothing after its end token. Encoders (BERT) read
 `[CLS] prompt [SEP] completion [SEP]`, without token types, because TRL's collator passes none in training.
 """
 
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rlhf_recipes.data.chat_templates import encode_answer
+
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
 
@@ -49,8 +54,40 @@ def context_length(model: nn.Module) -> int | None:
     return limit
 
 
+def which_ended(
+    count: int,
+    completion_ids: Sequence[Sequence[int]] | None,
+    eos_token_ids: Collection[int] | None,
+    finished: Sequence[bool] | None,
+) -> list[bool]:
+    """Tell which completions ended with an end token.
+
+    Args:
+        count: How many there are.
+        completion_ids: Their token ids as the policy sampled them, if they are known.
+        eos_token_ids: Ids that end one, if they are known.
+        finished: What the trainer says, which knows all of its end tokens.
+
+    Returns:
+        For each whether it ended; all did where nothing is known.
+
+    Example:
+        >>> which_ended(2, [[5, 1], [5, 6]], {1}, None), which_ended(1, None, None, None)
+        ([True, False], [True])
+    """
+    if eos_token_ids is not None and completion_ids is not None:
+        return [bool(ids) and ids[-1] in eos_token_ids for ids in completion_ids]
+    return [True] * count if finished is None else list(finished)
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, *, encoder: bool, finished: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    completion: Any,
+    *,
+    encoder: bool,
+    finished: bool = True,
+    end_ids: Collection[int] = (),
 ) -> tuple[list[int], int]:
     """Encode a prompt and a completion as a reward model was trained on them.
 
@@ -61,34 +98,28 @@ def encode(
         encoder: Whether the model is an encoder. It reads a chat as one text, in its template.
         finished: Whether the completion ended with an end token. Encoders close every text with `[SEP]`: they cannot
             see that one was cut off.
+        end_ids: Ids that end an answer in the reward model's chat template, beside its tokenizer's end token.
 
     Returns:
         The token ids, and the position of the completion's first token.
 
     Raises:
-        ValueError: If an encoder's tokenizer adds no special tokens, or there is a chat and no chat template.
+        ValueError: If an encoder's tokenizer adds no special tokens, or there is a chat and no chat template, or one
+            whose text does not show where the answer begins.
     """
     chat = not isinstance(completion, str)
-    if chat and tokenizer.chat_template is None:
-        raise ValueError(
-            "The rows are chats, but the reward model's tokenizer has no chat template. Set `tokenizer.chat_template` "
-            "as in training and save the tokenizer again, or give rows of plain text."
-        )
     if encoder:
         return _encode_for_encoder(tokenizer, prompt, completion, chat)
-    eos: Any = tokenizer.eos_token_id
-    before: Any
-    ids: Any
     if chat:
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) if prompt else []
-        ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
-        if eos in ids:  # where PPO's completions stop; templates may write a line break after it
-            ids = ids[: len(ids) - ids[::-1].index(eos) - (not finished)]
-    else:
-        before = tokenizer(text=prompt)["input_ids"]
-        ids = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
-    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
-    return list(ids), min(same, len(ids) - 1)
+        ends = {tokenizer.eos_token_id, *end_ids}
+        answer = encode_answer(tokenizer, list(prompt), completion, ends, finished=finished)
+        ids = [*answer.prompt_ids, *answer.ids]
+        return ids, min(len(answer.prompt_ids), len(ids) - 1)
+    before: Any = tokenizer(text=prompt)["input_ids"]
+    whole: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
+    pairs = enumerate(zip(before, whole, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
+    return list(whole), min(same, len(whole) - 1)
 
 
 def encode_rows(
@@ -147,6 +178,11 @@ def encode_rows(
 def _encode_for_encoder(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, chat: bool
 ) -> tuple[list[int], int]:
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows are chats, but the reward model's tokenizer has no chat template. Set `tokenizer.chat_template` "
+            "as in training and save the tokenizer again, or give rows of plain text."
+        )
     texts: Any = (
         [tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)] if chat else [prompt, completion]
     )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from rlhf_recipes.rewards.encoding import which_ended
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
@@ -37,7 +39,8 @@ class RemoteReward:
         batch_size: Completions per request.
         concurrency: Requests at a time.
         key_variable: Environment variable with a key that is sent as `Authorization: Bearer <key>`.
-        eos_token_ids: Ids that end a completion of the policy. `None`: all are finished.
+        eos_token_ids: Ids that end a completion of the policy. `None`: what the trainer says (`PPOTrainer` does); with
+            another one, all are finished.
 
     Raises:
         ValueError: If a value is out of range. When called: if the answer is not what was asked for.
@@ -85,13 +88,12 @@ class RemoteReward:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        finished: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> list[float]:
         """Return one score per completion."""
-        finished = [True] * len(prompts)
-        if self._eos_token_ids is not None and completion_ids is not None:
-            finished = [bool(ids) and ids[-1] in self._eos_token_ids for ids in completion_ids]
-        rows = list(zip(prompts, completions, finished, strict=True))
+        ended = which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
+        rows = list(zip(prompts, completions, ended, strict=True))
         chunks = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         gate = asyncio.Semaphore(self._concurrency)
         key = os.environ[self._key_variable] if self._key_variable else None

@@ -74,5 +74,7 @@ class TruncatedReward:
         texts: list[Any] = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in cut]
         if completions and not isinstance(completions[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
+        if "finished" in kwargs:  # what was cut is a whole text
+            kwargs["finished"] = [found for _, found in cut]
         rewards = self._function(completions=texts, completion_ids=[ids for ids, _ in cut], **kwargs)
         return [reward if found else self._missing_score for reward, (_, found) in zip(rewards, cut, strict=True)]

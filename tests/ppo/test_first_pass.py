@@ -32,7 +32,8 @@ def test_the_same_run_with_a_pass_less_in_each_rollout(make_trainer, monkeypatch
     one, with_gradient, without = run(make_trainer, monkeypatch, True, **fields)
     two, with_gradient_before, without_before = run(make_trainer, monkeypatch, False, **fields)
     assert (with_gradient, with_gradient_before) == (6, 6)
-    assert (without, without_before) == (1, 3)  # the first rollout is scored and trained on apart, and compared
+    # The first rollout is scored and trained on apart, and compared; each has a row more for `ppo/off_policy_spread`
+    assert (without, without_before) == (1 + 3, 3 + 3)
     weights = trained(two)
     assert all(torch.isfinite(value).all() for value in weights.values())
     for name, value in trained(one).items():

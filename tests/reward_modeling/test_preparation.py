@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from transformers import GenerationConfig
 
-from rlhf_recipes.reward_modeling import check_score_head, end_at_eos
+from rlhf_recipes.reward_modeling import check_score_head
+from rlhf_recipes.reward_modeling.preparation import cut_after_eos
 
 
-def trainer_with(tokenizer, dtype=torch.float32, bf16=False, fp16=False):
+def trainer_with(tokenizer, dtype=torch.float32, bf16=False, fp16=False, ends=None):
     args = SimpleNamespace(bf16=bf16, fp16=fp16)
-    return SimpleNamespace(processing_class=tokenizer, model=SimpleNamespace(dtype=dtype), args=args)
+    model = SimpleNamespace(dtype=dtype, generation_config=GenerationConfig(eos_token_id=ends))
+    return SimpleNamespace(processing_class=tokenizer, model=model, args=args)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,11 @@ def test_padding_with_the_end_token_is_refused_with_other_tokens_to_use(tiny_tok
         check_score_head(trainer_with(tokenizer))
 
 
+def test_padding_with_another_token_that_ends_a_completion_is_refused_too(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"The padding token is the end token \('<pad>'\).*'<unk>'"):
+        check_score_head(trainer_with(tiny_tokenizer, ends=[1, tiny_tokenizer.pad_token_id]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_without_autocast_is_refused(tiny_tokenizer, dtype):
     with pytest.raises(ValueError, match=rf"computes in {dtype}.*Set `bf16: true`, or `dtype: float32`"):
@@ -52,7 +59,4 @@ def test_half_precision_without_autocast_is_refused(tiny_tokenizer, dtype):
     ],
 )
 def test_texts_end_at_their_last_end_token(ids, expected):
-    pairs = Dataset.from_dict({"chosen_ids": [ids], "rejected_ids": [[5, 1]], "margin": [0.5]})
-    swapped = pairs.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
-    assert end_at_eos(pairs, eos_token_id=1)[0] == {"chosen_ids": expected, "rejected_ids": [5, 1], "margin": 0.5}
-    assert end_at_eos(swapped, eos_token_id=1)[0] == {"rejected_ids": expected, "chosen_ids": [5, 1], "margin": 0.5}
+    assert cut_after_eos(ids, eos_token_id=1) == expected
