@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.plain_lora import as_plain_lora, changes_base
 
 POLICY = "default"  # the name that TRL expects
 
@@ -54,11 +55,55 @@ def load_policy(base: nn.Module, adapter: str | Path) -> PeftModel:
         FileNotFoundError: If the folder holds no adapter.
         ValueError: If the adapter belongs to another base.
     """
-    config = read_config(adapter, base)
+    config, weights = read_adapter(adapter, base)
     config.inference_mode = False
     model = get_peft_model(base, config, adapter_name=POLICY)
-    load_weights(model, adapter, POLICY)
+    set_weights(model, weights, POLICY, adapter)
     return model
+
+
+def base_of(adapter: str | Path) -> str:
+    """Name of the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
+
+    PEFT writes the base's name as it was given. A relative folder is looked for from here, and from the folders above
+    the adapter, which is where it lies after the whole tree moved or if a program is started from another folder.
+
+    Args:
+        adapter: Folder of the adapter.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: If the adapter names no base, or several folders could be meant.
+    """
+    name: str | None = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    file = Path(adapter) / CONFIG
+    if not name:
+        raise ValueError(f"{file} names no base. Set its `base_model_name_or_path` to the base's folder or hub id.")
+    places = [Path.cwd(), *Path(adapter).resolve().parents]
+    found = list(dict.fromkeys((place / name).resolve() for place in places if (place / name).is_dir()))
+    if Path(name).is_absolute() or not found or (found == [Path(name).resolve()]):
+        return name
+    if len(found) > 1:
+        folders = " or ".join(repr(str(folder)) for folder in found)
+        raise ValueError(
+            f"`base_model_name_or_path` of {file} is {name!r}, which may be {folders}. "
+            "Write the whole path of the adapter's base there."
+        )
+    return str(found[0])
+
+
+def read_adapter(path: str | Path, base: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read a saved LoRA adapter: its configuration, and all the weights of its file, a score head included.
+
+    An adapter whose start took a part of the base out of it comes as plain LoRA (`as_plain_lora`).
+    """
+    config, weights = read_config(path, base), read_weights(path)
+    if not changes_base(config):
+        return config, weights
+    config, weights = as_plain_lora(base, config, weights, repr(str(path)))
+    return fuse_lora(config), weights
 
 
 def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
@@ -70,7 +115,7 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise TypeError(f"The adapter in {str(path)!r} is a {config.peft_type}; only LoRA adapters can share a base.")
-    expected, found = base_name(base), config.base_model_name_or_path
+    expected, found = base_name(base), base_of(path)
     if not same_model(expected, found):
         raise ValueError(
             f"The adapter in {str(path)!r} was trained on {found!r}, but the base model is {expected!r}. Use the base "
@@ -90,12 +135,27 @@ def same_model(left: str | None, right: str | None) -> bool:
     return left == right or (left is not None and right is not None and Path(left).resolve() == Path(right).resolve())
 
 
-def load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, Tensor]:
-    """Read saved weights into an adapter of a model, and return all that the file holds, a score head included."""
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read all that the file of an adapter holds, a score head included."""
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
-    weights = load_file(file)
+    return load_file(file)
+
+
+def load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, Tensor]:
+    """Read saved weights into an adapter of a model, and return all that the file holds, a score head included."""
+    weights = read_weights(path)
+    set_weights(model, weights, adapter, path)
+    return weights
+
+
+def set_weights(model: PeftModel, weights: dict[str, Tensor], adapter: str, path: str | Path) -> None:
+    """Put weights of an adapter that was read from a path, but its score head, into an adapter of a model.
+
+    Raises:
+        ValueError: If they are not the weights that the adapter has.
+    """
     own = {key: value for key, value in weights.items() if key != HEAD_KEY}
     expected = get_peft_model_state_dict(model, adapter_name=adapter)
     wrong = [key for key in expected.keys() | own.keys() if _shape(expected, key) != _shape(own, key)]
@@ -107,7 +167,6 @@ def load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, 
             "Use the base model that the adapter was trained on."
         )
     set_peft_model_state_dict(model, own, adapter)
-    return weights
 
 
 def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | None:

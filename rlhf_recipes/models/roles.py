@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights, read_config
+from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights, read_adapter, set_weights
+from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 
@@ -81,13 +83,22 @@ class Roles:
 
         Raises:
             FileNotFoundError: If the folder holds no adapter.
-            ValueError: If the adapter belongs to another base, or holds no score head.
+            ValueError: If the adapter belongs to another base, or holds no score head, or the base is not what it was.
         """
-        config = read_config(path, self._base)
+        policy: Any = self.model.peft_config[POLICY]
+        if changes_base(policy):
+            raise ValueError(
+                f"The policy's adapter was started with `init_lora_weights: {policy.init_lora_weights}`, which took a "
+                f"part of the base out of it: the reward adapter in {str(path)!r} would no longer read the base that "
+                "it was trained on. Give the policy as the folder of its adapter, or start it with "
+                "`init_lora_weights: true`."
+            )
+        config, weights = read_adapter(path, self._base)
         # The score head is kept outside of the adapter, because the causal model beneath has no module for it.
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        others = [name for name in config.modules_to_save or [] if name not in HEAD_MODULES]
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", others or None, False
         self._add(role, config)
-        weights = load_weights(self.model, path, role)
+        set_weights(self.model, weights, role, path)
         if HEAD_KEY not in weights:
             raise ValueError(
                 f"The adapter in {str(path)!r} holds no score head ({HEAD_KEY}), so it gives no reward. Train reward "
@@ -266,7 +277,8 @@ class Roles:
             metadata={"format": "pt"},
         )
         config: Any = copy.deepcopy(self.model.peft_config[adapter])
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["classifier", "score"], True
+        kept = ["classifier", "score", *(config.modules_to_save or [])]
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", kept, True
         config.save_pretrained(str(folder))
 
     def load(self, folder: str | Path, role: str, adapter: str) -> None:
@@ -276,6 +288,8 @@ class Roles:
             self.heads[role].load_state_dict({"weight": weights[HEAD_KEY]})
 
     def _add(self, role: str, config: PeftConfig) -> None:
+        if isinstance(config, LoraConfig):  # its weights follow; a start such as PiSSA's would change the base for all
+            config.init_lora_weights = True
         self.model.add_adapter(role, config)
         self._find_layers()
 

@@ -6,16 +6,17 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.chat_templates import end_token_ids
-from rlhf_recipes.models.adapters import POLICY, base_name, is_adapter, load_policy, same_model
+from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
 from rlhf_recipes.models.packing import pack
+from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
@@ -24,6 +25,7 @@ from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward
 from rlhf_recipes.rewards.encoding import is_encoder
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import BitsAndBytesConfig
 
     from rlhf_recipes.ppo.config import PPOConfig
@@ -56,8 +58,7 @@ def build_policy(
     init_kwargs: Any = args.model_init_kwargs or {}
     options = {"quantization_config": quantization_config, **init_kwargs}
     if isinstance(model, str | Path) and is_adapter(model):
-        base = PeftConfig.from_pretrained(str(model)).base_model_name_or_path
-        model = load_policy(load_causal_lm(str(base), **options), model)
+        model = load_policy(load_causal_lm(base_of(model), **options), model)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
@@ -79,7 +80,8 @@ def build_policy(
     pack(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config))
-        return policy, Roles(policy), None
+        roles = Roles(policy)
+        return policy, roles, _reference_of_fresh(roles, peft_config)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
@@ -89,6 +91,14 @@ def build_policy(
     frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None
+
+
+def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:
+    """The bare base, unless the fresh adapter changes what is computed, or has taken a part of the base out of it."""
+    if not changes_base(config) and getattr(config, "init_lora_weights", True) is not False:
+        return None
+    roles.add_copy(REFERENCE, source=POLICY)
+    return REFERENCE
 
 
 def build_rewards(
@@ -187,7 +197,7 @@ def _adapter_reward(
 
 def _has_other_architecture(path: str | Path, roles: Roles) -> bool:
     """Whether an adapter's base is another kind of model (an encoder), to be loaded beside the policy's base."""
-    base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    base = base_of(path)
     if same_model(base, base_name(roles.model)):
         return False
     try:
