@@ -29,8 +29,9 @@ PURE = (
 )
 LAYERS = [
     PURE,
-    ("checkpoints", "config", "data", "rewards"),
+    ("checkpoints", "config", "data"),
     ("models",),
+    ("rewards",),
     ("ppo", "reward_modeling"),
     ("evaluation", "planning", "tracking"),
 ]

@@ -16,6 +16,7 @@ from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
 from rlhf_recipes.models.packing import pack
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
@@ -50,7 +51,7 @@ def build_policy(
         bare base.
 
     Raises:
-        ValueError: If `model` and `peft_config` do not fit together.
+        ValueError: If `model` and `peft_config` do not fit together, or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
     init_kwargs: Any = args.model_init_kwargs or {}
@@ -60,6 +61,8 @@ def build_policy(
         model = load_policy(load_causal_lm(str(base), **options), model)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
+    if isinstance(model, nn.Module):
+        keep_4bit_differentiable(model)
 
     if isinstance(model, PreTrainedModel | PeftModel):
         warn_of_ignored_settings(model)
@@ -142,6 +145,7 @@ def _build(reward: Any, role: str, roles: Roles, tokenizer: PreTrainedTokenizerB
     if isinstance(reward, str | Path):
         return _reward_of_path(reward, role, roles, tokenizer, args)
     if isinstance(reward, nn.Module):
+        keep_4bit_differentiable(reward)
         if is_encoder(reward):
             raise ValueError(
                 f"The reward model is an encoder ({type(reward).__name__}). TRL would score texts without the special "

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from trl import RewardTrainer
 
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.losses import read_scores, untied_margins
@@ -53,7 +54,8 @@ class PreferenceTrainer(RewardTrainer):
 
     Raises:
         TypeError: If `args` is no `PreferenceConfig`, or streamed rows are to be learned in another way than TRL's.
-        ValueError: If a row does not fit the objective; it names the row and the fix.
+        ValueError: If a row does not fit the objective (it names the row and the fix), or the model's 4-bit weights
+            are repacked.
     """
 
     args: PreferenceConfig
@@ -63,6 +65,8 @@ class PreferenceTrainer(RewardTrainer):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
         super().__init__(args=args, **kwargs)
+        own: Any = self.model
+        keep_4bit_differentiable(own)
         self._prompts_in_step = 0
         config, given = args, kwargs.get("data_collator")
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
