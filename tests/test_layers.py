@@ -32,7 +32,7 @@ LAYERS = [
     ("checkpoints", "config", "data"),
     ("models",),
     ("rewards",),
-    ("ppo", "reward_modeling"),
+    ("ppo", "reward_modeling", "supervised"),
     ("evaluation", "planning", "tracking"),
 ]
 PURE_IMPORTS = {"torch", "numpy", "scipy", *sys.stdlib_module_names}

@@ -61,10 +61,9 @@ def build_policy(
         model = load_policy(load_causal_lm(str(base), **options), model)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
-    if isinstance(model, nn.Module):
-        keep_4bit_differentiable(model)
 
     if isinstance(model, PreTrainedModel | PeftModel):
+        keep_4bit_differentiable(model)
         warn_of_ignored_settings(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
