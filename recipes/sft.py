@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig
 
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.config import DataArguments, parse_stage
@@ -23,6 +23,7 @@ from rlhf_recipes.models import (
     stage_table,
     upcast_trainable,
 )
+from rlhf_recipes.supervised import CompletionTrainer
 from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
@@ -46,7 +47,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     check_completions(rows["train"], tokenizer, end_token_ids(model, tokenizer))
 
     # 2. TRL's trainer puts the adapter on the base, and an end token after every completion.
-    trainer = SFTTrainer(
+    trainer = CompletionTrainer(
         model=model,
         args=training_args,
         train_dataset=rows["train"],

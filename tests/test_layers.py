@@ -29,9 +29,10 @@ PURE = (
 )
 LAYERS = [
     PURE,
-    ("checkpoints", "config", "data", "rewards"),
+    ("checkpoints", "config", "data"),
     ("models",),
-    ("ppo", "reward_modeling"),
+    ("rewards",),
+    ("ppo", "reward_modeling", "supervised"),
     ("evaluation", "planning", "tracking"),
 ]
 PURE_IMPORTS = {"torch", "numpy", "scipy", *sys.stdlib_module_names}

@@ -47,6 +47,7 @@ RESAMPLING, ACCURACY = f"{CERTIFICATE}/resampling.py", f"{CERTIFICATE}/accuracy.
 CALIBRATION, LENGTH = f"{CERTIFICATE}/calibration.py", f"{CERTIFICATE}/length.py"
 SAMPLES, SENSITIVITY = f"{CERTIFICATE}/samples.py", f"{CERTIFICATE}/sensitivity.py"
 BENCHMARK, VERDICT = f"{CERTIFICATE}/benchmark.py", f"{CERTIFICATE}/verdict.py"
+REASONS = f"{CERTIFICATE}/reasons.py"
 PADDING, JOINED = "rlhf_recipes/ppo/padding.py", "test_what_is_read_and_how_it_is_joined_by_hand"
 POSITIONS = "test_positions_by_hand"
 ROWS, PACKED, PADDED = "rlhf_recipes/models/rows.py", "test_packed_rows_by_hand", "test_padded_rows_by_hand"
@@ -246,6 +247,8 @@ BUGS = [
     Bug(READOUT, "return 1.0 / std, -mean / std", "return 1.0 / std, -mean", "TestFitNormalization.test_numbers"),
     Bug(READOUT, "sums / counts.sum(dim=1)", "sums / mask.size(1)", "TestReadScores.test_numbers"),
     Bug(RESAMPLING, "(index, weights=column, ", "(index, ", "TestResampledSums.test_numbers"),
+    Bug(RESAMPLING, "len(units) >= FEWEST", "len(units) > 1", "TestMeanSummary.test_too_few_rows_have_no_interval"),
+    Bug(RESAMPLING, "(prompts)) >= FEWEST", "(prompts)) > 1", "TestIndependentUnits.test_prompts_or_rows"),
     Bug(RESAMPLING, "< 0.9 * len(values)", "< 0.1 * len(values)", "TestPercentileInterval.test_undefined_statistics"),
     Bug(RESAMPLING, "sums[:, 0] / sums[:, 1]", "sums[:, 0] / len(rows) ** 2", "TestMeanSummary.test_numbers"),
     Bug(
@@ -273,7 +276,8 @@ BUGS = [
     Bug(CALIBRATION, 'row["n"] * abs(', "abs(", "TestExpectedCalibrationError.test_numbers"),
     Bug(CALIBRATION, "< confidence)) @", "< 0.5)) @", "TestChanceCalibrationError.test_numbers"),
     Bug(CALIBRATION, "float(scale / brentq", "float(1 / brentq", "TestBestTemperature.test_numbers"),
-    Bug(LENGTH, "rankdata(values) - ", "values - ", "TestCorrelation.test_numbers"),
+    Bug(LENGTH, "(ranks, clusters", "(linear, clusters", "TestCorrelation.test_numbers"),
+    Bug(LENGTH, "rankdata(values).reshape(values.shape)", "values", "TestCorrelation.test_numbers"),
     Bug(LENGTH, "right[shorter].mean()) / 2", "right[shorter].mean())", "TestLengthControlledAccuracy.test_numbers"),
     Bug(
         LENGTH,
@@ -284,6 +288,7 @@ BUGS = [
     Bug(SAMPLES, "_log_choose(rank - 1, ", "_log_choose(rank, ", "TestExpectedBestOfN.test_numbers"),
     Bug(SAMPLES, "np.log(n) - (n - 1) / n", "np.log(n)", "TestBestOfN.test_numbers"),
     Bug(EVIDENCE, "- rankdata(scores[known])", "- scores[known]", "test_ranks_are_compared"),
+    Bug(SAMPLES, "second.std()) / std", "second.std())", "TestScoreSpread.test_numbers"),
     Bug(SAMPLES, "second > first.max()", "second >= first.mean()", "TestScoreSpread.test_numbers"),
     Bug(SAMPLES, "float(values.std())", "float(values.std(ddof=1))", "TestDescribe.test_numbers"),
     Bug(SENSITIVITY, "[*completion[:-1], ", "[", "TestTexts.test_a_chat_changes_in_its_last_message_only"),
@@ -295,7 +300,22 @@ BUGS = [
     Bug(BENCHMARK, "accuracies[subset] * weight", "accuracies[subset]", "TestSectionScores.test_numbers"),
     Bug(BENCHMARK, "highest[0] / highest.sum()", "highest[0]", "TestBestOfKCredit.test_numbers"),
     Bug(BENCHMARK, "max(good) - min(good)", "max(good) - max(bad)", "TestTiesScore.test_numbers"),
-    Bug(VERDICT, "order.index(reason.level))", "-order.index(reason.level))", "TestJudge.test_numbers"),
+    Bug(REASONS, "map(_is_number, (value, *ends))", "map(_is_number, ends)", "TestKnownInterval.test_what_is_known"),
+    Bug(REASONS, 'if signed else ""', 'if not signed else ""', "TestStated.test_texts"),
+    Bug(
+        REASONS,
+        'Reason("not checked", measure, f"{text}. There',
+        'Reason("good", measure, f"{text}. There',
+        "test_neither_passes",
+    ),
+    Bug(
+        REASONS,
+        'Reason("not checked", measure, f"{text}: beyond',
+        'Reason("good", measure, f"{text}: beyond',
+        "test_neither_passes",
+    ),
+    Bug(VERDICT, "_ORDER.index(reason", "-_ORDER.index(reason", "TestJudge.test_numbers"),
+    Bug(VERDICT, '"not fit" if blind else ', "", "TestNoEvidence.test_no_rule_passes_without_its_interval"),
     Bug(ROWS, "ends - lengths[order]", "ends", PACKED),
     Bug(ROWS, "rows[tokens] - first", "rows[tokens]", "test_attention_pads_texts_of_like_length_together"),
     Bug(ROWS, "start += count", "start = count", "test_attention_pads_texts_of_like_length_together"),

@@ -184,6 +184,7 @@ REWARD_METHODS = {
     "_set_signature_columns_if_needed": "self",
     "compute_loss": "self model inputs return_outputs num_items_in_batch",
     "get_batch_samples": "self epoch_iterator num_batches device",
+    "evaluation_loop": "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
 }
 
 

@@ -10,12 +10,14 @@ from rlhf_recipes.models.loading import (
     upcast_trainable,
 )
 from rlhf_recipes.models.parameter_table import stage_table
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import Roles
 
 __all__ = [
     "Roles",
     "is_adapter",
+    "keep_4bit_differentiable",
     "load_causal_lm",
     "load_policy",
     "load_reward_model",

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -247,20 +248,10 @@ def _load(
         device_map=None if state.device.type == "cpu" else {"": state.device},
         **options,
     )
-    _keep_4bit_differentiable(model)
+    keep_4bit_differentiable(model)
     if getattr(model, "is_quantized", False):
         _let_go_of_the_file(model)
     return model, set(info["missing_keys"])
-
-
-def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
-    # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer at its first forward without gradients and from
-    # then on computes, in training too, with a kernel that has no backward: LoRA gradients become wrong after one
-    # evaluation or generation, with no more than a warning. The flag is per layer and must be off before that.
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _let_go_of_the_file(model: torch.nn.Module) -> None:

@@ -9,40 +9,82 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.models.adapters import WEIGHTS, is_adapter
+from rlhf_recipes.models.adapters import WEIGHTS, base_of, is_adapter
+from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_new_classifier
+from rlhf_recipes.models.quantized import merges_exactly
 
 
-def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a trained sequence classifier, an encoder or a decoder, for scoring.
 
     Args:
-        path: Folder (or hub id) of a model, or folder of an adapter, whose base is then loaded and merged with it.
+        path: Folder (or hub id) of a model, or folder of an adapter, whose base is then loaded too. The adapter is
+            merged into a base in float32. On any other, quantized or in 16 bits, it stays beside the weights: they
+            would round it away.
         **options: Those of `load_sequence_classifier`.
 
     Returns:
-        The model, and its tokenizer: that of the folder, or of the adapter's base where the folder has none.
+        The model, a `PeftModel` where the adapter is not merged, and its tokenizer: that of the folder, or of the
+        adapter's base where the folder has none.
 
     Raises:
         FileNotFoundError: If a folder does not exist, or holds no safetensors weights.
         ValueError: If weights of the head are missing: they would start at random, and so would every reward.
     """
-    path = str(path)
+    base, adapter, tokenizer = _load_parts(str(path), **options)
+    if adapter is None:
+        return base, tokenizer
+    adapted = _adapted(base, adapter)
+    return adapted.merge_and_unload() if merges_exactly(base) else adapted, tokenizer
+
+
+def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a trained sequence classifier in float32 without adapters, to work on its weights.
+
+    Args:
+        path: As of `load_reward_model`. Weights that are saved in 4 or 8 bits are dequantized first.
+
+    Returns:
+        The model, with the adapter merged into it, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If a folder does not exist, or holds no safetensors weights.
+        ValueError: If weights of the head are missing.
+    """
+    base, adapter, tokenizer = _load_parts(str(path))
+    whole: Any = _dequantized(base) if getattr(base, "is_quantized", False) else base.float()
+    return whole if adapter is None else _adapted(whole, adapter).merge_and_unload(), tokenizer
+
+
+def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None, PreTrainedTokenizerBase]:
+    """Load the base, and name the folder of the adapter if there is one."""
     if not is_adapter(path):
         model, missing = load_new_classifier(path, **options)
         _check_complete(path, missing)
-        return model, AutoTokenizer.from_pretrained(path)
+        return model, None, AutoTokenizer.from_pretrained(path)
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
-    base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    base = base_of(path)
     model, missing = load_new_classifier(base, **options)
     with safe_open(file, framework="pt") as weights:
         saved = {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
     _check_complete(path, missing - saved)
-    merged: Any = PeftModel.from_pretrained(model, path).merge_and_unload()
     own = (Path(path) / "tokenizer_config.json").is_file()
-    return merged, AutoTokenizer.from_pretrained(path if own else base)
+    return model, path, AutoTokenizer.from_pretrained(path if own else base)
+
+
+def _dequantized(base: Any) -> PreTrainedModel:
+    weights = base.dequantize().float().state_dict()
+    # A new model, because transformers cannot save one in float32 that it loaded from 4 bits
+    whole: PreTrainedModel = type(base)(base.config)
+    whole.load_state_dict(weights)
+    return whole
+
+
+def _adapted(base: PreTrainedModel, adapter: str) -> Any:
+    return PeftModel.from_pretrained(base, adapter, config=fuse_lora(PeftConfig.from_pretrained(adapter)))
 
 
 def _check_complete(path: str, missing: set[str]) -> None:

@@ -17,6 +17,7 @@ from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
@@ -52,7 +53,7 @@ def build_policy(
         bare base.
 
     Raises:
-        ValueError: If `model` and `peft_config` do not fit together.
+        ValueError: If `model` and `peft_config` do not fit together, or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
     init_kwargs: Any = args.model_init_kwargs or {}
@@ -63,6 +64,7 @@ def build_policy(
         model = load_causal_lm(str(model), **options)
 
     if isinstance(model, PreTrainedModel | PeftModel):
+        keep_4bit_differentiable(model)
         warn_of_ignored_settings(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
@@ -152,6 +154,7 @@ def _build(reward: Any, role: str, roles: Roles, tokenizer: PreTrainedTokenizerB
     if isinstance(reward, str | Path):
         return _reward_of_path(reward, role, roles, tokenizer, args)
     if isinstance(reward, nn.Module):
+        keep_4bit_differentiable(reward)
         if is_encoder(reward):
             raise ValueError(
                 f"The reward model is an encoder ({type(reward).__name__}). TRL would score texts without the special "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_recipes.models import load_reward_model
+from rlhf_recipes.models.reward import load_whole_reward_model
 from rlhf_recipes.reward_modeling.mean_weights import mean_weights
 from rlhf_recipes.reward_modeling.readout import Readout
 
@@ -14,8 +14,9 @@ def average_reward_models(paths: Sequence[str | Path], output_dir: str | Path) -
     """Average the weights of reward models that started from the same base, and save one whole model.
 
     Runs with different seeds are wrong in different ways, which the mean takes out. It costs one model in use, where
-    the mean of the scores costs them all. Adapters are merged into their base first: it is what LoRA adds that is
-    averaged, not its factors. The members must have started at the same weights, which cannot be checked here.
+    the mean of the scores costs them all. Adapters are merged into their base first, in float32 and never into 4 bits:
+    it is what LoRA adds that is averaged, not its factors. The members must have started at the same weights, which
+    cannot be checked here.
 
     Source: https://huggingface.co/papers/2401.12187 (WARM).
 
@@ -33,7 +34,7 @@ def average_reward_models(paths: Sequence[str | Path], output_dir: str | Path) -
     if Path(output_dir).exists():
         raise FileExistsError(f"{output_dir} is there already. Remove it, or choose another folder.")
     readouts = [Readout.load(path) for path in paths]
-    models, tokenizers = zip(*map(load_reward_model, paths), strict=True)
+    models, tokenizers = zip(*map(load_whole_reward_model, paths), strict=True)
     for path, readout, tokenizer in zip(paths, readouts, tokenizers, strict=True):
         if readout != readouts[0]:
             raise ValueError(

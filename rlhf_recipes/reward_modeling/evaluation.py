@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from rlhf_recipes.evaluation.metrics import bootstrap_interval, proportion_interval
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.reward_modeling.collator import pairs_of, sequences_of
 from rlhf_recipes.reward_modeling.losses import pairwise_loss, read_scores
 from rlhf_recipes.reward_modeling.readout import ReadoutName
@@ -78,7 +79,7 @@ def score_sequences(
         Scores in float32 on the CPU, shape `(N,)`.
 
     Raises:
-        ValueError: If there is no sequence, or one is empty.
+        ValueError: If there is no sequence, one is empty, or 4-bit weights are repacked.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -91,6 +92,7 @@ def score_sequences(
         raise ValueError(
             f"Expected sequences of at least one token, got {len(sequences)} sequences, some of them empty."
         )
+    keep_4bit_differentiable(model)
     padding: int = model.config.get_text_config().pad_token_id
     was_training, scores = model.training, []
     model.eval()

@@ -37,13 +37,36 @@ def preference_objective(
     Returns:
         The loss, a scalar.
     """
+    losses = None if token_scores is None else completion_losses(config, batch, token_scores)
+    return objective_of_rows(config, batch, scores, losses)
+
+
+def completion_losses(config: PreferenceConfig, batch: dict[str, Tensor], token_scores: Tensor) -> Tensor | None:
+    """Loss of each completion against the targets of its tokens, shape `(N, K)`; `None` where there are no targets."""
+    if config.objective != "token":
+        return None
+    labels = batch["token_labels"]
+    judged = batch["completion_mask"].bool() & labels.isfinite()
+    return regroup(token_loss(token_scores, labels, judged, config.token_loss), batch["group_mask"])
+
+
+def objective_of_rows(
+    config: PreferenceConfig, batch: dict[str, Tensor], scores: Tensor, losses: Tensor | None = None
+) -> Tensor:
+    """Loss of rows whose completions are scored: the mean over their prompts, as of `preference_objective`.
+
+    Args:
+        config: Says which loss.
+        batch: `group_mask` `(N, K)` and the targets of the objective.
+        scores: Scores of the completions, shape `(N, K)`.
+        losses: What `completion_losses` gave; for `objective: token`.
+
+    Returns:
+        The loss, a scalar.
+    """
     mask = batch["group_mask"]
-    if config.objective == "token":
-        assert token_scores is not None  # the trainer reads them whenever the objective needs them
-        labels = batch["token_labels"]
-        judged = batch["completion_mask"].bool() & labels.isfinite()
-        losses = token_loss(token_scores, labels, judged, config.token_loss)
-        return group_mean(regroup(losses, mask), mask)
+    if losses is not None:
+        return group_mean(losses, mask)
     loss = _loss(config, batch, scores, mask)
     if config.center_rewards_coefficient:
         loss = loss + config.center_rewards_coefficient * centering_loss(scores, mask)

@@ -12,10 +12,12 @@ from transformers import GenerationConfig
 from trl import RewardTrainer
 
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
+from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
 from rlhf_recipes.reward_modeling.losses import read_scores, untied_margins
-from rlhf_recipes.reward_modeling.objective import preference_objective, regroup
+from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, regroup
 from rlhf_recipes.reward_modeling.preparation import with_chat_ids
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.reward_modeling.scoring import score_tokens
@@ -53,7 +55,8 @@ class PreferenceTrainer(RewardTrainer):
 
     Raises:
         TypeError: If `args` is no `PreferenceConfig`, or streamed rows are to be learned in another way than TRL's.
-        ValueError: If a row does not fit the objective; it names the row and the fix.
+        ValueError: If a row does not fit the objective (it names the row and the fix), or the model's 4-bit weights
+            are repacked.
     """
 
     args: PreferenceConfig
@@ -63,7 +66,10 @@ class PreferenceTrainer(RewardTrainer):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
         super().__init__(args=args, **kwargs)
+        own: Any = self.model
+        keep_4bit_differentiable(own)
         self._prompts_in_step = 0
+        self._evaluated = EvaluatedRows(self.accelerator)
         config, given = args, kwargs.get("data_collator")
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         rows = [dataset for dataset in (self.train_dataset, *evals.values()) if dataset is not None]
@@ -149,15 +155,18 @@ class PreferenceTrainer(RewardTrainer):
     ) -> Any:
         """Loss of a batch, as the configuration asks for it; TRL's own where it asks for nothing else."""
         if "group_mask" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._trl_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs["group_mask"]
         outputs, raw, token_scores = self._scores(model, inputs)
         scores = regroup(raw, mask)
         loss = preference_objective(self.args, inputs, scores, token_scores)
-        self._record("train" if model.training else "eval", inputs, raw.detach(), scores.detach())
         if model.training:
+            self._record(inputs, raw.detach(), scores.detach())
             # The trainer divides by the number of micro-batches, as if they were of one size.
             loss = loss * (len(mask) * self.current_gradient_accumulation_steps / self._prompts_in_step)
+        else:
+            losses = None if token_scores is None else completion_losses(self.args, inputs, token_scores)
+            self._evaluated.add(inputs, scores, losses)
         return (loss, outputs) if return_outputs else loss
 
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
@@ -169,11 +178,41 @@ class PreferenceTrainer(RewardTrainer):
         outputs, token_scores = score_tokens(model, self.accelerator.unwrap_model(model), call)
         return outputs, read_scores(token_scores, inputs["completion_mask"], self.args.readout), token_scores
 
-    def _record(self, mode: str, inputs: dict[str, Any], raw: Tensor, scores: Tensor) -> None:
-        """Log TRL's metrics: rewards over all completions, accuracy and margin over all untied pairs."""
-        metrics = self._metrics[mode]
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+    def _trl_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
+        """TRL's own loss; in evaluation the rows are kept, to be measured together."""
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items)
+        scores = torch.stack(outputs.logits.squeeze(-1).float().chunk(2), dim=1)  # chosen and rejected
+        rows = {"group_mask": torch.ones_like(scores), "label": torch.ones_like(scores[:, 0])}
+        rows["ranks"] = torch.tensor([-1.0, 0.0], device=scores.device).expand_as(scores)
+        rows["margin"] = inputs.get("margin", torch.full_like(scores[:, 0], torch.nan)).float()
+        self._evaluated.add(rows, scores)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate, and log what all rows give together in place of means of the batches' means."""
+        self._evaluated = EvaluatedRows(self.accelerator)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics: Any = output.metrics
+        for name, value in self._evaluated.summary(self.args).items():
+            if name == "loss":
+                metrics[f"{metric_key_prefix}_loss"] = value
+            else:
+                self._metrics["eval"][name] = [value]
+        return output
+
+    def _record(self, inputs: dict[str, Any], raw: Tensor, scores: Tensor) -> None:
+        """Log TRL's metrics of a batch: rewards over all completions, accuracy and margin over all untied pairs."""
+        metrics = self._metrics["train"]
+        self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
         metrics["num_tokens"] = [self._total_train_tokens]
         margins = untied_margins(scores, inputs["ranks"], inputs["group_mask"]) if "ranks" in inputs else raw[:0]
         # Sums, because processes have different numbers of completions and of untied pairs.

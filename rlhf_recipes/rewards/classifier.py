@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder, which_ended
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class ClassifierReward:
     token, and both give numbers that mean nothing.
 
     Args:
-        model: A sequence classifier with one output.
+        model: A sequence classifier with one output, whole or with an adapter.
         tokenizer: Its tokenizer.
         name: Name of the reward in the logs.
         batch_size: Texts per forward pass.
@@ -35,7 +37,8 @@ class ClassifierReward:
             token. `None`: what the trainer says (`PPOTrainer` does); with another one, all are finished.
 
     Raises:
-        ValueError: If the model has more than one output, or an encoder is to be read per token.
+        ValueError: If the model has more than one output, an encoder is to be read per token, or 4-bit weights are
+            repacked (`keep_4bit_differentiable`).
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -50,26 +53,29 @@ class ClassifierReward:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str = "classifier",
         batch_size: int = 8,
         readout: Readout | None = None,
         eos_token_ids: Collection[int] | None = None,
     ) -> None:
+        # An adapter's layers stay in the classifier that it wraps
+        own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        keep_4bit_differentiable(own)
         if model.config.num_labels != 1:
             raise ValueError(f"The reward model has {model.config.num_labels} outputs. Load it with `num_labels=1`.")
-        self.encoder = is_encoder(model)
+        self.encoder = is_encoder(own)
         if self.encoder and readout is not None and readout.readout != "last":
             raise ValueError(
-                f"The reward model is an encoder ({type(model).__name__}), which has one score per text, but its "
+                f"The reward model is an encoder ({type(own).__name__}), which has one score per text, but its "
                 f"`readout` is {readout.readout!r}. Set it to 'last' in its reward_model.json."
             )
         self.__name__ = name
-        self.model = model.eval().requires_grad_(False)
+        self.model = own.eval().requires_grad_(False)
         self._tokenizer, self._batch_size, self._readout = tokenizer, batch_size, readout
-        self._eos_token_ids, self._context = eos_token_ids, context_length(model)
-        self._own_ends = [] if self.encoder else end_token_ids(model, tokenizer)
+        self._eos_token_ids, self._context = eos_token_ids, context_length(own)
+        self._own_ends = [] if self.encoder else end_token_ids(own, tokenizer)
 
     def __call__(
         self,

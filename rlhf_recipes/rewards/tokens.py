@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.shaping import align_rewards
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class TokenClassifierReward:
         batch_size: Texts per forward pass.
 
     Raises:
-        ValueError: If the model has more than one output, or the tokenizer is a slow one.
+        ValueError: If the model has more than one output, its 4-bit weights are repacked, or the tokenizer is a slow
+            one.
     """
 
     __name__ = "token_reward"
@@ -48,6 +50,7 @@ class TokenClassifierReward:
             )
         if not tokenizer.is_fast:
             raise ValueError("The reward model's tokenizer gives no character offsets. Load it with `use_fast=True`.")
+        keep_4bit_differentiable(model)
         self.model = model.eval()
         self._tokenizer, self._policy_tokenizer, self._batch_size = tokenizer, policy_tokenizer, batch_size
 

@@ -9,7 +9,7 @@ import pytest
 import rlhf_recipes
 from rlhf_recipes.config import parse_stage
 
-_TRAINERS = {"sft": "SFTTrainer", "reward": "PreferenceTrainer"}
+_TRAINERS = {"sft": "CompletionTrainer", "reward": "PreferenceTrainer"}
 
 # Small and fast; a test overrides what it is about.
 _TINY = {

@@ -26,6 +26,7 @@ from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_b
 from rlhf_recipes.evaluation.texts import distinct_n, self_bleu, top_ngrams
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.generation import warn_of_ignored_settings
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.tracking.wandb_log import log_table
 
@@ -69,7 +70,8 @@ class PolicyEvaluation(TrainerCallback):
         max_new_tokens: Longest completion with a trainer that does not generate, such as SFT's.
 
     Raises:
-        ValueError: If there is no prompt, a number is below 1, or no reward function is named `gold`.
+        ValueError: If there is no prompt, a number is below 1, no reward function is named `gold`, or 4-bit weights
+            are repacked.
 
     Example:
         >>> trainer.add_callback(PolicyEvaluation(trainer, rows["test"], every=100))  # doctest: +SKIP
@@ -88,6 +90,8 @@ class PolicyEvaluation(TrainerCallback):
         max_new_tokens: int = 128,
     ) -> None:
         self._trainer: Any = trainer
+        model: Any = trainer.model
+        keep_4bit_differentiable(model)  # it is sampled from between training steps
         names = getattr(trainer, "reward_func_names", [])
         if gold is not None and gold not in names:
             raise ValueError(f"No reward function is named {gold!r}; there are {names}.")
@@ -102,7 +106,7 @@ class PolicyEvaluation(TrainerCallback):
         self._reference: list[Row] | None = None
         self._evaluated: int | None = None
         if not isinstance(trainer, PPOTrainer):  # which has said it
-            warn_of_ignored_settings(self._trainer.accelerator.unwrap_model(self._trainer.model))
+            warn_of_ignored_settings(self._trainer.model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

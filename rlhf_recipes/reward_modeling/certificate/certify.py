@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from typing import Any
 
@@ -61,7 +62,8 @@ def certify(
         seed: Seed of the choice of rows.
 
     Returns:
-        The measures by name, with the `verdict`, its reasons, and the scores for the plots.
+        The measures by name, with the `verdict`, its reasons, and the scores for the plots. Where the rows of a
+        measure have fewer than ten different prompts, its `unit` is `"rows"`: its interval holds for these prompts.
 
     Raises:
         ValueError: If columns are missing, or nothing fits into the model.
@@ -78,7 +80,7 @@ def certify(
     found["baselines"] = _baselines(pairs, train)
     try:  # other texts than those of the pairs
         found["probes"] = probe(scorer, pairs, probe_rows, seed)
-        if train is not None:
+        if train is not None and len(train):
             found["train_gap"] = _gap(pairs, score_pairs(scorer, _draw(train, train_rows, seed)))
         if samples is not None:
             found |= _sample_measures(scorer, pairs, samples, gold_column)
@@ -118,9 +120,9 @@ def _pair_measures(pairs: Pairs, category_column: str | None, margin_column: str
         "calibration": calibration(pairs.differences, pairs.labels, pairs.prompts),
         "length": {
             "completions": correlation(
-                np.concatenate([pairs.chosen, pairs.rejected]),
-                np.concatenate([pairs.chosen_lengths, pairs.rejected_lengths]),
-                np.array(pairs.prompts * 2),
+                np.stack([pairs.chosen, pairs.rejected], axis=1),
+                np.stack([pairs.chosen_lengths, pairs.rejected_lengths], axis=1),
+                pairs.prompts,
             ),
             "pairs": correlation(differences, lengths[0] - lengths[1], prompts),
             "controlled": length_controlled_accuracy(differences, *lengths, prompts),
@@ -131,17 +133,24 @@ def _pair_measures(pairs: Pairs, category_column: str | None, margin_column: str
         if category_column not in pairs.rows[0]:
             raise ValueError(f"The pairs have no column {category_column!r}. They have {sorted(pairs.rows[0])}.")
         measures["by_category"] = accuracy_by(differences, [str(row[category_column]) for row in rows], prompts)
-    if all(margin is not None for margin in margins):
+    if all(map(_is_number, margins)):
         measures["by_margin"] = accuracy_by_value(differences, margins, prompts)
     if len(np.unique(pairs.labels[part])) > 1:
         measures["by_confidence"] = accuracy_by_value(differences, pairs.labels[part], prompts)
     return measures
 
 
-def _gap(pairs: Pairs, train: Pairs) -> dict[str, Any]:
+def _is_number(value: Any) -> bool:
+    """Tell whether a cell holds something: pandas writes nan into empty ones."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _gap(pairs: Pairs, train: Pairs) -> dict[str, Any] | None:
     if not np.isfinite(train.differences).all():
         raise DivergedError(np.concatenate([train.chosen, train.rejected]))
     held_out, seen = pairs.decided, train.decided
+    if not seen.any():
+        return None
     prompts, train_prompts = np.array(pairs.prompts), np.array(train.prompts)
     return accuracy_gap(train.differences[seen], train_prompts[seen], pairs.differences[held_out], prompts[held_out])
 
@@ -151,9 +160,10 @@ def _baselines(pairs: Pairs, train: Dataset | None) -> dict[str, Any]:
     chosen, rejected = winners_and_losers(_texts(pairs.decided_rows()))
     longer = np.array([len(text.strip()) for text in chosen]) - [len(text.strip()) for text in rejected]
     margins = {"longer": longer, "shorter": -longer}
-    if train is not None:
+    decided = [] if train is None else [row for row in pair_rows(train) if row["label"] != 0.5]
+    if decided:
         try:
-            rule = fit_tfidf(_texts([row for row in pair_rows(train) if row["label"] != 0.5]))
+            rule = fit_tfidf(_texts(decided))
             margins["tfidf"] = rule(chosen) - rule(rejected)
         except ValueError as error:
             logger.warning("No TF-IDF baseline: %s", error)
@@ -183,18 +193,16 @@ def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column
         raise ValueError(f"None of the {len(rows)} samples fits into {scorer.max_length} tokens. Raise `max_length`.")
     scores = scorer.finite_scores([encoded[index] for index in kept])
     gold = [rows[index].get(gold_column) for index in kept]
-    known = all(value is not None for value in gold)
-    if not known and any(value is not None for value in gold):
-        index = kept[[value is None for value in gold].index(True)]
+    known = all(map(_is_number, gold))
+    if not known and any(map(_is_number, gold)):
+        index = kept[[_is_number(value) for value in gold].index(False)]
         raise ValueError(f"Sample {index} has no `{gold_column}`, but others have one. Give it to all or to none.")
-    normalised = _normalised(scorer, scores)
+    normalised, prompts = _normalised(scorer, scores), [prompt_key(rows[index]["prompt"]) for index in kept]
     data = _normalised(scorer, np.concatenate([pairs.chosen, pairs.rejected]))
     return {
         "samples": {"n": len(kept), "left_out": len(rows) - len(kept), "values": normalised.tolist()},
-        "spread": score_spread(data, normalised),
-        "best_of_n": best_of_n(
-            normalised, [prompt_key(rows[index]["prompt"]) for index in kept], gold if known else None
-        ),
+        "spread": score_spread(data, normalised, prompts),
+        "best_of_n": best_of_n(normalised, prompts, gold if known else None),
     }
 
 

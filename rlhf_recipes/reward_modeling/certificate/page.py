@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from rlhf_recipes.reward_modeling.certificate.functional.resampling import FEWEST
 from rlhf_recipes.reward_modeling.certificate.plots import draw_plots
 
 _LONGEST = 400
@@ -61,17 +62,20 @@ def printable(text: object) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Write a number with its interval, a plain number, or a dash.
+    """Write a number with its interval (with a star if rows were drawn for it), a plain number, or a dash.
 
     Example:
         >>> number({"value": 0.5, "interval": [0.4, 0.6]}), number(0.12345), number(None)
         ('0.500 [0.400, 0.600]', '0.123', '-')
+        >>> number({"value": 0.5, "interval": [0.4, 0.6], "unit": "rows"})
+        '0.500 [0.400, 0.600]*'
     """
     if value is None or (isinstance(value, Mapping) and value["value"] is None):
         return "-"
     if isinstance(value, Mapping):
-        ends = value.get("interval")
-        return number(value["value"], digits) + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+        ends, star = value.get("interval"), "*" if value.get("unit") == "rows" else ""
+        shown = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]{star}" if ends else ""
+        return number(value["value"], digits) + shown
     return str(value) if isinstance(value, int | str) else f"{value:.{digits}f}"
 
 
@@ -133,13 +137,13 @@ def document(title: str, style: str, body: str) -> str:
 
 
 def verdict_section(verdict: Mapping[str, Any]) -> str:
-    """Write the verdict with its reasons and what was not checked."""
+    """Write the verdict with its reasons; those that were not checked come last."""
     reasons = [(reason["level"], reason["measure"], reason["text"]) for reason in verdict["reasons"]]
-    missing = "".join(f"<li>{clean(text)}</li>" for text in verdict["not_checked"])
+    known = {text for _, _, text in reasons}  # a certificate of an earlier version lists only what was checked
+    reasons += [("not checked", "", text) for text in verdict["not_checked"] if text not in known]
     return (
         f'<p class="verdict {_CLASSES[verdict["verdict"]]}">Verdict: <strong>{clean(verdict["verdict"])}</strong></p>'
         + table(("", "measure", "reason"), reasons)
-        + (f'<p class="note">Not checked:</p><ul class="note">{missing}</ul>' if missing else "")
     )
 
 
@@ -160,11 +164,17 @@ def _pairs(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
             tables.append(_groups(name, measures[key]))
     return (
         f"<h2>Accuracy</h2><p>{data['pairs']} held-out pairs of {accuracy['prompts']} prompts, {data['ties']} of them "
-        f"ties, which have no accuracy; {data['left_out']} left out as too long. Intervals cover 95 %. "
+        f"ties, which have no accuracy; {data['left_out']} left out as too long. "
         f"Mean score of chosen minus rejected: {number(measures['margin'])}.</p>"
-        + "".join(tables)
-        + plots["differences"]
+        f'<p class="note">Intervals cover 95 %. {_drawn(accuracy)}</p>' + "".join(tables) + plots["differences"]
     )
+
+
+def _drawn(accuracy: Mapping[str, Any]) -> str:
+    few = f"fewer than {FEWEST} different prompts: single rows were drawn, and they hold for these prompts only"
+    if accuracy.get("unit") == "rows":
+        return f"The pairs have {accuracy['prompts']}. Those marked with * rest on {few}."
+    return f"Whole prompts were drawn. Those marked with * rest on {few}."
 
 
 def _calibration(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, is_adapter, read_config
+from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, base_of, is_adapter, read_config
 from rlhf_recipes.models.loading import load_new_classifier
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.reward_modeling.evaluation import score_sequences
@@ -161,7 +161,8 @@ def load_scorer(
     """Load a reward model: an adapter with its head on a base, or a whole model (decoder or encoder) by path.
 
     Args:
-        model_name_or_path: The base of the adapter; without an adapter the reward model itself.
+        model_name_or_path: The base of the adapter; without one the reward model itself, which may be the folder of an
+            adapter on the base that it names.
         reward_adapter: Folder of the adapter that the reward stage saved.
         max_length: Most tokens of prompt and completion; `None` takes the model's context.
         batch_size: Texts per forward pass.
@@ -174,6 +175,9 @@ def load_scorer(
         FileNotFoundError: If a folder does not exist or holds no adapter.
         ValueError: If the adapter belongs to another base, or weights of the head are missing.
     """
+    if reward_adapter is None and is_adapter(str(model_name_or_path)):
+        reward_adapter = str(model_name_or_path)
+        model_name_or_path = base_of(reward_adapter)
     if reward_adapter is None:
         model, tokenizer = load_reward_model(str(model_name_or_path or ""), **options)
         return Scorer(model, tokenizer, Readout.load(str(model_name_or_path)), max_length, batch_size)

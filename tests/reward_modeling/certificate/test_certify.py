@@ -122,6 +122,87 @@ class TestMeasures:
         assert certificate["train_gap"]["value"] == pytest.approx(train - certificate["accuracy"]["value"])
 
 
+INTERVALS = {
+    "repetition": "probes.repetition",
+    "truncation": "probes.truncation",
+    "politeness": "probes.politeness",
+    "prompt": "probes.prompt_swap",
+    "accuracy": "accuracy",
+    "length": "length.pairs",
+    "calibration": "calibration.ece",
+    "gap": "train_gap",
+    "samples": "spread.intervals.shift",
+    "best of n": "best_of_n.gain",
+}
+
+
+def at(measures, path):
+    for name in path.split("."):
+        measures = measures[name]
+    return measures
+
+
+class TestFewPrompts:
+    """The layout of movie_sentiment, one prompt, and others with too few prompts to draw them."""
+
+    def given_prompts(self, rows, count):
+        prompts = [f"the {noun} was" for noun in "film story actor ending scene plot music film".split()][:count]
+        return Dataset.from_list([row | {"prompt": prompts[i % count]} for i, row in enumerate(rows)])
+
+    @pytest.mark.parametrize(("prompts", "rows"), [(1, 120), (2, 120), (7, 120), (1, 9), (2, 3), (1, 1)])
+    def test_no_rule_passes_without_an_interval(self, prompts, rows, rule_scorer, pairs, train_pairs, samples):
+        parts = [self.given_prompts(part.select(range(rows)), prompts) for part in (pairs, train_pairs, samples)]
+        certificate = certify(rule_scorer(), parts[0], train=parts[1], samples=parts[2])
+        passed = {r["measure"] for r in certificate["verdict"]["reasons"] if r["level"] == "good"}
+        for measure in passed - {"baselines"}:
+            assert at(certificate, INTERVALS[measure])["interval"] is not None, measure
+        if "baselines" in passed:
+            assert all(rule["advantage"]["interval"] for rule in certificate["baselines"].values())
+        assert any("other prompts" in text for text in certificate["verdict"]["not_checked"])
+        if rows < 10:
+            assert passed == set()
+        if (prompts, rows) == (1, 120):
+            texts_of = certificate["verdict"]["not_checked"]
+            assert "another prompt: there is only one, or no text fits" in texts_of
+            assert {"accuracy", "repetition", "calibration", "gap"} <= passed
+
+    def test_rows_are_drawn_and_said_to_be(self, rule_scorer, pairs, train_pairs):
+        """With one prompt intervals are those of rows that have a prompt each."""
+
+        def blind(prompt, completion):  # so that the prompt's text is without effect
+            return quality(["", ""], completion)
+
+        one = certify(rule_scorer(blind), self.given_prompts(pairs, 1), train=self.given_prompts(train_pairs, 1))
+        many = [row | {"prompt": f"the {index:03d}"} for index, row in enumerate(pairs)]
+        apart = certify(rule_scorer(blind), Dataset.from_list(many), train=train_pairs)
+        for path in ("accuracy", "margin", "calibration.ece", "calibration.brier", "length.pairs"):
+            assert at(one, path)["interval"] == pytest.approx(at(apart, path)["interval"], abs=1e-12), path
+            assert (at(one, path)["unit"], at(apart, path)["unit"]) == ("rows", "prompts"), path
+        text = page(one, "One prompt")
+        assert "The pairs have 1. Those marked with *" in text
+        low, high = one["accuracy"]["interval"]
+        assert f"{one['accuracy']['value']:.3f} [{low:.3f}, {high:.3f}]*" in text
+        assert f"{low:.3f}, {high:.3f}]*" not in page(apart, "Many prompts")
+        assert "Whole prompts were drawn" in page(apart, "Many prompts")
+
+    def test_cells_that_pandas_left_empty(self, rule_scorer, pairs, samples):
+        empty = [row | {"margin": math.nan} for row in pairs.select(range(20))]
+        golds = [row | {"gold_score": math.nan} for row in samples]
+        certificate = certify(rule_scorer(), Dataset.from_list(empty), samples=Dataset.from_list(golds))
+        assert "by_margin" not in certificate
+        assert "gain" not in certificate["best_of_n"]
+        with pytest.raises(ValueError, match="Sample 1 has no `gold_score`"):
+            certify(rule_scorer(), pairs, samples=Dataset.from_list([samples[0], *golds[1:3]]))
+
+    def test_training_rows_that_say_nothing(self, rule_scorer, pairs, train_pairs):
+        ties = train_pairs.select(range(20)).add_column("label", [0.5] * 20)
+        for train in (train_pairs.select([]), ties):
+            certificate = certify(rule_scorer(), pairs, train=train)
+            assert certificate.get("train_gap") is None
+            assert [text for text in certificate["verdict"]["not_checked"] if text.startswith("train/validation gap")]
+            assert "tfidf" not in certificate["baselines"]
+
+
 def test_gain_and_bias_change_the_scores_and_no_verdict(rule_scorer, pairs, samples):
     plain = certify(rule_scorer(), pairs, samples=samples)
     normalised = certify(rule_scorer(readout=Readout(gain=0.01, bias=7.0)), pairs, samples=samples)

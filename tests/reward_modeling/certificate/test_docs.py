@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlhf_recipes.reward_modeling.certificate import certify
-from rlhf_recipes.reward_modeling.certificate.functional.verdict import Thresholds
+from rlhf_recipes.reward_modeling.certificate.functional.reasons import Thresholds
 
 
 @pytest.fixture(scope="module")

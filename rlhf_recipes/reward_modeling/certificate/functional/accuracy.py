@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_recipes.reward_modeling.certificate.functional.resampling import Summary, mean_summary, share_summary
+from rlhf_recipes.reward_modeling.certificate.functional.resampling import (
+    FEWEST,
+    Summary,
+    mean_summary,
+    share_summary,
+)
 
 
 def pair_accuracy(differences: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> dict[str, Any]:
@@ -20,8 +25,8 @@ def pair_accuracy(differences: ArrayLike, clusters: ArrayLike, level: float = 0.
         level: Probability that the interval is to cover the true accuracy.
 
     Returns:
-        `value`, `interval` (Wilson's, or by drawing prompts where prompts repeat), `n`; `ties`, the share of pairs
-        with equal scores; `prompts`, the number of different ones.
+        `value`, `n`, `interval` and `unit` as of `share_summary`; `ties`, the share of pairs with equal scores;
+        `prompts`, the number of different ones.
 
     Example:
         >>> result = pair_accuracy([1.0, 0.0, -1.0, 2.0], clusters=["a", "b", "c", "d"])
@@ -45,7 +50,7 @@ def accuracy_by(
         level: Probability that each interval is to cover the true accuracy.
 
     Returns:
-        For each group its name as `group`, `value`, `interval` and `n`.
+        For each group its name as `group`, `value`, `interval`, `unit` and `n`.
 
     Example:
         >>> rows = accuracy_by([1.0, -1.0, 2.0], ["chat", "code", "chat"], clusters=[0, 1, 2])
@@ -146,8 +151,9 @@ def accuracy_gap(
         level: Probability that the interval is to cover the true gap.
 
     Returns:
-        `train`, the accuracy on training pairs with its interval; `value`, the gap; and its `interval`, from the two
-        intervals (Newcombe's method: the two sets of pairs are independent).
+        `train`, the accuracy on training pairs with its interval; `value`, the gap; its `interval`, from the two
+        intervals (Newcombe's method: the two sets of pairs are independent), `None` where one of them has fewer than
+        `FEWEST` pairs; and its `unit`, `"rows"` where one of the two has it.
 
     Example:
         >>> gap = accuracy_gap([1.0, 2.0], [0, 1], [1.0, -1.0], [2, 3])
@@ -157,12 +163,13 @@ def accuracy_gap(
     train: Any = share_summary(np.asarray(train_differences) > 0, train_clusters, level)
     held_out: Any = share_summary(np.asarray(differences) > 0, clusters, level)
     gap = train["value"] - held_out["value"]
-    if train["interval"] is None or held_out["interval"] is None:
-        return {"train": train, "value": gap, "interval": None}
+    if min(train["n"], held_out["n"]) < FEWEST or train["interval"] is None or held_out["interval"] is None:
+        return {"train": train, "value": gap, "interval": None, "unit": None}
     (train_low, train_high), (low, high) = train["interval"], held_out["interval"]
     below = np.hypot(train["value"] - train_low, high - held_out["value"])
     above = np.hypot(train_high - train["value"], held_out["value"] - low)
-    return {"train": train, "value": gap, "interval": [float(gap - below), float(gap + above)]}
+    unit = "rows" if "rows" in (train["unit"], held_out["unit"]) else "prompts"
+    return {"train": train, "value": gap, "interval": [float(gap - below), float(gap + above)], "unit": unit}
 
 
 def accuracy_advantage(
@@ -177,7 +184,7 @@ def accuracy_advantage(
         level: Probability that the interval is to cover the true difference.
 
     Returns:
-        `value`, `interval` and `n`.
+        `value`, `n`, `interval` and `unit`.
 
     Example:
         >>> accuracy_advantage([1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 0.0, 0.0], clusters=[0, 1, 2, 3])["value"]

@@ -13,11 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from rlhf_recipes.reward_modeling.certificate.functional.resampling import (
-    mean_summary,
-    percentile_interval,
-    resampled_sums,
-)
+from rlhf_recipes.reward_modeling.certificate.functional.resampling import mean_summary, resampled_interval
 
 _BINS = 10
 
@@ -32,9 +28,10 @@ def calibration(differences: ArrayLike, labels: ArrayLike, clusters: ArrayLike, 
         level: Probability that the intervals are to cover the true values.
 
     Returns:
-        `brier`, `log_loss` (nats per pair; 0.693 for a model that knows nothing) and `ece` with `value` and
-        `interval`; `ece_if_calibrated`, what a calibrated model with the same scores would show by chance (`mean` and
-        the 95 % quantile `high`); `temperature`, by which differences are best divided; and the `reliability` rows.
+        `brier`, `log_loss` (nats per pair; 0.693 for a model that knows nothing) and `ece` with `value`, `n`,
+        `interval` and `unit`; `ece_if_calibrated`, what a calibrated model with the same scores would show by chance
+        (`mean` and the 95 % quantile `high`); `temperature`, by which differences are best divided; and the
+        `reliability` rows.
 
     Example:
         >>> result = calibration([0.0, 0.0], [1.0, 0.0], clusters=[0, 1])
@@ -44,13 +41,16 @@ def calibration(differences: ArrayLike, labels: ArrayLike, clusters: ArrayLike, 
     d, y = np.asarray(differences, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     confidence, right, index = _confidences(d, y)
     columns = [(index == bin_) * (confidence - right) for bin_ in range(_BINS)]
-    sums = resampled_sums(np.stack([*columns, np.ones_like(d)], axis=1), clusters)
-    errors = np.abs(sums[:, :_BINS]).sum(axis=1) / sums[:, _BINS]
-    interval = percentile_interval(errors, level) if len(np.unique(np.asarray(clusters))) > 1 else None
+    interval = resampled_interval(
+        np.stack([*columns, np.ones_like(d)], axis=1),
+        clusters,
+        lambda sums: np.abs(sums[:, :_BINS]).sum(axis=1) / sums[:, _BINS],
+        level,
+    )
     return {
         "brier": mean_summary(brier_losses(d, y), clusters, level),
         "log_loss": mean_summary(log_losses(d, y), clusters, level),
-        "ece": {"value": expected_calibration_error(d, y), "interval": interval, "n": len(d)},
+        "ece": {"value": expected_calibration_error(d, y), "n": len(d), **interval},
         "ece_if_calibrated": chance_calibration_error(d),
         "temperature": best_temperature(d, y),
         "reliability": reliability(d, y),

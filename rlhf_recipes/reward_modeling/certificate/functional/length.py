@@ -8,11 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from rlhf_recipes.reward_modeling.certificate.functional.resampling import (
-    percentile_interval,
-    resampled_sums,
-    share_summary,
-)
+from rlhf_recipes.reward_modeling.certificate.functional.resampling import resampled_interval, share_summary
 
 _SIMILAR = 0.1
 
@@ -21,28 +17,33 @@ def correlation(x: ArrayLike, y: ArrayLike, clusters: ArrayLike, level: float = 
     """Rank correlation (Spearman) and linear correlation (Pearson) of two numbers per row.
 
     Args:
-        x: First number, such as the score, shape `(N,)`.
-        y: Second number, such as the length in tokens, shape `(N,)`.
+        x: First number, such as the score, shape `(N,)`, or `(N, K)` for K values that stay together, such as the
+            scores of both sides of a pair.
+        y: Second number, such as the length in tokens, of the same shape.
         clusters: The prompt of each row, shape `(N,)`.
         level: Probability that the interval is to cover the true rank correlation.
 
     Returns:
-        `value`, the rank correlation; its `interval`, drawing clusters with their ranks; `pearson`; and `n`. Where one
-        of the numbers never changes, all are `None`.
+        `value`, the rank correlation; its `interval` and `unit`, drawing rows with their ranks; `pearson`; and `n`,
+        the number of values. Where one of the numbers never changes, or is not finite, all but `n` are `None`.
 
     Example:
         >>> correlation([1.0, 2.0, 4.0], [10, 20, 21], clusters=[0, 1, 2])["value"]
         1.0
     """
     first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return {"value": None, "interval": None, "pearson": None, "n": len(first)}
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (first, second))
-    sums = resampled_sums(_moments(a, b), clusters)
-    interval = percentile_interval(_pearson(sums), level) if len(np.unique(np.asarray(clusters))) > 2 else None
-    value = float(_pearson(_moments(a, b).sum(axis=0, keepdims=True))[0])
-    centred = _moments(first - first.mean(), second - second.mean()).sum(axis=0, keepdims=True)
-    return {"value": value, "interval": interval, "pearson": float(_pearson(centred)[0]), "n": len(first)}
+    known = np.isfinite(first).all() and np.isfinite(second).all()
+    if first.size < 3 or not known or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return {"value": None, "interval": None, "unit": None, "pearson": None, "n": first.size}
+    ranks = _moments(_centred_ranks(first), _centred_ranks(second))
+    linear = _moments(first - first.mean(), second - second.mean())
+    value, pearson = (float(_pearson(moments.sum(axis=0, keepdims=True))[0]) for moments in (ranks, linear))
+    return {
+        "value": value,
+        **resampled_interval(ranks, clusters, _pearson, level),
+        "pearson": pearson,
+        "n": first.size,
+    }
 
 
 def length_controlled_accuracy(
@@ -70,7 +71,7 @@ def length_controlled_accuracy(
 
     Returns:
         `longer_chosen`, `shorter_chosen` (accuracies where it is so), `balanced` and `similar`, each with `value`,
-        `interval` and `n`; `None` where there are no such pairs.
+        `interval`, `unit` and `n`; `None` where there are no such pairs.
 
     Example:
         >>> result = length_controlled_accuracy([1.0, 1.0, 1.0, -1.0], [9, 9, 9, 5], [5, 5, 5, 9], clusters=range(4))
@@ -87,11 +88,12 @@ def length_controlled_accuracy(
 
     balanced = None
     if longer.any() and shorter.any():
-        sums = resampled_sums(np.stack([longer * right, longer, shorter * right, shorter], axis=1), labels)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = (sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2
-        value = float((right[longer].mean() + right[shorter].mean()) / 2)
-        balanced = {"value": value, "interval": percentile_interval(means, level), "n": int((longer | shorter).sum())}
+        columns = np.stack([longer * right, longer, shorter * right, shorter], axis=1)
+        balanced = {
+            "value": float((right[longer].mean() + right[shorter].mean()) / 2),
+            "n": int((longer | shorter).sum()),
+            **resampled_interval(columns, labels, _balanced, level),
+        }
     return {
         "longer_chosen": accuracy(longer),
         "shorter_chosen": accuracy(shorter),
@@ -100,8 +102,19 @@ def length_controlled_accuracy(
     }
 
 
+def _balanced(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2
+
+
+def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    ranks: NDArray[np.float64] = rankdata(values).reshape(values.shape) - (values.size + 1) / 2
+    return ranks
+
+
 def _moments(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], axis=1)
+    """Sums over the values of each row, shape `(N, 6)`, of which correlations are made."""
+    rows = np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], axis=1)
+    return rows if a.ndim == 1 else rows.sum(axis=2)
 
 
 def _pearson(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_recipes.evaluation.metrics import proportion_interval
 
-Summary = dict[str, "float | int | list[float] | None"]
+Summary = dict[str, "float | int | str | list[float] | None"]
+Unit = Literal["prompts", "rows"]
+
+FEWEST = 10
+"""An interval needs this many independent units: of fewer the draws are too much alike."""
 
 _RESAMPLES, _BLOCK = 1000, 100
+
+
+def independent_units(clusters: ArrayLike) -> tuple[NDArray[Any], Unit]:
+    """Choose what counts as independent: prompts, or single rows where there are too few different prompts.
+
+    Rows of one prompt resemble each other, so prompts are drawn. A few prompts cannot be: an interval would be cut
+    from a handful of different draws, and from one draw if there is a single prompt. Then rows are drawn, and the
+    interval holds for these prompts only.
+
+    Args:
+        clusters: The prompt of each row, shape `(N,)`: numbers or strings.
+
+    Returns:
+        The unit of each row, shape `(N,)`, and what it is: `"prompts"`, or `"rows"` below `FEWEST` prompts.
+
+    Example:
+        >>> independent_units(["a", "a", "b"])
+        (array([0, 1, 2]), 'rows')
+    """
+    prompts = np.asarray(clusters)
+    if len(np.unique(prompts)) >= FEWEST:
+        return prompts, "prompts"
+    return np.arange(len(prompts)), "rows"
 
 
 def resampled_sums(columns: ArrayLike, clusters: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
@@ -64,49 +94,82 @@ def percentile_interval(statistics: ArrayLike, level: float = 0.95) -> list[floa
     return [float(low), float(high)]
 
 
+def resampled_interval(
+    columns: ArrayLike,
+    clusters: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    level: float = 0.95,
+) -> Summary:
+    """Interval of a statistic of sums, by drawing independent units (`independent_units`).
+
+    Args:
+        columns: What is to be added up, shape `(N, K)`.
+        clusters: The prompt of each row, shape `(N,)`.
+        statistic: Makes of sums, shape `(R, K)`, the statistic of each draw, shape `(R,)`.
+        level: Probability that the interval is to cover the true value.
+
+    Returns:
+        `interval`, and the `unit` that was drawn. Both are `None` where there are fewer than `FEWEST` rows, or the
+        statistic is not defined in more than a tenth of the draws.
+
+    Example:
+        >>> resampled_interval([[1.0]] * 10, ["a"] * 10, lambda sums: sums[:, 0] / 10)
+        {'interval': [1.0, 1.0], 'unit': 'rows'}
+        >>> resampled_interval([[1.0]] * 9, ["a"] * 9, lambda sums: sums[:, 0] / 9)
+        {'interval': None, 'unit': None}
+    """
+    units, unit = independent_units(clusters)
+    interval = None
+    if len(units) >= FEWEST:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            interval = percentile_interval(statistic(resampled_sums(columns, units)), level)
+    return {"interval": interval, "unit": None if interval is None else unit}
+
+
 def mean_summary(values: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> Summary:
-    """Mean of rows with its interval, by drawing clusters.
+    """Mean of rows with its interval, by drawing independent units.
 
     Args:
         values: One value per row, shape `(N,)`, `N` > 0.
-        clusters: The cluster of each row, shape `(N,)`.
+        clusters: The prompt of each row, shape `(N,)`.
         level: Probability that the interval is to cover the true mean.
 
     Returns:
-        `value`, `interval` (`None` if there is one cluster only) and `n`, the number of rows.
+        `value`, `n`, the number of rows, and `interval` and `unit` as of `resampled_interval`.
 
     Example:
-        >>> mean_summary([1.0, 3.0, 2.0, 2.0], ["a", "a", "b", "b"])
-        {'value': 2.0, 'interval': [2.0, 2.0], 'n': 4}
+        >>> mean_summary([1.0, 3.0] * 10, [prompt for prompt in range(10) for _ in range(2)])
+        {'value': 2.0, 'n': 20, 'interval': [2.0, 2.0], 'unit': 'prompts'}
     """
     rows = np.asarray(values, dtype=np.float64)
-    several = len(np.unique(np.asarray(clusters))) > 1
-    sums = resampled_sums(np.stack([rows, np.ones_like(rows)], axis=1), clusters) if several else None
-    interval = None if sums is None else percentile_interval(sums[:, 0] / sums[:, 1], level)
-    return {"value": float(rows.mean()), "interval": interval, "n": len(rows)}
+    columns = np.stack([rows, np.ones_like(rows)], axis=1)
+    found = resampled_interval(columns, clusters, lambda sums: sums[:, 0] / sums[:, 1], level)
+    return {"value": float(rows.mean()), "n": len(rows), **found}
 
 
 def share_summary(outcomes: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> Summary:
     """Share of rows in which something is so, with its interval.
 
-    Where every row is a cluster of its own this is Wilson's interval. Else clusters are drawn; if all outcomes are
-    the same, drawing cannot tell how sure that is, and Wilson's interval for the number of clusters is given.
+    Where every row is a unit of its own (`independent_units`) this is Wilson's interval, which needs no least number
+    of rows. Else prompts are drawn; if all outcomes are the same, drawing cannot tell how sure that is, and Wilson's
+    interval for the number of prompts is given.
 
     Args:
         outcomes: 1 or true where it is so, shape `(N,)`, `N` > 0.
-        clusters: The cluster of each row, shape `(N,)`.
+        clusters: The prompt of each row, shape `(N,)`.
         level: Probability that the interval is to cover the true share.
 
     Returns:
-        `value`, `interval` and `n`, the number of rows.
+        `value`, `n`, the number of rows, `interval`, and its `unit`: `"prompts"` or `"rows"`.
 
     Example:
         >>> share_summary([1, 0, 1, 0], clusters=[0, 1, 2, 3])["value"]
         0.5
     """
     rows = np.asarray(outcomes).astype(bool)
-    share, count = float(rows.mean()), len(np.unique(np.asarray(clusters)))
+    units, unit = independent_units(clusters)
+    share, count = float(rows.mean()), len(np.unique(units))
     if count == len(rows) or share in (0.0, 1.0):
         interval = list(proportion_interval(round(share * count), count, level))
-        return {"value": share, "interval": interval, "n": len(rows)}
+        return {"value": share, "n": len(rows), "interval": interval, "unit": unit}
     return mean_summary(rows, clusters, level)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
-from rlhf_recipes.reward_modeling.certificate.functional.resampling import mean_summary
+from rlhf_recipes.reward_modeling.certificate.functional.resampling import mean_summary, resampled_interval
 
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -63,8 +63,9 @@ def best_of_n(
         `None` if most prompts have one sample only; else `prompts`, their number, and `curve`, a row for each n (all
         up to 8, then powers of 2, and the largest): `n`, `kl`, the most that best-of-n is away from the policy
         (`log n - (n - 1) / n` nats), `proxy`, and with gold scores `gold` and `oracle`, the gold score that choosing
-        by it would give, each with `value` and `interval`. With gold scores also `gain`, gold at the largest n minus
-        gold at 1, `best_n`, where gold is highest, and `drop`, gold at the largest n minus gold there.
+        by it would give, each with `value` and `interval` (`None` below `FEWEST` prompts). With gold scores also
+        `gain`, gold at the largest n minus gold at 1, `best_n`, where gold is highest, and `drop`, gold at the largest
+        n minus gold there.
 
     Example:
         >>> result = best_of_n([1.0, 2.0, 3.0, 5.0], ["a", "a", "b", "b"], gold=[0.0, 1.0, 1.0, 0.0])
@@ -100,17 +101,22 @@ def best_of_n(
     return result
 
 
-def score_spread(data: ArrayLike, samples: ArrayLike) -> dict[str, Any]:
+def score_spread(
+    data: ArrayLike, samples: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
+) -> dict[str, Any]:
     """Compare the scores of a policy's samples with those of the data that the reward model was made for.
 
     Args:
         data: Scores of held-out completions, shape `(N,)`.
         samples: Scores of the policy's samples, shape `(S,)`.
+        clusters: The prompt of each sample, shape `(S,)`. By default each has its own.
+        level: Probability that the intervals are to cover the true values.
 
     Returns:
         For `data` and `samples` the `mean`, `std`, `quantiles` and `n`; `shift`, the difference of the means in
-        standard deviations of the data; `std_ratio`, samples over data; and `outside`, the share of samples outside
-        of the data's range. The ratios are `None` if all data score the same.
+        standard deviations of the data; `std_ratio`, samples over data; `intervals`, for these two the `interval` and
+        its `unit`, drawing samples (the data are taken as they are); and `outside`, the share of samples outside of
+        the data's range. The ratios are `None` if all data score the same.
 
     Example:
         >>> spread = score_spread([-1.0, 1.0], [1.0, 3.0])
@@ -118,13 +124,30 @@ def score_spread(data: ArrayLike, samples: ArrayLike) -> dict[str, Any]:
         (2.0, 1.0, 0.5)
     """
     first, second = np.asarray(data, dtype=np.float64), np.asarray(samples, dtype=np.float64)
-    std = float(first.std())
+    std, mean = float(first.std()), float(second.mean())
     outside = (second < first.min()) | (second > first.max())
+    unit, centred = std if std > 0 else np.nan, second - mean  # centred: no digits are lost in the squares
+    columns = np.stack([np.ones_like(second), centred, centred**2], axis=1)
+
+    def shifts(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        result: NDArray[np.float64] = (mean - first.mean() + sums[:, 1] / sums[:, 0]) / unit
+        return result
+
+    def ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        variance = sums[:, 2] / sums[:, 0] - (sums[:, 1] / sums[:, 0]) ** 2
+        result: NDArray[np.float64] = np.sqrt(np.maximum(variance, 0.0)) / unit
+        return result
+
+    prompts = np.arange(len(second)) if clusters is None else clusters
     return {
         "data": describe(first),
         "samples": describe(second),
-        "shift": float(second.mean() - first.mean()) / std if std > 0 else None,
+        "shift": (mean - float(first.mean())) / std if std > 0 else None,
         "std_ratio": float(second.std()) / std if std > 0 else None,
+        "intervals": {
+            "shift": resampled_interval(columns, prompts, shifts, level),
+            "std_ratio": resampled_interval(columns, prompts, ratios, level),
+        },
         "outside": float(outside.mean()),
     }
 

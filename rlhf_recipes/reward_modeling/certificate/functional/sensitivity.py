@@ -104,9 +104,9 @@ def score_shift(
         level: Probability that the interval is to cover the true mean shift.
 
     Returns:
-        `value`, the mean shift in reward units, with `interval` and `n`; `in_std`, the same in units of `scale`;
-        `absolute`, the mean of the absolute shifts in units of `scale`; and the shares that `rose`, `fell` and stayed
-        the `same`. In units of a scale of 0 they are 0.
+        `value`, the mean shift in reward units, with `n`, `interval` and `unit`; `in_std`, the same in units of
+        `scale`; `absolute`, the mean of the absolute shifts in units of `scale`; and the shares that `rose`, `fell`
+        and stayed the `same`. In units of a scale of 0 they are 0.
 
     Example:
         >>> shift = score_shift([0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.0, 2.0], clusters=range(4), scale=2.0)

@@ -22,7 +22,7 @@ class TestPairAccuracy:
     def test_numbers(self):
         result = pair_accuracy([2.0, 0.0, -1.0, 0.5], clusters=list("abcd"))
         low, high = proportion_interval(2, 4)
-        assert result == {"value": 0.5, "interval": [low, high], "n": 4, "ties": 0.25, "prompts": 4}
+        assert result == {"value": 0.5, "interval": [low, high], "n": 4, "unit": "rows", "ties": 0.25, "prompts": 4}
 
     def test_pairs_of_one_prompt_widen_the_interval(self):
         differences = np.repeat([1.0, 1.0, 1.0, -1.0] * 5, 10)
@@ -109,5 +109,5 @@ class TestAccuracyAdvantage:
         assert (low, high) == pytest.approx((paired.mean() - half, paired.mean() + half), abs=0.01)
 
     def test_a_model_has_no_advantage_over_itself(self):
-        result = accuracy_advantage([1.0, -1.0, 2.0], [1.0, -1.0, 2.0], clusters=range(3))
+        result = accuracy_advantage([1.0, -1.0, 2.0] * 4, [1.0, -1.0, 2.0] * 4, clusters=range(12))
         assert (result["value"], result["interval"]) == (0.0, [0.0, 0.0])

@@ -23,8 +23,18 @@ class TestCorrelation:
         half = 1.96 * ((1 + rank**2 / 2) / 197) ** 0.5 * (1 - rank**2)  # Bonett and Wright (2000)
         assert result["interval"] == pytest.approx([rank - half, rank + half], abs=0.03)
 
+    def test_both_sides_of_a_pair_stay_together(self):
+        rng = np.random.default_rng(0)
+        scores, lengths = rng.normal(size=(80, 2)), rng.integers(1, 30, (80, 2))
+        pairs = correlation(scores, lengths, ["one prompt"] * 80)
+        assert pairs["value"] == pytest.approx(spearmanr(scores.ravel(), lengths.ravel()).statistic)
+        flat = correlation(scores.ravel(), lengths.ravel(), np.repeat(np.arange(80), 2))  # a prompt for each pair
+        assert pairs["interval"] == pytest.approx(flat["interval"], abs=1e-12)
+        assert (pairs["n"], pairs["unit"], flat["unit"]) == (160, "rows", "prompts")
+
     def test_no_spread_has_no_correlation(self):
         assert correlation([1.0, 1.0, 1.0], [1, 2, 3], range(3))["value"] is None
+        assert correlation([1.0, np.nan, 3.0], [1, 2, 3], range(3))["value"] is None
         assert correlation([1.0, 2.0, 3.0], [2, 2, 2], range(3))["value"] is None
 
     @given(st.lists(st.integers(-50, 50), min_size=3, max_size=20, unique=True))

@@ -1,5 +1,7 @@
 """Intervals by drawing clusters, against scipy and against counting."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,11 +10,20 @@ from scipy.stats import bootstrap
 
 from rlhf_recipes.evaluation.metrics import bootstrap_interval, proportion_interval
 from rlhf_recipes.reward_modeling.certificate.functional.resampling import (
+    independent_units,
     mean_summary,
     percentile_interval,
     resampled_sums,
     share_summary,
 )
+
+
+class TestIndependentUnits:
+    def test_prompts_or_rows(self):
+        for prompts, unit in {1: "rows", 2: "rows", 9: "rows", 10: "prompts", 40: "prompts"}.items():
+            names = [f"prompt {index % prompts}" for index in range(40)]
+            units, name = independent_units(names)
+            assert (list(units), name) == (names if unit == "prompts" else list(range(40)), unit)
 
 
 class TestResampledSums:
@@ -53,14 +64,27 @@ class TestMeanSummary:
         oracle = bootstrap_interval(values, clusters, resamples=4000, seed=7)
         assert mean_summary(values, clusters)["interval"] == pytest.approx(oracle, abs=0.03)
 
-    def test_one_cluster_has_no_interval(self):
-        assert mean_summary([1.0, 2.0], ["a", "a"]) == {"value": 1.5, "interval": None, "n": 2}
+    def test_too_few_rows_have_no_interval(self):
+        nothing = {"interval": None, "unit": None}
+        assert mean_summary([1.0, 2.0], ["a", "a"]) == {"value": 1.5, "n": 2, **nothing}
+        assert mean_summary([1.0] * 9, range(9)) == {"value": 1.0, "n": 9, **nothing}
+        assert mean_summary([math.nan, *[1.0] * 20], range(21))["interval"] is None
+
+    @pytest.mark.parametrize("prompts", range(1, 12))
+    def test_rows_are_drawn_where_prompts_are_few(self, prompts):
+        values = np.random.default_rng(2).normal(size=60)
+        summary = mean_summary(values, np.arange(60) % prompts)
+        units = np.arange(60) if prompts < 10 else np.arange(60) % prompts
+        assert summary["unit"] == ("rows" if prompts < 10 else "prompts")
+        assert summary["interval"] == pytest.approx(bootstrap_interval(values, units, seed=7), abs=0.06)
 
 
 class TestShareSummary:
     def test_numbers(self):
         summary = share_summary([1, 1, 1, 0], clusters=[0, 1, 2, 3])
-        assert summary == {"value": 0.75, "interval": list(proportion_interval(3, 4)), "n": 4}
+        assert summary == {"value": 0.75, "interval": list(proportion_interval(3, 4)), "n": 4, "unit": "rows"}
+        one_prompt = share_summary([1, 1, 1, 0] * 20, clusters=["a"] * 80)
+        assert one_prompt == {"value": 0.75, "interval": list(proportion_interval(60, 80)), "n": 80, "unit": "rows"}
 
     def test_copies_of_a_row_say_nothing_new(self):
         rows, clusters = [1, 0, 1, 1, 0, 1, 0, 1, 1, 1], list("abcdefghij")

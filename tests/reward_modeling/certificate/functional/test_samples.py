@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import bootstrap
 
 from rlhf_recipes.reward_modeling.certificate.functional.samples import (
     best_of_n,
@@ -95,8 +96,24 @@ class TestScoreSpread:
         assert spread["std_ratio"] == pytest.approx(np.std([3, 3, 6, 8]) / 2)
         assert spread["data"]["n"] == 2
 
+    def test_intervals(self):
+        rng = np.random.default_rng(0)
+        data, samples = rng.normal(5.0, 2.0, 100), rng.normal(7.0, 1.0, 80)
+        found = score_spread(data, samples)["intervals"]
+        for name, statistic in {
+            "shift": lambda drawn, axis: (drawn.mean(axis=axis) - data.mean()) / data.std(),
+            "std_ratio": lambda drawn, axis: drawn.std(axis=axis) / data.std(),
+        }.items():
+            oracle = bootstrap((samples,), statistic, method="percentile", rng=1).confidence_interval
+            assert found[name]["interval"] == pytest.approx([oracle.low, oracle.high], abs=0.02)
+        copies = score_spread(data, np.repeat(samples[:20], 20), np.repeat(np.arange(20), 20))["intervals"]["shift"]
+        once = score_spread(data, samples[:20])["intervals"]["shift"]
+        assert copies["interval"] == pytest.approx(once["interval"])
+        assert (copies["unit"], once["unit"]) == ("prompts", "prompts")
+
     def test_constant_data_has_no_scale(self):
         spread = score_spread([1.0, 1.0], [1.0, 2.0])
+        assert spread["intervals"]["shift"]["interval"] is None
         assert spread["shift"] is spread["std_ratio"] is None
 
 

@@ -1,11 +1,15 @@
 """The verdict: one rule at a time, from a reward model that is fit."""
 
 import copy
+import math
 from dataclasses import fields
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlhf_recipes.reward_modeling.certificate.functional.verdict import LINES, Thresholds, judge
+from rlhf_recipes.reward_modeling.certificate.functional.reasons import LINES, Thresholds
+from rlhf_recipes.reward_modeling.certificate.functional.verdict import judge
 
 SHIFT = {
     "value": -0.5,
@@ -38,7 +42,11 @@ GOOD = {
         "politeness": {**SHIFT, "in_std": 0.1},
     },
     "train_gap": {"train": {"value": 0.8}, "value": 0.05, "interval": [0.0, 0.1]},
-    "spread": {"shift": 0.5, "std_ratio": 0.9},
+    "spread": {
+        "shift": 0.5,
+        "std_ratio": 0.9,
+        "intervals": {"shift": {"interval": [0.4, 0.6]}, "std_ratio": {"interval": [0.8, 1.0]}},
+    },
     "best_of_n": {
         "curve": [{"n": 1}, {"n": 16}],
         "gain": {"value": 0.5, "interval": [0.4, 0.6]},
@@ -61,7 +69,6 @@ def changed(path, value):
 BAD = {
     "a diverged model": ("scores.not_finite", 3, "not fit", "3 of 800 scores are not finite"),
     "accuracy like guessing": ("accuracy.interval", [0.49, 0.6], "not fit", "not above 0.5"),
-    "no interval": ("accuracy.interval", None, "not fit", "not above 0.5"),
     "low accuracy": ("accuracy.value", 0.58, "use with care", "below 0.6"),
     "few pairs": ("accuracy.n", 60, "use with care", "Only 60 held-out pairs"),
     "completions do not count": ("equal_scores", 0.9, "not fit", "90% of the pairs have equal scores"),
@@ -106,6 +113,7 @@ class TestJudge:
             result = judge(changed(path, value))
             assert result["verdict"] == verdict, text
             assert text in result["reasons"][0]["text"]
+            assert result["not_checked"] == []
             assert sum(reason["level"] != "good" for reason in result["reasons"]) == 1
 
     def test_a_constant_model(self):
@@ -134,7 +142,94 @@ class TestJudge:
         result = judge(measures)
         assert result["verdict"] == "fit for PPO"
         assert len(result["not_checked"]) == 5
+        assert result["not_checked"] == [r["text"] for r in result["reasons"] if r["level"] == "not checked"]
 
+    def test_one_prompt_says_nothing_of_others(self):
+        result = judge(changed("accuracy", {"prompts": 1}))
+        assert result["verdict"] == "fit for PPO"
+        assert result["not_checked"] == [
+            "other prompts: all pairs have the same prompt, and what is measured holds for no others"
+        ]
+        assert "have 9 different prompts" in judge(changed("accuracy", {"prompts": 9}))["not_checked"][0]
+        assert judge(changed("accuracy", {"prompts": 10}))["not_checked"] == []
+
+    def test_what_the_rows_cannot_tell_does_not_pass(self):
+        for path, value in {
+            "train_gap": {"value": 0.2, "interval": [-0.1, 0.5]},
+            "probes.repetition": {"in_std": 0.4, "interval": [-0.1, 0.9]},
+        }.items():
+            result = judge(changed(path, value))
+            assert result["verdict"] == "fit for PPO"
+            assert [text for text in result["not_checked"] if "the interval holds 0" in text], path
+
+
+# The intervals that each rule rests on, by the measure that its reason names.
+EVIDENCE = {
+    "accuracy": ("accuracy",),
+    "baselines": ("baselines.tfidf.advantage",),
+    "length": ("length.pairs",),
+    "calibration": ("calibration.ece",),
+    "prompt": ("probes.prompt_swap",),
+    "repetition": ("probes.repetition",),
+    "truncation": ("probes.truncation",),
+    "politeness": ("probes.politeness",),
+    "gap": ("train_gap",),
+    "samples": ("spread.intervals.shift", "spread.intervals.std_ratio"),
+    "best of n": ("best_of_n.gain", "best_of_n.drop"),
+}
+PATHS = [*(path for paths in EVIDENCE.values() for path in paths), "length.controlled.balanced"]
+BROKEN = {
+    "no interval": lambda part: part | {"interval": None},
+    "no key": lambda part: {name: value for name, value in part.items() if name != "interval"},
+    "an end that is nan": lambda part: part | {"interval": [math.nan, 1.0]},
+    "nothing": lambda part: None,
+}
+
+
+def without(kinds):
+    """The good measures, with what `kinds` says of the part at each path."""
+    measures = copy.deepcopy(GOOD)
+    for path, kind in kinds.items():
+        *parents, last = path.split(".")
+        part = measures
+        for name in parents:
+            part = part[name]
+        part[last] = BROKEN[kind](part[last])
+    return measures
+
+
+class TestNoEvidence:
+    @given(st.dictionaries(st.sampled_from(PATHS), st.sampled_from(sorted(BROKEN))))
+    def test_no_rule_passes_without_its_interval(self, kinds):
+        result = judge(without(kinds))
+        passed = {reason["measure"] for reason in result["reasons"] if reason["level"] == "good"}
+        assert passed == {measure for measure, paths in EVIDENCE.items() if kinds.keys().isdisjoint(paths)}
+        assert {reason["level"] for reason in result["reasons"]} <= {"good", "care", "not checked"}
+        assert bool(result["not_checked"]) == bool(kinds)
+        few = kinds.get("accuracy") == "nothing"  # then the number of pairs is not known either
+        assert ("care" in {reason["level"] for reason in result["reasons"]}) == few
+        assert result["verdict"] == ("not fit" if "accuracy" in kinds else "fit for PPO")
+
+    @pytest.mark.parametrize("path", [path for path in PATHS if path != "spread.intervals.std_ratio"])
+    @pytest.mark.parametrize("value", [-5.0, 5.0, 0.0])
+    def test_whatever_the_value_is(self, path, value):
+        result = judge(changed(path, {"value": value, "interval": None}))
+        measure = next((name for name, paths in EVIDENCE.items() if path in paths), "balanced length")
+        [reason] = [reason for reason in result["reasons"] if reason["measure"] == measure]
+        assert reason["level"] == "not checked"
+        assert "no interval" in reason["text"]
+
+    def test_parts_that_are_missing(self):
+        for name in GOOD.keys() - {"scores"}:
+            for measures in (GOOD | {name: None}, {key: part for key, part in GOOD.items() if key != name}):
+                result = judge(measures)
+                assert result["not_checked"] or name == "equal_scores"
+        nothing = judge({"scores": GOOD["scores"]})
+        assert nothing["verdict"] == "not fit"
+        assert {reason["level"] for reason in nothing["reasons"]} == {"not checked", "care"}
+
+
+class TestThresholds:
     @pytest.mark.parametrize("field", [field.name for field in fields(Thresholds)])
     def test_every_line_is_explained(self, field):
         assert f"\n        {field}: " in Thresholds.__doc__

@@ -1,0 +1,75 @@
+"""TRL's trainer of completions, whose evaluation counts every token of every row once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import SFTConfig, SFTTrainer
+
+
+class CompletionTrainer(SFTTrainer):
+    """Trains as TRL does, to the last bit, and evaluates all rows as if they were one batch.
+
+    TRL logs the mean of the batches' means over tokens, so that a token of a batch with short completions weighs more,
+    and `eval_loss` changes with the size of the batches. With several processes it also counts the rows twice that
+    fill up the last batches. Here `eval_loss`, `eval_entropy` and `eval_mean_token_accuracy` are sums over all tokens
+    of all rows, divided by their number. (A loss other than the plain one, `loss_type: dft`, label smoothing or a
+    router's auxiliary loss, stays TRL's; and `padding_free` rows are not told apart, so that several processes count
+    some of them twice.)
+
+    Args:
+        *args: Those of `trl.SFTTrainer`.
+        **kwargs: Those of `trl.SFTTrainer`.
+    """
+
+    args: SFTConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._token_sums: list[Tensor] = []
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of a batch; in evaluation what the model says of its tokens is kept."""
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        handle = model.register_forward_hook(self._keep)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate, and log what all tokens give together in place of means of the batches' means."""
+        self._token_sums = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._token_sums:
+            loss, entropy, right, tokens = torch.cat(self._token_sums).double().sum(dim=0).tolist()
+            self._metrics["eval"]["entropy"] = [entropy / max(tokens, 1)]
+            self._metrics["eval"]["mean_token_accuracy"] = [right / max(tokens, 1)]
+            metrics: Any = output.metrics
+            if self._is_plain():
+                metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        return output
+
+    def _is_plain(self) -> bool:
+        other = (self.compute_loss_func, self.label_smoother)
+        return self.args.loss_type == "nll" and other == (None, None) and not self.aux_loss_enabled
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Add up over the tokens of each row, which tells accelerate's fillers apart from rows."""
+        if getattr(output, "log_probs", None) is None:  # another call, for the logits
+            return
+        parts = (-output.log_probs, output.entropy, output.is_top1, output.label_mask)
+        sums = torch.stack([part.detach().double().sum(dim=-1) for part in parts], dim=1)  # (B, 4)
+        self._token_sums.append(self.accelerator.gather_for_metrics(sums))
