@@ -13,6 +13,7 @@ from transformers import set_seed
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_preferences
+from rlhf_recipes.data.instructions import instructions_as_chats
 from rlhf_recipes.data.preferences import compared_pairs, to_preference_table
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
@@ -47,7 +48,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     # 1. Preferences and base model.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
-    rows = load_splits(data_args, partial(to_rows, config=training_args))
+    rows = load_splits(data_args, partial(to_rows, config=training_args, chat_template=tokenizer.chat_template))
     if training_args.objective == "pairwise" and "completions" in rows["train"].column_names:
         rows = DatasetDict({name: compared_pairs(split) for name, split in rows.items()})
     rows["train"] = drop_ties(rows["train"], training_args)
@@ -104,8 +105,15 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     trainer.end()
 
 
-def to_rows(dataset: Dataset, *, config: PreferenceConfig | None = None, drop_bad_rows: bool = False) -> Dataset:
+def to_rows(
+    dataset: Dataset,
+    *,
+    config: PreferenceConfig | None = None,
+    chat_template: str | None = None,
+    drop_bad_rows: bool = False,
+) -> Dataset:
     """Pairs of `chosen` and `rejected` as TRL takes them; every other kind of rows as the preference table."""
+    dataset = instructions_as_chats(dataset, chat_template)
     columns = dict(dataset.features)
     in_words = "label" in columns and getattr(columns["label"], "dtype", None) in ("string", "bool")
     graded = {"strength", "preference_strength", "num_correct"} & columns.keys()
