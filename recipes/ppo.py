@@ -14,13 +14,15 @@ ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
 
 def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     # Imported here, so that --help does not wait for them.
-    from functools import partial
     from pathlib import Path
+
+    from datasets import Dataset
 
     from rlhf_recipes import PPOTrainer
     from rlhf_recipes.checkpoints import check_output_dir
     from rlhf_recipes.data import load_rows, to_prompts
     from rlhf_recipes.data.chat_templates import end_token_ids
+    from rlhf_recipes.data.instructions import instructions_as_chats
     from rlhf_recipes.data.splits import load_splits
     from rlhf_recipes.data.synthetic import GoldScore
     from rlhf_recipes.evaluation.alarm import AlarmLimits
@@ -35,7 +37,12 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
-    rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words))
+
+    def to_rows(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
+        dataset = instructions_as_chats(dataset, tokenizer.chat_template)
+        return to_prompts(dataset, prompt_words=ppo_args.prompt_words, drop_bad_rows=drop_bad_rows)
+
+    rows = load_splits(data_args, to_rows)
     policy = load_causal_lm(
         model_args.model_name_or_path,
         quantization_config=quantization_config(model_args),

@@ -4,6 +4,7 @@ accelerate launch recipes/reward.py --config recipes/quickstart/reward.yaml [--l
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -12,7 +13,8 @@ from transformers import set_seed
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_preferences
-from rlhf_recipes.data.preferences import to_preference_table
+from rlhf_recipes.data.instructions import instructions_as_chats
+from rlhf_recipes.data.preferences import compared_pairs, to_preference_table
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
 from rlhf_recipes.models import (
@@ -27,6 +29,7 @@ from rlhf_recipes.reward_modeling import (
     PreferenceConfig,
     PreferenceTrainer,
     RewardModelConfig,
+    check_rows,
     check_score_head,
     drop_ties,
     evaluate_pairs,
@@ -45,7 +48,9 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     # 1. Preferences and base model.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
-    rows = load_splits(data_args, to_rows)
+    rows = load_splits(data_args, partial(to_rows, config=training_args, chat_template=tokenizer.chat_template))
+    if training_args.objective == "pairwise" and "completions" in rows["train"].column_names:
+        rows = DatasetDict({name: compared_pairs(split) for name, split in rows.items()})
     rows["train"] = drop_ties(rows["train"], training_args)
     model = load_sequence_classifier(
         model_args.model_name_or_path,
@@ -100,13 +105,23 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     trainer.end()
 
 
-def to_rows(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
+def to_rows(
+    dataset: Dataset,
+    *,
+    config: PreferenceConfig | None = None,
+    chat_template: str | None = None,
+    drop_bad_rows: bool = False,
+) -> Dataset:
     """Pairs of `chosen` and `rejected` as TRL takes them; every other kind of rows as the preference table."""
+    dataset = instructions_as_chats(dataset, chat_template)
     columns = dict(dataset.features)
-    in_words = "label" in columns and getattr(columns["label"], "dtype", None) == "string"
-    graded = "strength" in columns or "preference_strength" in columns
-    pairs = {"chosen", "rejected"} <= columns.keys() and not in_words and not graded
-    return (to_preferences if pairs else to_preference_table)(dataset, drop_bad_rows=drop_bad_rows)
+    in_words = "label" in columns and getattr(columns["label"], "dtype", None) in ("string", "bool")
+    graded = {"strength", "preference_strength", "num_correct"} & columns.keys()
+    if not {"chosen", "rejected"} <= columns.keys() or in_words or graded:
+        return to_preference_table(dataset, drop_bad_rows=drop_bad_rows)
+    if config is not None:
+        check_rows(dataset, config, "given")
+    return to_preferences(dataset, drop_bad_rows=drop_bad_rows)
 
 
 if __name__ == "__main__":

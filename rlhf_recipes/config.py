@@ -17,6 +17,9 @@ import yaml
 
 # Fields of TRL and transformers that take more than their annotation says.
 _ALSO_TAKES = {"resume_from_checkpoint": (bool,), "scale_rewards": (bool,), "lora_target_modules": (str,)}
+_NULL = ("null", "Null", "NULL", "~")  # YAML 1.2's
+_NULL_MEANS = {"report_to": "none"}  # transformers would make a list of one None
+_OPTION = re.compile(r"--?[A-Za-z]")
 _PLAIN = (NoneType, bool, int, float, str, list, dict)
 _WORDS = {
     NoneType: "null",
@@ -105,6 +108,9 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     a `Literal`); here that is an error, as is any key or option that no dataclass has. In the file, `1e-5` is a
     number and `no` is a word, as in YAML 1.2.
 
+    On the command line `null` (or `~`) is YAML's null: it unsets a field that allows None, whatever the file says.
+    `none` is a word like any other. Several words after an option are a list, where the field allows one.
+
     Args:
         dataclass_types: One dataclass, or several without a field in common.
         argv: Command-line arguments; `None` takes those of the process.
@@ -114,13 +120,15 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
 
     Raises:
         FileNotFoundError: If the YAML file does not exist.
-        ValueError: If a key or option is unknown (the error names the nearest one), a value has the wrong type, or
-            the file is not a YAML mapping.
+        ValueError: If a key or option is unknown (the error names the nearest one), a value has the wrong type, an
+            option has several values where one is allowed, or the file is not a YAML mapping.
 
     Example:
         >>> (data,) = parse_stage(DataArguments, ["--dataset_name", "pairs.jsonl", "--test_size", "0.2"])
         >>> data.dataset_name, data.test_size
         ('pairs.jsonl', 0.2)
+        >>> parse_stage(DataArguments, ["--dataset_test_split", "test", "--dataset_test_split", "null"])[0]
+        DataArguments(dataset_name=None, dataset_config=None, dataset_train_split='train', dataset_test_split=None, ...
         >>> parse_stage(DataArguments, ["--test_sice", "0.2"])
         Traceback (most recent call last):
         ...
@@ -137,8 +145,10 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     before.add_argument("--config")
     try:
         known, options = before.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-        if known.config is not None:
-            parser.set_defaults_with_config(**_read_config(Path(known.config), annotations))
+        values = {} if known.config is None else _read_config(Path(known.config), annotations)
+        options, given = _split_options(options, annotations)
+        values |= given
+        parser.set_defaults_with_config(**{n: _NULL_MEANS.get(n) if v is None else v for n, v in values.items()})
         *configs, unknown = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
         )
@@ -184,6 +194,51 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
         if not parsed_later and not _fits(value, annotations[name], name):
             raise ValueError(f"{path}: {_complaint(name, annotations[name], value)}")
     return config
+
+
+def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Take out the options that argparse cannot read: it has no null, and one word for a field of text or a list.
+
+    The last value of a field counts, as in argparse.
+
+    Returns:
+        The other options, and the values of those that were taken out.
+    """
+    groups: list[list[str]] = []
+    for text in argv:
+        if _OPTION.match(text) or not groups:
+            groups.append([text])
+        else:
+            groups[-1].append(text)
+    left: list[tuple[str, list[str]]] = []
+    own: dict[str, Any] = {}
+    for first, *rest in groups:
+        option, equals, inline = first.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        own.pop(name, None)
+        values = [inline, *rest] if equals else rest
+        if option.startswith("--") and name in annotations and _is_own(name, annotations[name], values):
+            own[name] = None if len(values) == 1 else values
+            left = [group for group in left if group[0] != name]
+        else:
+            left.append((name, [first, *rest]))
+    return [text for _, group in left for text in group], own
+
+
+def _is_own(name: str, annotation: Any, values: list[str]) -> bool:
+    """Say whether the words after an option are null, or several for a field that takes a text or a list of texts."""
+    options = _options(annotation)
+    if len(values) == 1 and values[0] in _NULL:
+        if not _fits(None, annotation, name):
+            raise ValueError(f"{_complaint(name, annotation, None)} Leave the option out to keep its default.")
+        return True
+    if len(values) < 2:
+        return False
+    if list[str] in options and str in options:
+        return True
+    if not any((typing.get_origin(option) or option) is list for option in options):
+        raise ValueError(f"`{name}` takes one value on the command line, got {len(values)}: {' '.join(values)}.")
+    return False
 
 
 def _annotations(dataclass_type: type) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 import argparse
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from rlhf_recipes.config import DataArguments, parse_stage, validate_fields
+from rlhf_recipes import PPOConfig
+from rlhf_recipes.config import DataArguments, _split_options, parse_stage, validate_fields
+from rlhf_recipes.ppo.arguments import PPOArguments
+from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
 
 
 @dataclass
@@ -26,6 +30,10 @@ class Settings:
     modules: list[str] = field(default_factory=list)
     extra: dict[str, Any] | str | None = None
     strategy: IntervalStrategy | str = "no"
+
+
+def fields_of(*types):
+    return {field.name for one in types for field in dataclasses.fields(one) if field.init}
 
 
 @dataclass
@@ -85,6 +93,101 @@ def test_yaml_values_arrive(parse, text, name, value):
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(parse):
     settings = parse("rate: 1e-3\nsteps: 7", "--rate", "3e-4", "--critic=head")
     assert (settings.rate, settings.steps, settings.critic, settings.folder) == (3e-4, 7, "head", "outputs")
+
+
+NULLED = [
+    ("clip: 0.3", ["--clip", "null"], "clip"),
+    ("note: x", ["--note", "null"], "note"),
+    ("note: x", ["--note=null"], "note"),
+    ("note: x", ["--note", "~"], "note"),
+    ("note: x", ["--note", "NULL"], "note"),
+    ("note: x", ["--note", "y", "--note", "null"], "note"),
+    ("weights: [1, 2]", ["--weights", "null"], "weights"),
+    ("weights: [1, 2]", ["--weights", "3", "4", "--weights", "null", "--fast", "false"], "weights"),
+    ("extra: {a: 1}", ["--extra", "null"], "extra"),
+    ("mode: b", ["--mode", "null"], "mode"),
+    ("quick: true", ["--quick", "null"], "quick"),
+    ("rows: 5", ["--rows", "null"], "rows"),
+    ("reports: [a, b]", ["--reports", "null"], "reports"),
+    ("a_long_name: x", ["--a-long-name", "null"], "a_long_name"),
+]
+
+
+@dataclass
+class Nullable(Settings):
+    mode: Literal["a", "b"] | None = "a"
+    quick: bool | None = True
+    rows: int | None = 3
+    reports: None | str | list[str] = None  # noqa: RUF036  # the parser needs None first
+    a_long_name: str | None = "x"
+
+
+@pytest.mark.parametrize(("text", "argv", "name"), NULLED)
+def test_null_on_the_command_line_unsets_what_the_file_sets(parse, text, argv, name):
+    assert getattr(parse(text, *argv, types=Nullable), name) is None
+    assert getattr(parse(f"{name}: null", types=Nullable), name) is None, "as in the file"
+
+
+def test_a_value_after_null_counts(parse):
+    settings = parse("note: x", "--note", "null", "--note", "y", "--rows", "null", "--rows=7", types=Nullable)
+    assert (settings.note, settings.rows) == ("y", 7)
+
+
+def test_none_is_a_word(parse):
+    assert parse("note: x", "--note", "none").note == "none"
+    assert parse("note: x", "--note", "None").note == "None"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("steps", "`steps` must be a whole number, got None"),
+        ("rate", "`rate` must be a number, got None"),
+        ("critic", "`critic` must be 'adapter' or 'head', got None"),
+        ("fast", "`fast` must be true or false, got None"),
+        ("folder", "`folder` must be text (a number in quotes), got None"),
+        ("modules", "`modules` must be a list of items that are text (a number in quotes), got None"),
+    ],
+)
+def test_null_is_refused_where_a_field_has_none(name, expected):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        parse_stage(Nullable, [f"--{name}", "null"])
+    assert expected in str(caught.value)
+    assert "Leave the option out to keep its default." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--reports", "a", "b"], "reports", ["a", "b"]),
+        (["--reports=a", "b"], "reports", ["a", "b"]),
+        (["--reports", "a"], "reports", "a"),
+        (["--reports", "a", "b", "--reports", "c"], "reports", "c"),
+        (["--reports", "c", "--reports", "a", "b"], "reports", ["a", "b"]),
+        (["--weights", "1", "0.5"], "weights", [1.0, 0.5]),
+        (["--weights", "-1", "-0.5"], "weights", [-1.0, -0.5]),
+        (["--modules", "q", "v"], "modules", ["q", "v"]),
+    ],
+)
+def test_several_words_are_a_list_where_a_field_has_one(parse, argv, name, value):
+    assert getattr(parse("folder: x", *argv, "--steps", "4", types=Nullable), name) == value
+    assert getattr(parse(f"{name}: {value!r}", types=Nullable), name) == value, "as in the file"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--steps", "1", "2"], "`steps` takes one value on the command line, got 2: 1 2."),
+        (["--note", "two", "words"], "`note` takes one value on the command line, got 2: two words."),
+        (["--fast", "true", "false"], "`fast` takes one value on the command line, got 2"),
+        (["--critic=head", "adapter"], "`critic` takes one value on the command line, got 2"),
+        (["--weights", "null", "1"], "--weights: invalid float value: 'null'"),
+    ],
+)
+def test_several_words_are_refused_where_a_field_has_one(argv, expected):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        parse_stage(Nullable, argv)
+    assert expected in str(caught.value)
 
 
 def test_the_place_and_form_of_the_config_option_do_not_matter(tmp_path):
@@ -233,6 +336,57 @@ def test_trl_configs_pass_after_their_post_init(config):
     wrong.gradient_accumulation_steps = 2.5
     with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` must be a whole number, got 2\.5"):
         validate_fields(wrong)
+
+
+STAGES = {
+    "sft": (DataArguments, SFTConfig, ModelConfig),
+    "reward": (DataArguments, PreferenceConfig, RewardModelConfig),
+    "ppo": (PPOArguments, DataArguments, PPOConfig, ModelConfig),
+}
+
+
+@pytest.mark.parametrize("types", STAGES.values(), ids=STAGES)
+def test_null_unsets_every_field_of_a_stage_that_may_be_null_and_no_other(types):
+    on_cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "out"]
+    hints = {name: hint for one in types for name, hint in get_type_hints(one).items() if not name.startswith("_")}
+    names = fields_of(*types)
+    nullable = {name for name in names if type(None) in get_args(hints[name])}
+    assert len(nullable) > 40
+    # Left out of the line: what this test needs; the rest is unset in one go.
+    line = [text for name in sorted(nullable - {"bf16", "output_dir"}) for text in (f"--{name}", "null")]
+    configs = parse_stage(types, [*on_cpu, *line])
+    plain = parse_stage(types, on_cpu)
+    # What a configuration fills in by itself where it finds null; transformers and TRL say how.
+    filled = {"output_dir", "bf16", "activation_checkpointing", "disable_tqdm", "accelerator_config", "report_to"}
+    filled |= {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "ddp_find_unused_parameters"}
+    filled |= {"num_generations_eval", "generation_batch_size", "steps_per_generation"}
+    for config, default in zip(configs, plain, strict=True):
+        for name in fields_of(type(config)) - filled:
+            assert getattr(config, name) == (None if name in nullable else getattr(default, name)), name
+    for name in sorted(names - nullable):
+        with pytest.raises(ValueError, match=f"`{name}` must be .*Leave the option out"):
+            _split_options([f"--{name}", "null"], hints)
+
+
+@pytest.mark.parametrize("types", STAGES.values(), ids=STAGES)
+def test_every_field_of_a_stage_takes_several_words_as_a_list_or_is_named(types):
+    on_cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "out"]
+    listed = {"report_to": ["wandb", "tensorboard"], "optim_target_modules": ["q", "v"], "label_names": ["a", "b"]}
+    line = [text for name, words in listed.items() for text in (f"--{name}", *words)]
+    training = parse_stage(types, [*on_cpu, *line])[types.index(next(t for t in types if "report_to" in fields_of(t)))]
+    assert {name: getattr(training, name) for name in listed} == listed
+    hints = {name: hint for one in types for name, hint in get_type_hints(one).items()}
+    for name in sorted(fields_of(*types)):
+        kinds = get_args(hints[name]) or (hints[name],)
+        if any(get_origin(kind) is list or kind is list for kind in (hints[name], *kinds)):
+            continue
+        with pytest.raises(ValueError, match=f"`{name}` takes one value on the command line, got 2: a b"):
+            _split_options([f"--{name}", "a", "b"], hints)
+
+
+def test_nothing_is_reported_to_null():
+    argv = ["--use_cpu", "true", "--bf16", "false", "--report_to", "null"]
+    assert parse_stage(SFTConfig, argv)[0].report_to == []  # transformers would report to `[None]`
 
 
 def test_trl_model_config_passes_with_one_target_module():

@@ -5,11 +5,14 @@ A chat is a list of `{"role": ..., "content": ...}` messages.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Row = dict[str, Any]
 
 _ASSISTANT = "\n\nAssistant:"
+_WRITTEN = re.compile(r"""\s*(?:array\(\s*)?\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_KEYS = re.compile(r"""[{,]\s*["'](role|content|from|value)["']\s*:""")
 
 
 class BadRow(ValueError):
@@ -28,25 +31,45 @@ def split_row(row: Row, column: str) -> tuple[Any, Any]:
 
     Args:
         row: Values by column. If its `prompt` is of the same kind (text or chat) as `row[column]`, this is the prompt
-            and that the completion; a prompt in text beside a chat only repeats a part of it.
+            and that the completion; text that answers a chat is the assistant's message. A prompt in text beside a
+            chat only repeats a part of it, or is what the user said before a chat of one answer.
         column: The column with a completion or a whole dialogue.
 
     Returns:
         `(prompt, completion)`, both text or both chats.
 
     Raises:
-        BadRow: If the row has neither a prompt of the same kind nor a dialogue that can be split.
+        BadRow: If the row has neither a prompt nor a dialogue that can be split.
 
     Example:
         >>> split_row({"prompt": "Hi", "chosen": " Hello!"}, "chosen")
         ('Hi', ' Hello!')
     """
     prompt, value = row.get("prompt"), row[column]
-    if isinstance(prompt, list) and isinstance(value, str):
-        raise BadRow(f"`prompt` is a chat, but `{column}` is text")
-    if prompt is None or (isinstance(prompt, str) and isinstance(value, list)):
+    if isinstance(prompt, str) and isinstance(value, list):
+        before, answer = split_dialogue(value)
+        return before or [{"role": "user", "content": filled(prompt, "prompt")}], answer
+    if prompt is None:
         return split_dialogue(value)
-    return prompt, value
+    return prompt, as_answer(value, prompt)
+
+
+def as_answer(value: Any, prompt: Any) -> Any:
+    """Make a message of the assistant from text that answers a chat.
+
+    Args:
+        value: The answer.
+        prompt: What it answers.
+
+    Returns:
+        A chat of one message if the prompt is a chat and the answer is text, or the answer as it is.
+
+    Example:
+        >>> as_answer("Hello!", [{"role": "user", "content": "Hi"}])
+        [{'role': 'assistant', 'content': 'Hello!'}]
+    """
+    is_text = isinstance(value, str) and isinstance(prompt, list)
+    return [{"role": "assistant", "content": value}] if is_text else value
 
 
 def split_pair(row: Row, sides: tuple[str, str] = ("chosen", "rejected")) -> tuple[Any, Any, Any]:
@@ -119,7 +142,7 @@ def split_dialogue(value: Any) -> tuple[Any, Any]:
 
 
 def check_kind(value: Any, column: str) -> None:
-    """Check that a value is text, a chat or missing.
+    """Check that a value is text, a chat or missing, and no chat that was written as text.
 
     Args:
         value: The value.
@@ -139,6 +162,19 @@ def check_kind(value: Any, column: str) -> None:
     )
     if not (value is None or isinstance(value, str) or is_chat):
         raise BadRow(f"`{column}` is neither text nor a chat (a list of messages with `role` and `content`)")
+    if isinstance(value, str) and column != "text" and _is_written_chat(value):
+        raise BadRow(
+            f"`{column}` is a chat that was written as text. Read it back into a list of messages before, with "
+            "`json.loads` or, if its quotes are single ones, `ast.literal_eval`"
+        )
+
+
+def _is_written_chat(text: str) -> bool:
+    """Say whether text is what JSON, Python or numpy write for a list of messages, or for one."""
+    if not _WRITTEN.match(text):
+        return False
+    keys = set(_KEYS.findall(text))
+    return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def filled(value: Any, name: str) -> Any:

@@ -1,7 +1,8 @@
 r"""Bring rows into the columns that the trainers read: prompts, preferences, completions.
 
-A value is text, or a chat: a list of `{"role": ..., "content": ...}` messages. A dialogue in plain text has turns that
-start with "\n\nHuman:" and "\n\nAssistant:". Row numbers in messages count from 0.
+A value is text, or a chat: a list of `{"role": ..., "content": ...}` messages, or of ShareGPT's `from` and `value`.
+A dialogue in plain text has turns that start with "\n\nHuman:" and "\n\nAssistant:". Row numbers in messages count
+from 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from rlhf_recipes.data.bad_rows import BadRows
+from rlhf_recipes.data.conversations import conversation_columns, read_conversation
 from rlhf_recipes.data.dialogues import (
     BadRow,
     Row,
@@ -36,12 +38,12 @@ _SOURCES = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 def to_prompts(dataset: Dataset, *, prompt_words: int | None = None, drop_bad_rows: bool = False) -> Dataset:
     """Make rows with a column `prompt`, for PPO.
 
-    The prompt is the column `prompt`; or what precedes the last assistant turn of `chosen` or `messages` (also where
-    `prompt` repeats a part of that chat as text); or the first words of `text`, for the policy to continue
-    (https://huggingface.co/papers/1909.08593, section 3.1).
+    The prompt is the column `prompt`; or what precedes the last assistant turn of `chosen`, `messages` or
+    `conversations` (also where `prompt` repeats a part of that chat as text); or the first words of `text`, for the
+    policy to continue (https://huggingface.co/papers/1909.08593, section 3.1).
 
     Args:
-        dataset: Prompt, completion, preference, `messages` or `text` rows.
+        dataset: Prompt, completion, preference, `messages`, `conversations` or `text` rows.
         prompt_words: For `text` rows: number of words, at most, that make the prompt.
         drop_bad_rows: Whether to leave out rows with an empty prompt, instead of refusing the dataset.
 
@@ -56,7 +58,7 @@ def to_prompts(dataset: Dataset, *, prompt_words: int | None = None, drop_bad_ro
         >>> to_prompts(rows, prompt_words=3)[:]
         {'prompt': ['a long film', 'short'], 'label': [0, 1]}
     """
-    columns = _columns(dataset, ["prompt"], ["chosen"], ["messages"], ["text"])
+    columns = _columns(dataset, ["prompt"], ["chosen"], ["messages"], ["conversations"], ["text"])
     if (columns == ["text"]) != (prompt_words is not None):
         raise ValueError(
             "`prompt_words` says how many words of each `text` are the prompt: give it with `text` rows, and only "
@@ -115,7 +117,8 @@ def to_completions(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
     Of preference rows, `chosen` is the completion.
 
     Args:
-        dataset: Completion, `messages`, preference or `text` rows; the first of these that the columns allow.
+        dataset: Completion, `messages`, preference, `conversations` or `text` rows; the first of these that the
+            columns allow.
         drop_bad_rows: Whether to leave out rows with an empty prompt, completion or text, instead of refusing the
             dataset.
 
@@ -130,7 +133,8 @@ def to_completions(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
         >>> to_completions(rows)[0]
         {'prompt': 'Hi', 'completion': ' Hello!'}
     """
-    kind = _columns(dataset, ["prompt", "completion"], ["messages"], ["chosen"], ["text"])[-1]
+    kind = _columns(dataset, ["prompt", "completion"], ["messages"], ["chosen"], ["conversations"], ["text"])[-1]
+    kind = "messages" if kind == "conversations" else kind
 
     def convert(row: Row) -> Row:
         if kind == "text":
@@ -171,14 +175,12 @@ def split_by_prompt(dataset: Dataset, test_size: float, seed: int) -> DatasetDic
     """
     if not 0.0 < test_size < 1.0:
         raise ValueError(f"`test_size` must lie between 0 and 1, got {test_size}.")
-    column = _columns(dataset, ["prompt"], ["messages"], ["text"])[0]
 
-    def place(value: Any) -> float:
-        prompt = split_dialogue(value)[0] if column == "messages" else value
-        digest = hashlib.sha256(f"{seed} {json.dumps(prompt, sort_keys=True)}".encode()).digest()
+    def place(key: str) -> float:
+        digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
 
-    places = [place(value) for value in dataset[column]]
+    places = list(map(place, prompt_keys(dataset)))
     distinct = sorted(set(places))
     if len(distinct) < 2:
         raise ValueError("All rows have the same prompt, so none can be held out. Give a test split of its own.")
@@ -187,6 +189,19 @@ def split_by_prompt(dataset: Dataset, test_size: float, seed: int) -> DatasetDic
         train=dataset.select([index for index, place in enumerate(places) if place >= limit]),
         test=dataset.select([index for index, place in enumerate(places) if place < limit]),
     )
+
+
+def prompt_keys(dataset: Dataset) -> list[str]:
+    """Write the prompts of converted rows (see `split_by_prompt`) as JSON, to compare them.
+
+    Example:
+        >>> prompt_keys(Dataset.from_dict({"prompt": ["a", "b"]}))
+        ['"a"', '"b"']
+    """
+    column = _columns(dataset, ["prompt"], ["messages"], ["text"])[0]
+    values = dataset[column]
+    prompts = (split_dialogue(value)[0] for value in values) if column == "messages" else values
+    return [json.dumps(prompt, sort_keys=True) for prompt in prompts]
 
 
 def check_prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
@@ -247,13 +262,15 @@ def _names(dataset: Dataset) -> str:
 def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: bool) -> Dataset:
     """Replace the source columns by what `convert` makes of them, without the rows that it refuses."""
     used = [column for column in _SOURCES if column in dataset.column_names]
+    used += conversation_columns(dataset.column_names)
     kept: list[int] = []
     rows: list[Row] = []
     bad = BadRows()
     tokens = [column for column in ("chosen_ids", "rejected_ids") if column in dataset.column_names]
     for index, row in enumerate(dataset.select_columns([*used, *tokens]).with_format(None)):
         try:
-            for column in used:
+            row = read_conversation(row)
+            for column in [name for name in row if name in _SOURCES]:
                 check_kind(row[column], column)
             rows.append(convert(row))
         except BadRow as problem:

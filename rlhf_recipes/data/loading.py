@@ -16,6 +16,14 @@ from datasets.table import InMemoryTable
 
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+_TYPES = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}  # what JSON has
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -162,9 +170,25 @@ def _read_file(path: Path) -> Dataset:
         rows, _ = _read_json(path)
         # Not `Dataset.from_list`: it takes the columns of the first row for those of all.
         columns = dict.fromkeys(column for row in rows for column in row)
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        arrays = {column: _to_array(path, column, [row.get(column) for row in rows]) for column in columns}
+        return Dataset(InMemoryTable(pa.table(arrays)))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _to_array(path: Path, column: str, values: list[Any]) -> pa.Array:
+    """Refuse a column that mixes types. Arrow would take true among numbers for 1, and names no column."""
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            first.setdefault(_TYPES[type(value)], row)
+    found = ", ".join(f"{kind} in row {row}" for kind, row in first.items())
+    try:
+        if len(first) < 2:
+            return pa.array(values)
+    except pa.ArrowException as error:
+        found = str(error)
+    raise ValueError(f"{path}: `{column}` has values of different types: {found}. Give all rows the same type.")
 
 
 def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[int | None]]:

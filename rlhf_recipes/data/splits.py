@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from datasets import Dataset, DatasetDict
 
 from rlhf_recipes.config import DataArguments
-from rlhf_recipes.data.formats import split_by_prompt
+from rlhf_recipes.data.formats import prompt_keys, split_by_prompt
 from rlhf_recipes.data.loading import load_rows
 from rlhf_recipes.data.preferences import load_preferences
+
+logger = logging.getLogger(__name__)
 
 
 class Converter(Protocol):
@@ -25,7 +28,8 @@ def load_splits(data_args: DataArguments, convert: Converter) -> DatasetDict:
     r"""Load the rows that a stage trains on and those that it is evaluated on.
 
     Without a test split of its own, `test_size` of the prompts are held out with all of their rows. The same prompts
-    are held out whatever the seed of the run, so that no stage trains on a prompt that another stage tests on.
+    are held out whatever the seed of the run, so that no stage trains on a prompt that another stage tests on. A
+    warning counts the prompts that a test split of its own shares with the training split.
 
     Args:
         data_args: Which rows, and how many at most: the first ones.
@@ -103,4 +107,25 @@ def _load_both(data_args: DataArguments, load: Callable[[str], Dataset]) -> Data
     for name, most in (("train", data_args.max_train_rows), ("test", data_args.max_test_rows)):
         if most is not None and most < len(splits[name]):
             splits[name] = splits[name].select(range(most))
+    if data_args.dataset_test_split is not None:
+        _warn_of_shared_prompts(splits)
     return splits
+
+
+def _warn_of_shared_prompts(splits: DatasetDict) -> None:
+    train, test = (prompt_keys(splits[name]) for name in ("train", "test"))
+    known, asked = set(train), set(test)
+    shared = known & asked
+    if not shared or len(known | asked) == 1:  # one prompt for all rows is a task, and cannot be held out
+        return
+    row = next(row for row, prompt in enumerate(test) if prompt in shared)
+    logger.warning(
+        "%d of %d prompts of the test split are also in the training split (first: row %d, %s): what is measured on "
+        "them may be learned by heart, so that the evaluation looks better than it is on new prompts. Take them out "
+        "of one of the two, or unset `dataset_test_split`: then prompts of the training split are held out.",
+        *(len(shared), len(asked), row, _in_short(test[row])),
+    )
+
+
+def _in_short(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else f"{prompt[:57]}..."

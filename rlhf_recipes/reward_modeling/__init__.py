@@ -5,7 +5,7 @@ from rlhf_recipes.reward_modeling.config import PreferenceConfig, RewardModelCon
 from rlhf_recipes.reward_modeling.evaluation import evaluate_pairs, pairwise_evaluation, score_sequences
 from rlhf_recipes.reward_modeling.preparation import check_score_head
 from rlhf_recipes.reward_modeling.readout import Readout, fit_normalization
-from rlhf_recipes.reward_modeling.table import drop_ties
+from rlhf_recipes.reward_modeling.table import check_rows, drop_ties
 from rlhf_recipes.reward_modeling.trainer import PreferenceTrainer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PreferenceTrainer",
     "Readout",
     "RewardModelConfig",
+    "check_rows",
     "check_score_head",
     "drop_ties",
     "evaluate_pairs",

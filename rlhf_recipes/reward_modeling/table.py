@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from rlhf_recipes.data.preferences import check_preferences
+from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.schema import JUDGEMENTS, place_of, quoted
 from rlhf_recipes.reward_modeling.collator import Row, ranks_of, sequences_of
 from rlhf_recipes.reward_modeling.preparation import cut_after_eos
@@ -69,9 +70,11 @@ def check_rows(dataset: Dataset, config: PreferenceConfig, name: str) -> Dataset
     else:
         used = [column for column in ("label", "margin") if column in dataset.column_names]
         check = _pair_problem
-    for index, row in enumerate(dataset.select_columns(used) if used else []):
+    for index, row in enumerate(dataset.select_columns(used).with_format(None) if used else []):
         if problem := check(row, config):
             raise ValueError(f"{name.capitalize()} {place_of({'row': index, **row})} {problem}")
+    if check is _table_problem and config.margin_use == "margin":
+        _check_margins_are_whole(dataset, name)
     return dataset
 
 
@@ -199,11 +202,28 @@ def token_labels(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kind: str
 def _pair_problem(row: Row, config: PreferenceConfig) -> str | None:
     """What is wrong with a row of TRL's, or `None`."""
     label, margin = row.get("label"), row.get("margin")
-    if label is not None and not (isinstance(label, int | float) and 0.0 <= label <= 1.0):
+    if label is not None and not (is_number(label) and 0.0 <= label <= 1.0):
         return f"has the `label` {label!r}. Give the probability that `chosen` wins, in [0, 1], or rename the column."
-    if margin is not None and config.margin_use != "ignore" and not 0.0 <= margin < math.inf:
-        return f"has the `margin` {margin}. Give a finite number that is not negative, or set `margin_use: ignore`."
+    if "margin" not in row or config.margin_use == "ignore" or (margin is None and config.margin_use == "scale"):
+        return None
+    if not is_number(margin) or margin < 0.0:
+        return (
+            f"has the `margin` {margin!r}. Give a finite number that is not negative (0 where nothing is known), "
+            "remove the column, or set `margin_use: ignore`."
+        )
     return None
+
+
+def _check_margins_are_whole(table: Dataset, name: str) -> None:
+    """Refuse a table in which some decided pairs have a margin and others none: theirs would count as 0."""
+    pairs = table.select_columns(["label", "margin", "row", "line"])
+    decided = [row for row in pairs if row["label"] not in (None, 0.5)]
+    missing = next((row for row in decided if row["margin"] is None), None)
+    if missing is not None and any(row["margin"] is not None for row in decided):
+        raise ValueError(
+            f"{name.capitalize()} {place_of(missing)} has no `margin`, but other rows have one. Give every pair a "
+            "number (0 where nothing is known), remove the column, or set `margin_use: ignore`."
+        )
 
 
 def _table_problem(row: Row, config: PreferenceConfig) -> str | None:

@@ -89,6 +89,8 @@ class PreferenceTrainer(RewardTrainer):
         """Check the rows against the objective, and tokenize them: texts as TRL does, chats as PPO reads them."""
         ends = end_token_ids(self._given_model, processing_class)
         if _is_trl(dataset, args):
+            if isinstance(dataset, Dataset):
+                check_rows(dataset, args, dataset_name)
             dataset = with_chat_ids(dataset, processing_class, ends, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not isinstance(dataset, Dataset):

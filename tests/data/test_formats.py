@@ -162,7 +162,8 @@ BAD_PREFERENCES = [
     (([assistant("a")], [assistant("b")]), "empty `prompt`"),
     (([user(" "), assistant("a")], [user(" "), assistant("b")]), "empty `prompt`"),
     ((["a"], ["b"]), "`chosen` is neither text nor a chat"),
-    (([{"from": "gpt", "value": "a"}],) * 2, "`chosen` is neither text nor a chat"),
+    (([{"value": "a"}],) * 2, "`chosen` is neither text nor a chat"),
+    (([{"from": "bot", "value": "a"}],) * 2, "`chosen` has a turn whose `from` is none of human, user, gpt"),
     ((1, 2), "`chosen` is neither text nor a chat"),
 ]
 
@@ -186,9 +187,14 @@ def test_bad_rows_are_dropped_only_when_asked_for(caplog):
     assert "3 of 4 rows cannot be used" in caplog.text
 
 
-def test_a_chat_prompt_beside_text_is_refused():
-    with pytest.raises(ValueError, match="`prompt` is a chat, but `chosen` is text"):
-        to_preferences(rows(prompt=[[user("Hi")]], chosen=["a"], rejected=["b"]))
+def test_text_that_answers_a_chat_is_the_assistants_message():
+    [row] = to_preferences(rows(prompt=[[user("Hi")]], chosen=["a"], rejected=["b"]))
+    assert row == {"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+
+
+def test_a_text_before_one_answer_as_a_chat_is_the_users_message():
+    [row] = to_preferences(rows(prompt=["Hi"], chosen=[[assistant("a")]], rejected=[[assistant("b")]]))
+    assert row == {"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
 
 
 # Completions
@@ -250,7 +256,7 @@ def test_an_assistant_turn_that_calls_a_tool_may_be_without_words():
         (
             to_prompts,
             ["query", "label"],
-            "Expected the columns `prompt`, or `chosen`, or `messages`, or `text`; found",
+            "Expected the columns `prompt`, or `chosen`, or `messages`, or `conversations`, or `text`; found",
         ),
         (
             to_preferences,
@@ -260,7 +266,7 @@ def test_an_assistant_turn_that_calls_a_tool_may_be_without_words():
         (
             to_completions,
             ["prompt"],
-            "`prompt` and `completion`, or `messages`, or `chosen`, or `text`; found `prompt`",
+            "`prompt` and `completion`, or `messages`, or `chosen`, or `conversations`, or `text`; found `prompt`",
         ),
         (lambda dataset: split_by_prompt(dataset, 0.5, 0), ["chosen"], "`prompt`, or `messages`, or `text`; found"),
         (

@@ -50,6 +50,58 @@ def test_a_test_split_of_its_own_is_used_whole(write, tmp_path):
     assert splits["test"]["prompt"][:] == [row["prompt"] for row in ROWS[4:10]]
 
 
+CHATS = [{"messages": [{"role": "user", "content": f"p{n}"}, {"role": "assistant", "content": "a"}]} for n in range(9)]
+SHARED = {
+    "sft": (to_completions, ROWS[:20], ROWS[16:24]),  # p8 and p9, twice each
+    "reward": (to_preferences, ROWS[:20], ROWS[16:24]),
+    "ppo": (to_prompts, ROWS[:20], ROWS[16:24]),
+    "chats": (to_completions, CHATS[:6], CHATS[4:]),
+    "conversations": (
+        to_prompts,
+        [{"conversations": [{"from": "human", "value": f"p{n}"}]} for n in range(6)],
+        [{"conversations": [{"from": "human", "value": f"p{n}"}]} for n in range(4, 8)],
+    ),
+    "texts": (to_completions, [{"text": f"t{n}"} for n in range(6)], [{"text": f"t{n}"} for n in range(4, 8)]),
+}
+
+
+@pytest.mark.parametrize(("convert", "train", "test"), SHARED.values(), ids=SHARED)
+def test_prompts_on_both_sides_are_counted_in_a_warning(write, tmp_path, caplog, convert, train, test):
+    write(train)
+    write(test, "test.jsonl")
+    splits = load_splits(DataArguments(str(tmp_path), dataset_test_split="test"), convert)
+    [warning] = [record.getMessage() for record in caplog.records]
+    column = next(name for name in ("prompt", "messages", "text") if name in splits["test"].column_names)
+    asked = len({json.dumps(value) for value in splits["test"][column]})
+    assert warning.startswith(f"2 of {asked} prompts of the test split are also in the training split (first: row 0, ")
+    assert "looks better than it is" in warning
+    assert "unset `dataset_test_split`" in warning
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "fields"),
+    [
+        (ROWS[:20], ROWS[20:30], {}),
+        (ROWS[:20], ROWS[16:24], {"max_train_rows": 16}),  # only rows that are used count
+        (ROWS[:20], ROWS[20:24] + ROWS[:2], {"max_test_rows": 4}),
+        (ROWS[:1] * 2, ROWS[:1], {}),  # one prompt for all rows is a task
+    ],
+)
+def test_prompts_on_one_side_are_no_reason_for_a_warning(write, tmp_path, caplog, train, test, fields):
+    write(train)
+    write(test, "test.jsonl")
+    load_splits(DataArguments(str(tmp_path), dataset_test_split="test", **fields), to_completions)
+    load_splits(DataArguments(write(ROWS, "whole.jsonl")), to_completions)
+    assert not caplog.records
+
+
+def test_prompts_that_differ_in_what_follows_are_the_same(write, tmp_path, caplog):
+    write([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    write([{"prompt": "p", "chosen": "c", "rejected": "d"}], "test.jsonl")
+    load_splits(DataArguments(str(tmp_path), dataset_test_split="test"), to_preferences)
+    assert "1 of 1 prompts of the test split" in caplog.text
+
+
 def test_splits_have_names(write, tmp_path):
     write(ROWS[:6], "good.jsonl")
     write(ROWS[6:8], "held_out.jsonl")

@@ -321,6 +321,41 @@ class TestOtherRows:
         assert stage.evaluation["ties"] == list(stage.trainer.eval_dataset["label"]).count(0.5)
         assert len(stage.trainer.train_dataset) + stage.evaluation["n"] == len(rows)
 
+    def test_known_sets_of_instructions_are_pairs_of_chats(self, run_stage, write_rows, tiny_tokenizer, caplog):
+        ratings = {" good": 4, " bad": 1.5, " dull": 1.5}
+        rows = [
+            {"prompt": prompt, "response": text, "helpfulness": rating, "verbosity": 1}
+            for text, rating in ratings.items()
+            for prompt in PROMPTS
+        ]
+        rows.append({"prompt": "the film", "response": " good", "helpfulness": 3, "verbosity": 1})
+        stage = run_stage("reward", dataset_name=write_rows(rows), max_steps=1, test_size=0.4)
+        pairs = [*stage.trainer.train_dataset, *stage.trainer.eval_dataset]
+        found = {
+            tuple(map(tiny_tokenizer.decode, pair["completion_ids"])): pair["label"]
+            for pair in pairs
+            if pair["prompt"][0]["content"] == PROMPTS[0]
+        }
+        good, bad, dull = (f"<user> {PROMPTS[0]} <eos> <assistant>{text} <eos>" for text in ratings)
+        assert found == {(good, bad): 1.0, (good, dull): 1.0, (bad, dull): 0.5}
+        assert len(pairs) == 3 * len(PROMPTS)
+        assert "rows compare no completions" in caplog.text
+
+    def test_turns_of_sharegpt_are_pairs_of_chats(self, run_stage, write_rows, tiny_tokenizer):
+        rows = [
+            {
+                "conversations": [{"from": "human", "value": prompt}],
+                "chosen": {"from": "gpt", "value": "good"},
+                "rejected": {"from": "gpt", "value": "bad"},
+            }
+            for prompt in PROMPTS
+        ]
+        stage = run_stage("reward", dataset_name=write_rows(rows), max_steps=1)
+        row = stage.trainer.train_dataset[0]
+        asked = f"<user> {row['prompt'][0]['content']} <eos> <assistant>"
+        assert tiny_tokenizer.decode(row["chosen_ids"]) == f"{asked} good <eos>"
+        assert tiny_tokenizer.decode(row["rejected_ids"]) == f"{asked} bad <eos>"
+
     def test_labels_of_steps_have_a_loss_instead_of_an_accuracy(self, run_stage, write_rows):
         rows = [
             {"prompt": prompt, "completions": [" good bad"], "steps": [[" good", " bad"]], "step_labels": [[1.0, 0.0]]}
@@ -354,6 +389,12 @@ class TestBadInput:
     def test_another_task_type_on_the_command_line(self, refused, write_rows):
         message = "`lora_task_type` must be 'SEQ_CLS' for a reward model, got 'CAUSAL_LM'.*score head"
         refused(ValueError, message, dataset_name=write_rows(PAIRS), lora_task_type="CAUSAL_LM")
+
+    def test_margins_that_are_no_numbers(self, refused, write_rows):
+        rows = [{**pair, "margin": "1.5"} for pair in PAIRS]
+        refused(ValueError, "row 0 has the `margin` '1.5'", dataset_name=write_rows(rows))
+        rows = [{**pair, "margin": 1.5 if n else None} for n, pair in enumerate(PAIRS)]
+        refused(ValueError, "row 0 has the `margin` None", dataset_name=write_rows(rows))
 
     def test_another_task_type_in_the_file(self, refused, write_rows, tmp_path):
         (tmp_path / "reward.yaml").write_text("lora_task_type: TOKEN_CLS\n")

@@ -424,6 +424,12 @@ class TestBadRows:
                 {},
                 "Train row 1 has the `margin` nan",
             ),
+            ([{**pair, "margin": "1.5"} for pair in PAIRS], {}, "Train row 0 has the `margin` '1.5'"),
+            (
+                [{**pair, "margin": None if n else 1.0} for n, pair in enumerate(PAIRS)],
+                {},
+                "Train row 1 has the `margin`",
+            ),
             ([{"chosen": "good", "rejected": "bad"}], {"readout": "sum"}, "Row 0 has no `prompt`"),
             (
                 [

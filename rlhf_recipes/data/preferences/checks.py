@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from rlhf_recipes.data.dialogues import BadRow, Row, check_kind, filled
 
@@ -89,6 +90,38 @@ def same(row: Row, first: int, second: int) -> bool:
     return bool(texts[first] == texts[second] and (ids is None or ids[first] == ids[second]))
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Say whether a value is a finite number: not text, nan, infinite, true or false.
+
+    Args:
+        value: Any value, also of numpy.
+
+    Returns:
+        Whether it is one.
+
+    Example:
+        >>> [is_number(value) for value in (1.5, 2, "1.5", True, None, float("nan"))]
+        [True, True, False, False, False, False]
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Say whether a value is a whole number and neither true nor false.
+
+    Args:
+        value: Any value, also of numpy.
+
+    Returns:
+        Whether it is one.
+
+    Example:
+        >>> [is_whole(value) for value in (2, 2.0, "2", True)]
+        [True, False, False, False]
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _wins(high: float, low: float) -> float:
     return 0.5 if high == low else float(high > low)
 
@@ -112,7 +145,7 @@ def _check_ids(row: Row) -> None:
         return
     if not _lists(ids, len(row["completions"])):
         raise BadRow("`completion_ids` does not have one list per completion")
-    if not all(sequence and all(isinstance(token, int) and token >= 0 for token in sequence) for sequence in ids):
+    if not all(sequence and all(is_whole(token) and token >= 0 for token in sequence) for sequence in ids):
         raise BadRow("`completion_ids` has a sequence that is empty or not made of token ids")
 
 
@@ -120,8 +153,8 @@ def _lists(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(isinstance(one, list) for one in value)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _target(value: Any) -> bool:
+    return isinstance(value, bool) or is_number(value)
 
 
 def _check_compared(row: Row, name: str) -> None:
@@ -138,11 +171,11 @@ def _label(row: Row) -> bool:
     _check_compared(row, "label")
     if len(row["completions"]) > 2:
         raise BadRow("`label` compares two completions, but there are more")
-    if not (_finite(label) and 0 <= label <= 1):
+    if not (is_number(label) and 0 <= label <= 1):
         raise BadRow("`label` is not a probability between 0 and 1")
     if same(row, 0, 1):
         raise BadRow("the two completions are the same")
-    if margin is not None and not (_finite(margin) and margin >= 0):
+    if margin is not None and not (is_number(margin) and margin >= 0):
         raise BadRow("`margin` is not a number of at least 0")
     if margin and label == 0.5:
         raise BadRow("`margin` is above 0, but `label` is a tie")
@@ -156,7 +189,7 @@ def _ranks(row: Row) -> bool:
     _check_compared(row, "ranks")
     if not isinstance(ranks, list) or len(ranks) != len(row["completions"]):
         raise BadRow("`ranks` does not have one rank per completion")
-    if not all(isinstance(rank, int) for rank in ranks):
+    if not all(map(is_whole, ranks)):
         raise BadRow("`ranks` is not made of whole numbers")
     places = sorted(set(ranks))
     by_count = [1 + sum(other < place for other in ranks) for place in places]  # ties take up places: 1, 1, 3
@@ -170,7 +203,7 @@ def _best(row: Row) -> bool:
     if best is None:
         return False
     _check_compared(row, "best")
-    if not isinstance(best, int) or not 0 <= best < len(row["completions"]):
+    if not is_whole(best) or not 0 <= best < len(row["completions"]):
         raise BadRow("`best` is not the index of a completion, from 0")
     return True
 
@@ -181,7 +214,7 @@ def _ratings(row: Row) -> bool:
         return False
     if not isinstance(ratings, list) or len(ratings) != len(row["completions"]):
         raise BadRow("`ratings` does not have one rating per completion")
-    if not all(map(_finite, ratings)):
+    if not all(map(is_number, ratings)):
         raise BadRow("`ratings` has a value that is not a finite number")
     return True
 
@@ -201,7 +234,7 @@ def _steps(row: Row) -> bool:
             completion[-1]["content"] if isinstance(completion, list) else completion
         ):
             raise BadRow("`steps` do not make up their completion")
-        if not all(value is None or (_finite(value) and 0 <= value <= 1) for value in values):
+        if not all(value is None or (_target(value) and 0 <= value <= 1) for value in values):
             raise BadRow("`step_labels` has a label that is not between 0 and 1")
     if all(value is None for values in labels for value in values):
         raise BadRow("`step_labels` labels no step")
@@ -216,7 +249,7 @@ def _token_labels(row: Row) -> bool:
         raise BadRow("`token_labels` stands without `completion_ids`")
     if not _lists(labels, len(ids)) or list(map(len, labels)) != list(map(len, ids)):
         raise BadRow("`token_labels` does not have one label per token id")
-    if not all(value is None or _finite(value) for values in labels for value in values):
+    if not all(value is None or _target(value) for values in labels for value in values):
         raise BadRow("`token_labels` has a value that is not a finite number")
     if all(value is None for values in labels for value in values):
         raise BadRow("`token_labels` labels no token")

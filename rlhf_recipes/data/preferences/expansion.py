@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 
 from datasets import Dataset, Value
@@ -10,6 +11,8 @@ from datasets import Dataset, Value
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.data.preferences.checks import compare, same
 from rlhf_recipes.data.preferences.schema import TABLE_COLUMNS, make_table, place_of
+
+logger = logging.getLogger(__name__)
 
 _ORDERS = ("label", "ranks", "best", "ratings")  # the first one that says something about a pair decides
 
@@ -41,7 +44,7 @@ def to_pairs(table: Dataset) -> Dataset:
     """
     rows: list[Row] = []
     for index, row in enumerate(table.with_format(None)):
-        if not any(row.get(name) is not None for name in _ORDERS) or len(row["completions"]) < 2:
+        if not _compares(row):
             raise ValueError(
                 f"{place_of(row)} compares no completions, so no pair can be made of it. Leave out rows with one "
                 "completion, and rows with labels of steps or tokens only."
@@ -52,6 +55,42 @@ def to_pairs(table: Dataset) -> Dataset:
         raise ValueError("No row has two different completions that are compared.")
     others = {name: kind for name, kind in table.features.items() if name not in TABLE_COLUMNS}
     return make_table(rows, {**others, "group": Value("int64")})
+
+
+def compared_pairs(table: Dataset) -> Dataset:
+    """Make a loss of pairs possible: groups become pairs, and rows that compare nothing are left out and counted.
+
+    Args:
+        table: A preference table.
+
+    Returns:
+        The pairs (see `to_pairs`); the table itself where every row has a `label`, or none compares anything.
+
+    Raises:
+        ValueError: If no two completions of a row differ.
+
+    Example:
+        >>> from rlhf_recipes.data.preferences.schema import make_table
+        >>> rows = [{"prompt": "Hi", "completions": ["a", "b"], "ratings": [1, 4], "row": 0}]
+        >>> compared_pairs(make_table(rows))["label"][:]
+        [0.0]
+    """
+    if all(label is not None for label in table["label"]):
+        return table
+    comparing = [index for index, row in enumerate(table.with_format(None)) if _compares(row)]
+    silent = sorted(set(range(len(table))) - set(comparing))
+    if not comparing:
+        return table
+    if silent:
+        logger.warning(
+            "Left out: %d of %d rows compare no completions, so that no pair can be made of them (first: %s).",
+            *(len(silent), len(table), place_of(table[silent[0]])),
+        )
+    return to_pairs(table.select(comparing))
+
+
+def _compares(row: Row) -> bool:
+    return len(row["completions"]) > 1 and any(row.get(name) is not None for name in _ORDERS)
 
 
 def _pairs(row: Row) -> Iterator[Row]:

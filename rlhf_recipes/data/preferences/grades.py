@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
+from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.pairs import (
     LABEL_WORDS,
     SIDES,
@@ -18,7 +19,7 @@ from rlhf_recipes.data.preferences.pairs import (
     read_pairs,
     two_completions,
 )
-from rlhf_recipes.data.preferences.reading import Rows, column_names
+from rlhf_recipes.data.preferences.reading import Rows, column_names, read
 
 LLAMA2_SMALL_MARGINS: Mapping[str, float] = MappingProxyType(
     {
@@ -113,18 +114,59 @@ def from_signed_pairs(
     sides = find_sides(column_names(rows))
 
     def convert(row: Row) -> Row:
-        strength = row["preference_strength"]
-        if not isinstance(strength, int | float) or abs(strength) not in margins:
-            raise BadRow("`preference_strength` is none of the strengths that have a margin")
-        label = 0.5 if strength == 0 else float(strength < 0)
-        return two_completions(row, sides) | {"label": label, "margin": margins[abs(int(strength))]}
+        return two_completions(row, sides) | _signed(row["preference_strength"], "preference_strength", margins)
 
     return read_pairs(rows, convert, sides, needs=["preference_strength"], drop_bad_rows=drop_bad_rows, source=source)
 
 
+def from_helpsteer3(
+    rows: Rows,
+    *,
+    margins: Mapping[int, float] = HELPSTEER2_MARGINS,
+    drop_bad_rows: bool = False,
+    source: str | None = None,
+) -> Dataset:
+    """Read pairs in the form of HelpSteer3-Preference (https://huggingface.co/papers/2505.11475).
+
+    Args:
+        rows: Rows with `context` (a chat, or text), `response1`, `response2` and `overall_preference`: below 0 the
+            first one is better, above 0 the SECOND one, 0 is a tie.
+        margins: Margin by absolute strength.
+        drop_bad_rows: Whether to leave out bad rows, instead of refusing them all.
+        source: Name of the source, for rows without a column `source`.
+
+    Returns:
+        A preference table with `label` and `margin`.
+
+    Raises:
+        ValueError: If columns are missing, rows cannot be used, or none is left.
+
+    Example:
+        >>> pair = {"context": [{"role": "user", "content": "Hi"}], "response1": "No.", "response2": "Hello!"}
+        >>> table = from_helpsteer3([pair | {"overall_preference": 2}])
+        >>> table[0]["completions"][1], table[0]["label"], table[0]["margin"]
+        ([{'role': 'assistant', 'content': 'Hello!'}], 0.0, 2.0)
+    """
+    sides = ("response1", "response2")
+
+    def convert(row: Row) -> Row:
+        pair = two_completions({"prompt": row["context"], **{side: row[side] for side in sides}}, sides)
+        return pair | _signed(row["overall_preference"], "overall_preference", margins)
+
+    needs = ("context", *sides, "overall_preference")
+    return read(rows, convert, needs=needs, drop_bad_rows=drop_bad_rows, source=source)
+
+
+def _signed(strength: Any, name: str, margins: Mapping[int, float]) -> Row:
+    if not is_number(strength) or abs(strength) not in margins:
+        raise BadRow(f"`{name}` is none of the strengths that have a margin")
+    label = 0.5 if strength == 0 else float(strength < 0)
+    return {"label": label, "margin": margins[abs(int(strength))]}
+
+
 def _margin_of(value: Any, margins: Mapping[Any, float]) -> float:
     grade = value.strip().lower() if isinstance(value, str) else value
-    if not isinstance(grade, str | int | float) or grade not in margins:
+    if not (isinstance(grade, str) or is_number(grade)) or grade not in margins:
         raise BadRow(f"`strength` is none of the grades {', '.join(map(str, margins))}")
     margin = float(margins[grade])
     if not (math.isfinite(margin) and margin >= 0):

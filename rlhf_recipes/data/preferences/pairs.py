@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from rlhf_recipes.data.conversations import read_conversation
 from rlhf_recipes.data.dialogues import BadRow, Row, check_kind, split_pair, two_prompts
 from rlhf_recipes.data.preferences.reading import Rows, column_names, read
 from rlhf_recipes.data.preferences.schema import quoted
@@ -161,6 +162,7 @@ def two_completions(row: Row, sides: tuple[str, str]) -> Row:
         >>> two_completions({"prompt": "Hi", "chosen": "a", "rejected": "b"}, ("chosen", "rejected"))["completions"]
         ['a', 'b']
     """
+    row = read_conversation(row)
     for name in ("prompt", *sides):
         check_kind(row.get(name), name)
     prompt, first, second = split_pair(row, sides)

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from datasets import Dataset
 
 from rlhf_recipes.data.bad_rows import BadRows
-from rlhf_recipes.data.dialogues import BadRow, Row
+from rlhf_recipes.data.conversations import as_chat
+from rlhf_recipes.data.dialogues import BadRow, Row, as_answer
 from rlhf_recipes.data.preferences.checks import check_row
 from rlhf_recipes.data.preferences.schema import PROVENANCE, TABLE_COLUMNS, make_table, place_of, quoted
 
@@ -65,7 +66,7 @@ def read(
         try:
             if not all(isinstance(origin[name], int | None) for name in ("row", "line")):
                 raise BadRow("`row` or `line` is not the number of a row or a line")
-            converted = convert(row) | origin
+            converted = _with_chats(convert(row)) | origin
             check_row(converted)
         except BadRow as problem:
             bad.add(str(problem), place_of(origin))
@@ -74,6 +75,14 @@ def read(
     bad.settle(len(rows), len(found), drop_bad_rows, harmless)
     types: dict[str, Any] = dict(rows.features) if isinstance(rows, Dataset) else {}
     return make_table(found, {name: types.get(name) for name in others})
+
+
+def _with_chats(row: Row) -> Row:
+    """Bring the chats of a row of the table to `role` and `content`, also text that answers a chat."""
+    prompt, completions = as_chat(row["prompt"], "prompt"), row["completions"]
+    if isinstance(completions, list):
+        completions = [as_answer(as_chat(completion, "completions"), prompt) for completion in completions]
+    return {**row, "prompt": prompt, "completions": completions}
 
 
 def check_columns(names: Sequence[str], needs: Collection[str], may_have: Collection[str]) -> None:

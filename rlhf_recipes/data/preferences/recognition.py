@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.data.loading import load_records
-from rlhf_recipes.data.preferences.grades import from_graded_pairs, from_signed_pairs
+from rlhf_recipes.data.preferences.grades import from_graded_pairs, from_helpsteer3, from_signed_pairs
 from rlhf_recipes.data.preferences.groups import from_rankings, from_ratings, from_token_labels
+from rlhf_recipes.data.preferences.helpsteer import from_helpsteer2
 from rlhf_recipes.data.preferences.label_studio import from_label_studio
+from rlhf_recipes.data.preferences.nectar import from_nectar
 from rlhf_recipes.data.preferences.pairs import LABEL_WORDS, SIDES, from_labelled_pairs, from_pairs, label_of
 from rlhf_recipes.data.preferences.reading import Rows, column_names, read
+from rlhf_recipes.data.preferences.reward_bench import from_reward_bench
+from rlhf_recipes.data.preferences.safe_rlhf import from_safe_rlhf
 from rlhf_recipes.data.preferences.schema import JUDGEMENTS, TABLE_COLUMNS, quoted
+from rlhf_recipes.data.preferences.sharegpt import from_sharegpt
 from rlhf_recipes.data.preferences.steps import from_steps
 from rlhf_recipes.data.preferences.ultrafeedback import from_ultrafeedback
 
@@ -75,7 +82,12 @@ class _Kind(NamedTuple):
     may_have: tuple[str, ...]
     read: Reader
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((*self.completions, *self.judgement))
 
+
+_RESPONSES = ("response_0", "response_1")
 _KINDS = [
     _Kind(SIDES[0], (), ("margin",), from_pairs),
     *(_Kind(sides, ("label",), ("margin",), from_labelled_pairs) for sides in SIDES),
@@ -88,10 +100,17 @@ _KINDS = [
     _Kind(("completion",), ("token_labels",), (), from_token_labels),
     _Kind(("instruction", "completions"), (), (), from_ultrafeedback),
     _Kind(("data",), ("annotations",), (), from_label_studio),
+    _Kind(SIDES[0], ("num_correct",), (), from_reward_bench),
+    _Kind(("conversations", *SIDES[0]), (), ("margin",), from_sharegpt),
+    _Kind(_RESPONSES, ("better_response_id",), ("safer_response_id",), from_safe_rlhf),
+    _Kind(_RESPONSES, ("safer_response_id",), (), partial(from_safe_rlhf, preference="safer")),
+    _Kind(("response1", "response2"), ("overall_preference",), (), from_helpsteer3),
+    _Kind(("response",), ("helpfulness",), (), from_helpsteer2),
+    _Kind(("prompt", "answers"), (), (), from_nectar),
 ]
-# Columns that belong to a kind, whatever else there is. Many rows have `data` or an `instruction` of another meaning.
-_SIGNS = {name for kind in _KINDS for name in (*kind.completions, *kind.judgement, *kind.may_have)}
-_SIGNS -= {"data", "instruction"}
+# Columns that belong to a kind, whatever else there is. Many rows have columns of these names with another meaning.
+_SIGNS = {name for kind in _KINDS for name in (*kind.needs, *kind.may_have)}
+_SIGNS -= {"data", "instruction", "prompt", "response", "helpfulness", "answers", "conversations"}
 
 
 def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str | None = None) -> Dataset:
@@ -120,18 +139,19 @@ def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str 
         ValueError: Expected the columns of one kind of preferences; found `chosen`, `prompt`, `ranks`, `rejected`...
     """
     names = set(column_names(rows))
-    fitting = [
-        kind
-        for kind in _KINDS
-        if {*kind.completions, *kind.judgement} <= names
-        and names & _SIGNS <= {*kind.completions, *kind.judgement, *kind.may_have}
-    ]
-    if not fitting:
+    fitting = _fitting(names)
+    if len({kind.read for kind in fitting}) != 1:
         raise ValueError(
             f"Expected the columns of one kind of preferences; found {quoted(sorted(names)) or 'none'}. The kinds are "
             f"{_kinds()}. Rename or remove the columns that do not belong to it, or call its reader."
         )
     return fitting[0].read(rows, drop_bad_rows=drop_bad_rows, source=source)
+
+
+def _fitting(names: Set[str]) -> list[_Kind]:
+    """Return the kinds whose columns are there, without those that another one needs and more."""
+    kinds = [kind for kind in _KINDS if kind.needs <= names and names & _SIGNS <= {*kind.needs, *kind.may_have}]
+    return [kind for kind in kinds if not any(kind.needs < other.needs for other in kinds)]
 
 
 def _kinds() -> str:

@@ -14,7 +14,7 @@ from rlhf_recipes.data.preferences import (
     to_pairs,
     to_preference_table,
 )
-from rlhf_recipes.data.preferences.recognition import _KINDS, _SIGNS
+from rlhf_recipes.data.preferences.recognition import _KINDS, _fitting
 from rlhf_recipes.data.preferences.schema import make_table
 from rlhf_recipes.data.splits import load_preference_splits
 
@@ -187,9 +187,12 @@ def test_chats_and_text_are_two_tables():
 
 def test_no_columns_fit_two_readers():
     for one, other in itertools.permutations(_KINDS, 2):
-        both = {*one.completions, *one.judgement, *other.completions, *other.judgement}
-        fits = [both & _SIGNS <= {*kind.completions, *kind.judgement, *kind.may_have} for kind in (one, other)]
-        assert not all(fits) or one.read is other.read
+        if one.needs < other.needs:
+            assert {kind.read for kind in _fitting(other.needs)} == {other.read}, "the kind that needs more"
+        both = _fitting(one.needs | other.needs)
+        if len({kind.read for kind in both}) > 1:
+            with pytest.raises(ValueError, match="Expected the columns of one kind"):
+                to_preference_table([dict.fromkeys(one.needs | other.needs, "a")])
 
 
 def test_messages_keep_calls_of_tools():

@@ -1,0 +1,50 @@
+"""Known sets of instructions whose prompts are text: a user's message, to be read as a chat."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from datasets import Dataset
+
+_SETS = (
+    {"response", "helpfulness"},
+    {"response_1", "response_2", "preference_strength"},
+    {"response_0", "response_1"},
+    {"chosen", "rejected", "num_correct"},
+)
+_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def instructions_as_chats(dataset: Dataset, chat_template: Any) -> Dataset:
+    r"""Make chats of the prompts of HelpSteer2, PKU-SafeRLHF and RewardBench 2, for a model with a chat template.
+
+    Elsewhere text is joined as it is. There a prompt is what a user said, and a response what the assistant answers:
+    joined they would read "1 + 1?Two." Answers to a chat become messages when the rows are read.
+
+    Args:
+        dataset: Rows of any kind.
+        chat_template: The tokenizer's template; without one (None) all text stays text.
+
+    Returns:
+        The rows. A prompt of HelpSteer2 with marks of turns ("\n<extra_id_1>Assistant\n") becomes several messages.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"], "response": ["Hello!"], "helpfulness": [4]})
+        >>> instructions_as_chats(rows, "{{ messages }}")["prompt"][:]
+        [[{'role': 'user', 'content': 'Hi'}]]
+    """
+    names = set(dataset.column_names)
+    is_text = "prompt" in names and getattr(dataset.features["prompt"], "dtype", None) in ("string", "large_string")
+    if chat_template is None or not is_text or not any(columns <= names for columns in _SETS):
+        return dataset
+    prompts = [_messages(text) for text in dataset["prompt"]]
+    return dataset.remove_columns("prompt").add_column("prompt", prompts)
+
+
+def _messages(text: str | None) -> list[dict[str, str]] | None:
+    if text is None or not text.strip():
+        return None
+    first, *rest = _TURN.split(text)
+    turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
+    return [{"role": role.lower(), "content": said.strip()} for role, said in turns if said.strip()]
