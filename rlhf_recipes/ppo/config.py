@@ -164,11 +164,12 @@ class PPOConfig(GRPOConfig):
             "model of its own, which the trainer gets as `critic_model`."
         },
     )
-    critic_init: Literal["reward", "policy"] = field(
-        default="reward",
+    critic_init: Literal["reward", "policy"] | None = field(
+        default=None,
         metadata={
             "help": "Start of the critic's adapter: the reward adapter with its head, or the policy with a zero head. "
-            "A head on the policy's trunk always starts at zero."
+            "null: the reward adapter if there is one, else the policy. A head on the policy's trunk always starts at "
+            "zero."
         },
     )
     critic_layers: int | None = field(

@@ -80,7 +80,7 @@ class Critic:
             policy.add_module(MODEL, self._model)
         elif self.kind == "head":
             roles.add_head(CRITIC)
-        elif args.critic_init == "policy":
+        elif args.critic_init == "policy" or (args.critic_init is None and reward_role is None):
             roles.add_copy(CRITIC, source=POLICY)
             roles.add_head(CRITIC)
         elif reward_role is not None:
@@ -95,7 +95,8 @@ class Critic:
         else:
             raise ValueError(
                 "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. "
-                "Give the folder of a reward adapter as a reward function, or set `critic_init: policy`."
+                "Give the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts "
+                "from the policy."
             )
 
         if self.layers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from rlhf_recipes.ppo.critic import is_critic_parameter
 from rlhf_recipes.ppo.objective import backward_now
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import join, sort_within_steps
+from rlhf_recipes.ppo.prompts import PromptRules, check_rows
 from rlhf_recipes.ppo.roles_table import roles_table
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
@@ -44,6 +46,7 @@ class PPOEngine(GRPOTrainer):
     args: PPOConfig
     roles: Roles
     critic: Critic
+    prompt_rules: PromptRules
     token_rewards: TokenRewards
     updates: UpdateControl
     step_metrics: dict[str, StepMetrics]
@@ -112,6 +115,12 @@ class PPOEngine(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Make TRL's loader; rows that `evaluate` is given are checked as those of the trainer were."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
+            eval_dataset = check_rows(eval_dataset, "eval_dataset", self.prompt_rules)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         micro_batches = self.args.micro_batches_per_rollout
@@ -254,6 +263,13 @@ class PPOEngine(GRPOTrainer):
         """Log as TRL does, with the metrics of the micro-batches since the last log."""
         for name, value in self.step_metrics[self.mode].collect().items():
             self._metrics[self.mode][name].append(value)
+        prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
+        if self.mode == "eval" and prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
+            for name, values in self._metrics["eval"].items():
+                known = [value for value in values if not math.isnan(value)]
+                mean: Any = sum(known) / len(known) if known else None
+                logs[f"{prefix}_{name}"] = mean
+            self._metrics["eval"].clear()
         super().log(logs, start_time)
 
     def _of_all_processes(self, rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
+from rlhf_recipes.ppo.given import check_adapter, check_reward_list
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 from rlhf_recipes.rewards.encoding import is_encoder
@@ -62,6 +63,7 @@ def build_policy(
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
+    check_adapter(model)
     if isinstance(model, PreTrainedModel | PeftModel):
         warn_of_ignored_settings(model)
     if isinstance(model, PeftModel):
@@ -119,7 +121,8 @@ def build_rewards(
         ValueError: If there is no reward, the weights are not one per reward, or the placement needs a reward
             adapter and there is none.
     """
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    check_reward_list(given)
     weights = args.reward_weights or [1.0] * len(given)
     if not given or len(weights) != len(given):
         raise ValueError(f"Expected one or more rewards and one weight each, got {len(given)} and {len(weights)}.")

@@ -152,7 +152,10 @@ def test_arguments_of_the_trainer_that_contradict_the_configuration_are_refused(
         ({"critic_model": classifier}, "`critic` is 'adapter', and `critic_model` is given"),
         ({**functions, "reward_placement": "redistributed"}, f"{other}redistributed` reads a reward adapter.*Add"),
         ({**functions, "reward_placement": "attention"}, f"{other}attention` reads a reward adapter.*`uniform`"),
-        ({"reward_funcs": count}, "`critic_init` is 'reward', but no reward adapter.*set `critic_init: policy`"),
+        (
+            {"reward_funcs": count, "critic_init": "reward"},
+            "`critic_init` is 'reward', but no reward adapter.*leave `critic_init` out",
+        ),
     ]
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):
