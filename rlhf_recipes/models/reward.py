@@ -28,10 +28,11 @@ def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel
         ValueError: If weights of the head are missing: they would start at random, and so would every reward.
     """
     path = str(path)
+    code = {"trust_remote_code": options.get("trust_remote_code", False)}
     if not is_adapter(path):
         model, missing = load_new_classifier(path, **options)
         _check_complete(path, missing)
-        return model, AutoTokenizer.from_pretrained(path)
+        return model, AutoTokenizer.from_pretrained(path, **code)
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
@@ -42,7 +43,7 @@ def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel
     _check_complete(path, missing - saved)
     merged: Any = PeftModel.from_pretrained(model, path).merge_and_unload()
     own = (Path(path) / "tokenizer_config.json").is_file()
-    return merged, AutoTokenizer.from_pretrained(path if own else base)
+    return merged, AutoTokenizer.from_pretrained(path if own else base, **code)
 
 
 def _check_complete(path: str, missing: set[str]) -> None:

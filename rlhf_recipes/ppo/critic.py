@@ -76,7 +76,7 @@ class Critic:
                 "with `critic: model`, and only then."
             )
         if model is not None:
-            self._model = _classifier(model, zero_head=args.critic_init == "policy")
+            self._model = _classifier(model, args.critic_init == "policy", args.trust_remote_code)
             policy.add_module(MODEL, self._model)
         elif self.kind == "head":
             roles.add_head(CRITIC)
@@ -231,8 +231,9 @@ class Critic:
             self._bias = Readout.load(folder).bias
 
 
-def _classifier(model: str | PreTrainedModel, zero_head: bool) -> PreTrainedModel:
-    model = load_sequence_classifier(model) if isinstance(model, str) else model
+def _classifier(model: str | PreTrainedModel, zero_head: bool, trust_remote_code: bool) -> PreTrainedModel:
+    if isinstance(model, str):
+        model = load_sequence_classifier(model, trust_remote_code=trust_remote_code)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(

@@ -69,6 +69,40 @@ def check_reward_list(given: list[Any]) -> None:
             )
 
 
+def reward_tokenizers(given: Any, reward_funcs: Any) -> list[PreTrainedTokenizerBase | None]:
+    """Bring `reward_processing_classes` into a list with one entry for each reward.
+
+    Raises:
+        TypeError: If one is no tokenizer.
+        ValueError: If they are not as many as the rewards.
+
+    Example:
+        >>> reward_tokenizers(None, ["outputs/reward", len])
+        [None, None]
+    """
+    rewards = len(reward_funcs) if isinstance(reward_funcs, list | tuple) else 1
+    tokenizers = given if isinstance(given, list) else [None] * rewards if given is None else [given]
+    if len(tokenizers) != rewards:
+        raise ValueError(
+            f"`reward_processing_classes` has {len(tokenizers)} entries, and `reward_funcs` {rewards}. Give one for "
+            "each, `None` where the reward has its own tokenizer or needs none."
+        )
+    for index, tokenizer in enumerate(tokenizers):
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`reward_processing_classes[{index}]` must be a tokenizer or None, got {type(tokenizer).__name__}."
+            )
+    return tokenizers
+
+
+def unused_tokenizer(role: str, reward: str) -> ValueError:
+    """Make the error of a tokenizer that a reward would not use; `role` is `reward_` and the reward's number."""
+    return ValueError(
+        f"`reward_processing_classes[{role.removeprefix('reward_')}]` is given, but that reward is {reward}. Give "
+        "`None` there."
+    )
+
+
 def _check_peft_config(config: Any) -> None:
     if not isinstance(config, PeftConfig):
         raise TypeError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")

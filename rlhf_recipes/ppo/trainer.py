@@ -15,8 +15,6 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from rlhf_recipes.models.adapters import base_name
-from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
@@ -25,7 +23,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
-from rlhf_recipes.ppo.given import check_given
+from rlhf_recipes.ppo.given import check_given, reward_tokenizers
 from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
 from rlhf_recipes.ppo.off_policy import off_policy_metrics
 from rlhf_recipes.ppo.out_of_memory import phase
@@ -33,7 +31,7 @@ from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import evaluation_rows, prompt_rules, training_rows
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
-from rlhf_recipes.ppo.setup import build_policy, build_rewards
+from rlhf_recipes.ppo.setup import build_policy, build_rewards, load_base_tokenizer
 from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
 from rlhf_recipes.ppo.updates import UpdateControl
@@ -68,7 +66,7 @@ class PPOTrainer(PPOEngine):
         train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
         processing_class: The tokenizer, with a padding token; by default the base model's.
-        reward_processing_classes: Tokenizers of reward models that are instances, as in TRL; a path brings its own.
+        reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.
         callbacks: Callbacks, as in TRL.
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
@@ -123,10 +121,11 @@ class PPOTrainer(PPOEngine):
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, self.reference = build_policy(model, args, quantization_config, peft_config)
+        tokenizer = processing_class or load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        tokenizer = processing_class or load_tokenizer(base_name(policy))
         self.prompt_rules = prompt_rules(policy, tokenizer, args)
-        reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args)
+        tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
+        reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_one_base(policy, reward_funcs)
@@ -143,7 +142,7 @@ class PPOTrainer(PPOEngine):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            reward_processing_classes=reward_processing_classes,
+            reward_processing_classes=tokenizers,
             callbacks=callbacks,
             optimizers=optimizers,
         )

@@ -38,6 +38,8 @@ def test_groups_must_still_divide_the_rollout(make_config):
         ("top_p", 0.9, "sampled from the policy itself"),
         ("repetition_penalty", 1.1, "sampled from the policy itself"),
         ("gae_lambda_alpha", 0.0, "`gae_lambda_alpha` must be positive, or null to turn it off"),
+        ("max_completion_length", None, "`max_completion_length` must be at least 1, got None"),
+        ("max_completion_length", 0, "`max_completion_length` must be at least 1, got 0"),
         ("placement_gamma", 1.2, r"`placement_gamma` must lie in \(0, 1\]"),
     ],
 )
