@@ -18,7 +18,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     from pathlib import Path
 
     from rlhf_recipes import PPOTrainer
-    from rlhf_recipes.checkpoints import check_output_dir
+    from rlhf_recipes.checkpoints import check_output_dir, is_finished
     from rlhf_recipes.data import load_rows, to_prompts
     from rlhf_recipes.data.chat_templates import end_token_ids
     from rlhf_recipes.data.splits import load_splits
@@ -31,6 +31,8 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
     checkpoint = check_output_dir(training_args)
+    if is_finished(training_args, checkpoint):
+        return
 
     # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}

@@ -49,7 +49,10 @@ def load_ppo_state(
     """
     folder = Path(folder)
     if not (folder / _STATE).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} has no {_STATE}: it is not a complete checkpoint of a PPO run.")
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {_STATE}: it is not a complete checkpoint of a PPO run. With `save_only_model` "
+            "it lacks optimizer, schedule and rollout. Give the folder as `model` to start a new run from its policy."
+        )
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if not _rollout(folder, rank).is_file():
         return state, None

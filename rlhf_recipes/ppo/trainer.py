@@ -132,8 +132,7 @@ class PPOTrainer(PPOEngine):
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
-        self.token_rewards = TokenRewards(args, placement, score_transforms)
-        self.potential = potential
+        self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         super().__init__(
             model=policy,
@@ -146,8 +145,8 @@ class PPOTrainer(PPOEngine):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if isinstance(train_dataset, IterableDataset):
-            self.shuffle_dataset = False  # each pass over a stream is shuffled by itself
+        if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
+            self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
