@@ -14,6 +14,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from rlhf_recipes.ppo._trl import sample_rollout
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.ppo.given import check_callbacks
 from rlhf_recipes.ppo.objective import backward_now
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import join, sort_within_steps
@@ -47,6 +48,7 @@ class PPOEngine(ResumableTrainer):
     @phase("train")  # of what is in no other phase, such as the first step of the optimizer
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; the main process first prints what the roles take in memory."""
+        check_callbacks(self.callback_handler.callbacks, self.trains_whole_model)
         if self.is_world_process_zero():
             sys.stdout.write(roles_table(self))
         return super().train(*args, **kwargs)

@@ -7,7 +7,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import BEMACallback, SyncRefModelCallback
 
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import check_is_dataset
@@ -48,6 +49,22 @@ def check_adapter(model: Any) -> None:
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
             _check_lora(config, f"The adapter {name!r} of `model`")
+
+
+def check_callbacks(callbacks: list[TrainerCallback], trains_whole_model: bool) -> None:
+    """Check that TRL's callbacks fit how the policy is trained.
+
+    Raises:
+        ValueError: If one of them could not work, or would do so without any effect on the run.
+    """
+    for callback in callbacks:
+        if isinstance(callback, SyncRefModelCallback):
+            raise ValueError("`SyncRefModelCallback` has no effect: the reference is frozen. Remove it.")
+        if isinstance(callback, BEMACallback) and not trains_whole_model:
+            raise ValueError(
+                "`BEMACallback` builds a second model from a configuration, which cannot be done for an adapter. "
+                "Train the whole model (without `peft_config`), or remove it."
+            )
 
 
 def check_reward_list(given: list[Any]) -> None:

@@ -12,7 +12,13 @@ from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
+from rlhf_recipes.ppo.checkpoint import (
+    load_ppo_state,
+    load_whole_model,
+    policy_alone,
+    save_ppo_state,
+    save_whole_model,
+)
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from rlhf_recipes.ppo.resume import OF_THE_OPTIMIZER, changed_settings, differences, follow_rates, recut, settings_of
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
@@ -69,6 +75,12 @@ class ResumableTrainer(GRPOTrainer):
                 self._load_state(checkpoint)
                 return finished
         return super().train(checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.trains_whole_model:  # callbacks that copy or average the model mean the policy
+            self.callback_handler.model = policy_alone(self.model)
+        return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
