@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from transformers import set_seed
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_recipes.ppo._trl import sample_rollout
@@ -25,6 +27,16 @@ from rlhf_recipes.ppo.roles_table import roles_table
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.step_metrics import StepMetrics
+
+
+def process_seed(seed: int, rank: int) -> int:
+    """Seed of a process's sampling, so that runs and processes have nothing in common.
+
+    Example:
+        >>> process_seed(42, 0), process_seed(42, 1) == process_seed(43, 0)
+        (42, False)
+    """
+    return seed if rank == 0 else int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4])
 
 
 class PPOEngine(ResumableTrainer):
@@ -52,6 +64,11 @@ class PPOEngine(ResumableTrainer):
         if self.is_world_process_zero():
             sys.stdout.write(roles_table(self))
         return super().train(*args, **kwargs)
+
+    def _seed_sampling(self) -> None:
+        """Let each process sample from a stream of its own: by TRL's seed + rank, the next seed would share it."""
+        if self.accelerator.process_index > 0:
+            set_seed(process_seed(self.args.seed, self.accelerator.process_index))
 
     @phase("generate")
     def _generate(self, prompts: list[Any]) -> Any:

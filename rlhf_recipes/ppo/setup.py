@@ -153,6 +153,7 @@ def build_rewards(
         _build(reward, f"reward_{index}", roles, tokenizer, args, own)
         for index, (reward, own) in enumerate(zip(given, tokenizers, strict=True))
     ]
+    check_one_base(roles.model, functions)
     for index, function in enumerate(functions):
         before = [getattr(other, "__name__", None) for other in functions[:index]]
         if isinstance(function, AdapterReward | ClassifierReward | EnsembleReward) and function.__name__ in before:

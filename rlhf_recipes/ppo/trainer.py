@@ -128,7 +128,6 @@ class PPOTrainer(PPOEngine):
         reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
-        checks.check_one_base(policy, reward_funcs)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
@@ -145,6 +144,7 @@ class PPOTrainer(PPOEngine):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._seed_sampling()
         if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
             self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -97,3 +97,17 @@ def test_generation_kwargs_that_change_what_is_sampled_are_refused(make_config, 
 def test_generation_kwargs_may_say_how_memory_is_used_and_what_holds_anyway(make_config):
     given = {"use_cache": True, "prefill_chunk_size": 4, "top_p": 1.0, "top_k": 0, "num_beams": 1, "temperature": 0.7}
     assert make_config(generation_kwargs=given, temperature=0.7).generation_kwargs == given
+
+
+@pytest.mark.parametrize(("inherited", "fields"), [("bf16", {}), ("fp16", {}), ("bf16", {"fp16": True})])
+def test_the_precision_in_force_is_the_one_that_is_kept(make_config, monkeypatch, caplog, inherited, fields):
+    """An environment variable of accelerate holds where the configuration asks for nothing."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", inherited)
+    config = make_config(**fields)
+    in_force = "fp16" if fields else inherited
+    assert config.mixed_precision == in_force
+    assert {name: getattr(config, name) for name in ("bf16", "fp16")} == {
+        "bf16": in_force == "bf16",
+        "fp16": in_force == "fp16",
+    }
+    assert ("ACCELERATE_MIXED_PRECISION sets" in caplog.text) == (not fields)
