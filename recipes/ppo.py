@@ -19,20 +19,19 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     from datasets import Dataset
 
     from rlhf_recipes import PPOTrainer
-    from rlhf_recipes.checkpoints import check_output_dir
+    from rlhf_recipes.checkpoints import check_output_dir, is_finished
     from rlhf_recipes.data import load_rows, to_prompts
-    from rlhf_recipes.data.chat_templates import end_token_ids
     from rlhf_recipes.data.instructions import instructions_as_chats
     from rlhf_recipes.data.splits import load_splits
     from rlhf_recipes.data.synthetic import GoldScore
-    from rlhf_recipes.evaluation.alarm import AlarmLimits
-    from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
     from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
     from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
     from rlhf_recipes.rewards import EnsembleReward, RemoteReward
     from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
     checkpoint = check_output_dir(training_args)
+    if is_finished(training_args, checkpoint):
+        return
 
     # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
@@ -61,7 +60,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
             EnsembleReward(ppo_args.reward_adapters, ppo_args.reward_ensemble, ppo_args.reward_ensemble_k)
         )
     if ppo_args.reward_url is not None:
-        reward_funcs.append(RemoteReward(ppo_args.reward_url, eos_token_ids=end_token_ids(policy, tokenizer)))
+        reward_funcs.append(RemoteReward(ppo_args.reward_url))
     if not reward_funcs:
         raise ValueError(
             "PPO needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or add functions to "
@@ -86,14 +85,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         ptx_dataset=None if ppo_args.ptx_dataset is None else load_rows(ppo_args.ptx_dataset, split="train"),
     )
     judge = None if gold is None else trainer.reward_func_names[len(reward_funcs) - 1]
-    if ppo_args.evaluation_steps is not None:
-        trainer.add_callback(
-            PolicyEvaluation(trainer, rows["test"], ppo_args.evaluation_steps, gold=judge, at_end=False)
-        )
-    trainer.add_callback(FrontierTracker(trainer, gold=judge))
-    if ppo_args.alarm != "off":
-        limits = AlarmLimits(kl_budget=ppo_args.alarm_kl_budget)
-        trainer.add_callback(RewardHackingAlarm(trainer, gold=judge, action=ppo_args.alarm, limits=limits))
+    add_hooks(trainer, rows["test"], ppo_args, judge)
     run = start_run(
         recipe=Path(training_args.output_dir).resolve().parent.name,
         stage="ppo",
@@ -113,6 +105,19 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         print(write_evaluation(evaluation, training_args.output_dir))
     log_outputs(run, training_args.output_dir)
     trainer.end()
+
+
+def add_hooks(trainer, rows, ppo_args: PPOArguments, judge: str | None) -> None:
+    """Watch the training: on held-out prompts, how the score grows with the KL, and for signs of a hacked reward."""
+    from rlhf_recipes.evaluation.alarm import AlarmLimits
+    from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
+
+    if ppo_args.evaluation_steps is not None:
+        trainer.add_callback(PolicyEvaluation(trainer, rows, ppo_args.evaluation_steps, gold=judge, at_end=False))
+    trainer.add_callback(FrontierTracker(trainer, gold=judge))
+    if ppo_args.alarm != "off":
+        limits = AlarmLimits(kl_budget=ppo_args.alarm_kl_budget)
+        trainer.add_callback(RewardHackingAlarm(trainer, gold=judge, action=ppo_args.alarm, limits=limits))
 
 
 if __name__ == "__main__":

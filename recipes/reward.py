@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
-from rlhf_recipes.checkpoints import check_output_dir
+from rlhf_recipes.checkpoints import check_output_dir, is_finished
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.instructions import instructions_as_chats
@@ -43,6 +43,8 @@ ARGUMENTS = (DataArguments, PreferenceConfig, RewardModelConfig)
 
 def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: RewardModelConfig) -> None:
     checkpoint = check_output_dir(training_args)
+    if is_finished(training_args, checkpoint):
+        return
     set_seed(training_args.seed)  # the score head starts at random
 
     # 1. Preferences and base model.

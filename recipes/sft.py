@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl import ModelConfig, SFTConfig
 
-from rlhf_recipes.checkpoints import check_output_dir
+from rlhf_recipes.checkpoints import check_output_dir, is_finished, load_finished
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_completions
 from rlhf_recipes.data.chat_templates import check_completions, end_token_ids
@@ -31,6 +31,8 @@ ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
 
 def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     checkpoint = check_output_dir(training_args)
+    if is_finished(training_args, checkpoint):
+        return
 
     # 1. Rows and base model. The loss is on the completions; `text` and `messages` rows count as a whole.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
@@ -69,7 +71,8 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     )
     if trainer.is_world_process_zero():
         print(stage_table(trainer.model, "policy"))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if load_finished(trainer, checkpoint) is None:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_state()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_STATE = "trainer_state.json"
 
 
 def check_output_dir(training_args: TrainingArguments) -> str | None:
@@ -59,12 +67,73 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
     if training_args.should_save and not resumes_here and folder.exists() and any(folder.iterdir()):
         resuming = "Resume it with `--resume_from_checkpoint true`, choose" if checkpoints else "Choose"
         raise FileExistsError(f"{folder} is not empty. {resuming} another `--output_dir`, or remove the folder.")
+    if checkpoint is not None and _is_complete(checkpoint) and not _has_schedule(checkpoint):
+        logger.warning(
+            "%s has no scheduler.pt: saved with `save_only_model`, it lacks optimizer and schedule, and the learning "
+            "rate starts again at the top.",
+            checkpoint,
+        )
     return None if checkpoint is None else str(checkpoint)
+
+
+def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> bool:
+    """Tell whether a run that is to be resumed has made all its steps and was evaluated: nothing is left to do.
+
+    Args:
+        training_args: The stage's configuration.
+        checkpoint: What `check_output_dir` returned.
+
+    Example:
+        >>> is_finished(None, None)
+        False
+    """
+    if checkpoint is None or not _has_made_all_steps(training_args, checkpoint):
+        return False
+    evaluated = (Path(str(training_args.output_dir)) / "evaluation.json").is_file()
+    if evaluated and training_args.should_save:
+        logger.warning("%s is finished: all steps are made, and evaluation.json is there.", training_args.output_dir)
+    return evaluated
+
+
+def load_finished(trainer: Trainer, checkpoint: str | None) -> TrainOutput | None:
+    """Load a checkpoint of the last step, after which transformers would make one more if it lies within a pass.
+
+    Args:
+        trainer: The trainer, which gets the weights and the history.
+        checkpoint: The checkpoint to resume from, if any.
+
+    Returns:
+        What `trainer.train` returns of a run; `None` if there are steps to make, and nothing was done.
+    """
+    if checkpoint is None or not _has_made_all_steps(trainer.args, checkpoint):
+        return None
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / _STATE))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    logger.warning(
+        "%s is of the last step, so nothing is trained. Raise `max_steps` or `num_train_epochs` to go on.", checkpoint
+    )
+    return TrainOutput(trainer.state.global_step, 0.0, {})
+
+
+def _has_schedule(checkpoint: Path) -> bool:
+    return (checkpoint / "scheduler.pt").is_file() or any(checkpoint.glob("global_step*"))  # the latter: DeepSpeed's
+
+
+def _has_made_all_steps(training_args: TrainingArguments, checkpoint: str) -> bool:
+    try:
+        state = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    if training_args.max_steps > 0:
+        return bool(state["global_step"] >= training_args.max_steps)
+    return bool((state.get("epoch") or 0.0) >= training_args.num_train_epochs)
 
 
 def _is_complete(checkpoint: Path) -> bool:
     # Trainer writes this file last. A process that was killed while it wrote leaves a part of it, or none.
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return "global_step" in json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False

@@ -195,15 +195,15 @@ def make_trainer(make_config, sft_adapter, reward_adapter, prompts):
     from rlhf_recipes import PPOTrainer
 
     own = ("critic_model", "placement", "score_transforms", "potential", "ptx_dataset", "callbacks", "optimizers")
+    own += ("eval_dataset", "processing_class", "reward_processing_classes")
 
     def make(reward_funcs=None, model=None, quantization_config=None, peft_config=None, dataset=None, **fields):
-        more = {name: fields.pop(name) for name in own if name in fields}
+        more = {"eval_dataset": prompts} | {name: fields.pop(name) for name in own if name in fields}
         return PPOTrainer(
             model=str(sft_adapter) if model is None else model,
             reward_funcs=str(reward_adapter) if reward_funcs is None else reward_funcs,
             args=make_config(**fields),
             train_dataset=prompts if dataset is None else dataset,
-            eval_dataset=prompts,
             quantization_config=quantization_config,
             peft_config=peft_config,
             **more,

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from rlhf_recipes.checkpoints import check_output_dir
+from rlhf_recipes.checkpoints import check_output_dir, is_finished
 
 
 def run_in(folder, resume=None):
@@ -77,3 +77,33 @@ def test_a_process_that_does_not_write_does_not_take_the_writers_files_for_old_o
     assert check_output_dir(Second()) is None
     with pytest.raises(FileExistsError):
         check_output_dir(run_in(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("state", "fields", "over"),
+    [
+        ({"global_step": 3, "epoch": 0.7}, {"max_steps": 3}, True),
+        ({"global_step": 3, "epoch": 0.7}, {"max_steps": 4}, False),
+        ({"global_step": 8, "epoch": 2.0}, {"num_train_epochs": 2}, True),
+        ({"global_step": 8, "epoch": 2.0}, {"num_train_epochs": 3}, False),
+        ({"global_step": 2, "epoch": 0.5}, {"num_train_epochs": 0.5}, True),
+    ],
+)
+def test_a_run_is_finished_after_its_last_step_and_its_evaluation(tmp_path, state, fields, over):
+    path = checkpoint(tmp_path, state["global_step"])
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **fields)
+    assert not is_finished(args, str(path)), "the evaluation is missing"
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert is_finished(args, str(path)) == over
+    assert not is_finished(args, None)
+
+
+def test_a_checkpoint_of_weights_alone_is_named(tmp_path, caplog):
+    path = checkpoint(tmp_path, 5)
+    check_output_dir(run_in(tmp_path, "true"))
+    assert "checkpoint-5 has no scheduler.pt: saved with `save_only_model`" in caplog.text
+    caplog.clear()
+    (path / "scheduler.pt").touch()
+    check_output_dir(run_in(tmp_path, "true"))
+    assert not caplog.text

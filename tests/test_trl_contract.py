@@ -34,6 +34,7 @@ METHODS = {
     "_load_best_model": "self",
     "_load_from_checkpoint": "self resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "self checkpoint",
+    "_prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
     "_prepare_inputs": "self generation_batch",
     "_save": "self output_dir state_dict",
     "_save_optimizer_and_scheduler": "self output_dir",

@@ -230,13 +230,8 @@ def check_prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, m
             "model with a longer context."
         )
     prompts = list(dataset["prompt"])
-    if prompts and isinstance(prompts[0], list):
-        encoded: Any = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompts)
-    too_long = [(index, len(ids)) for index, ids in enumerate(encoded["input_ids"]) if len(ids) > max_prompt_tokens]
+    lengths = [len(ids) for ids in encode_prompts(prompts, tokenizer)]
+    too_long = [(index, length) for index, length in enumerate(lengths) if length > max_prompt_tokens]
     if too_long:
         index, length = too_long[0]
         raise ValueError(
@@ -244,6 +239,19 @@ def check_prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, m
             f"and at most {max_prompt_tokens} are left for a prompt. Shorten or remove such rows, lower "
             "`max_completion_length`, or use a model with a longer context."
         )
+
+
+def encode_prompts(prompts: list[Any], tokenizer: PreTrainedTokenizerBase, **template: Any) -> list[list[int]]:
+    """Token ids of prompts, all of them texts or all chats, which the chat template renders for generation."""
+    encoded: Any
+    if prompts and isinstance(prompts[0], list):
+        encoded = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **template
+        )
+    else:
+        encoded = tokenizer(text=prompts) if prompts else {"input_ids": []}
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _columns(dataset: Dataset, *kinds: list[str]) -> list[str]:

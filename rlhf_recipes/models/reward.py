@@ -59,10 +59,11 @@ def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrain
 
 def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None, PreTrainedTokenizerBase]:
     """Load the base, and name the folder of the adapter if there is one."""
+    code = {"trust_remote_code": options.get("trust_remote_code", False)}
     if not is_adapter(path):
         model, missing = load_new_classifier(path, **options)
         _check_complete(path, missing)
-        return model, None, AutoTokenizer.from_pretrained(path)
+        return model, None, AutoTokenizer.from_pretrained(path, **code)
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
@@ -72,7 +73,7 @@ def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None,
         saved = {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
     _check_complete(path, missing - saved)
     own = (Path(path) / "tokenizer_config.json").is_file()
-    return model, path, AutoTokenizer.from_pretrained(path if own else base)
+    return model, path, AutoTokenizer.from_pretrained(path if own else base, **code)
 
 
 def _dequantized(base: Any) -> PreTrainedModel:

@@ -51,7 +51,7 @@ def run_sizes(
 
     policy = adapter(ppo_args.sft_adapter, "sft_adapter")
     rewards, others = _rewards(ppo_args, adapter)
-    like = rewards[0] if rewards and training_args.critic_init == "reward" else policy
+    like = rewards[0] if rewards and training_args.critic_init != "policy" else policy
     critic, critic_network = _critic(training_args.critic, ppo_args.critic_model, like)
     weight_bytes = _bytes_of(model_args.dtype, config)
     bits: Literal[0, 4, 8] = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0

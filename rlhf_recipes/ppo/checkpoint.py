@@ -5,6 +5,7 @@ A run that resumes in the middle of the epochs over a rollout continues with tha
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def load_ppo_state(
     """
     folder = Path(folder)
     if not (folder / _STATE).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} has no {_STATE}: it is not a complete checkpoint of a PPO run.")
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {_STATE}: it is not a complete checkpoint of a PPO run. With `save_only_model` "
+            "it lacks optimizer, schedule and rollout. Give the folder as `model` to start a new run from its policy."
+        )
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if not _rollout(folder, rank).is_file():
         return state, None
@@ -64,13 +68,20 @@ def _rollout(folder: Path, rank: int) -> Path:
     return folder / f"rollout_{rank}.safetensors"
 
 
+def policy_alone(policy: Any) -> Any:
+    """A fully trained policy without the other roles that its module tree carries: the same weights, not a copy."""
+    alone = copy.copy(policy)
+    alone.__dict__.pop("forward", None)  # TRL's, which would compute with these weights in a deep copy too
+    alone.__dict__["_modules"] = {name: child for name, child in policy.named_children() if name not in _NOT_POLICY}
+    return alone
+
+
 def save_whole_model(policy: Any, folder: str | Path) -> None:
-    """Save a policy that is trained without an adapter, without the other roles that its module tree carries."""
-    own = {name: value for name, value in policy.state_dict().items() if name.partition(".")[0] not in _NOT_POLICY}
-    policy.save_pretrained(str(folder), state_dict=own)
+    """Save a policy that is trained without an adapter."""
+    policy_alone(policy).save_pretrained(str(folder))
 
 
 def load_whole_model(policy: Any, folder: str | Path) -> None:
     """Read what `save_whole_model` wrote."""
     saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
-    policy.load_state_dict(saved.state_dict(), strict=False)
+    policy_alone(policy).load_state_dict(saved.state_dict())

@@ -187,25 +187,6 @@ def check_one_base(model: nn.Module, others: Iterable[Any]) -> None:
             )
 
 
-def check_prompts(dataset: Any, needed: int) -> None:
-    """Check that a dataset has prompts, and enough of them for one rollout.
-
-    Args:
-        dataset: The training or evaluation data.
-        needed: Different prompts in one rollout. TRL drops an incomplete one, so with fewer nothing would be trained.
-
-    Raises:
-        ValueError: If it has no column `prompt`, or too few rows.
-    """
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"The dataset needs a column 'prompt'; it has {dataset.column_names}.")
-    if len(dataset) < needed:
-        raise ValueError(
-            f"One rollout takes {needed} different prompts, but the dataset has {len(dataset)}. Give more prompts, or "
-            "lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`."
-        )
-
-
 def check_same_distribution(
     logps: Tensor, other: Tensor, mask: Tensor, half_precision: bool, what: str, cause: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Configuration of the PPO trainer: TRL's rollout engine and optimizer settings, and PPO's own fields."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,6 +9,8 @@ from trl import GRPOConfig
 
 from rlhf_recipes.models.roles import checkpoint_contexts
 from rlhf_recipes.ppo.config_checks import check_contradictions, check_ranges, check_unused
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -164,11 +167,12 @@ class PPOConfig(GRPOConfig):
             "model of its own, which the trainer gets as `critic_model`."
         },
     )
-    critic_init: Literal["reward", "policy"] = field(
-        default="reward",
+    critic_init: Literal["reward", "policy"] | None = field(
+        default=None,
         metadata={
             "help": "Start of the critic's adapter: the reward adapter with its head, or the policy with a zero head. "
-            "A head on the policy's trunk always starts at zero."
+            "null: the reward adapter if there is one, else the policy. A head on the policy's trunk always starts at "
+            "zero."
         },
     )
     critic_layers: int | None = field(
@@ -221,6 +225,12 @@ class PPOConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
+        if (inherited := self.mixed_precision) not in (
+            "no",
+            *(name for name in ("bf16", "fp16") if getattr(self, name)),
+        ):
+            logger.warning("ACCELERATE_MIXED_PRECISION sets %s, which holds in place of the configuration.", inherited)
+            self.bf16, self.fp16 = inherited == "bf16", inherited == "fp16"
         check_unused(self)
         check_contradictions(self)
         if self.activation_checkpointing:

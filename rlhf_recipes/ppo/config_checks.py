@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOConfig
 
 from rlhf_recipes.models.generation import NEUTRAL
+from rlhf_recipes.ppo.unused import UNUSED
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
 
 # GRPO's knobs that PPO does not honour, each with the field to use instead.
 _NOT_HONOURED = {
+    **UNUSED,
     "beta": "the KL penalty has fields of its own: use `kl_coef` and `kl_placement`",
     "loss_type": "use `loss_aggregation`",
     "scale_rewards": "advantages come from the critic: use `whiten_advantages`, or `score_scaling`",
@@ -75,6 +77,11 @@ def check_ranges(config: PPOConfig) -> None:
         if value is not None and value <= 0:
             off = " or null to turn it off," if getattr(type(config), name, 0) is None else ""
             raise ValueError(f"`{name}` must be positive,{off} got {value}.")
+    if config.max_completion_length is None or config.max_completion_length < 1:
+        raise ValueError(
+            f"`max_completion_length` must be at least 1, got {config.max_completion_length}: a completion that never "
+            "ends has to be cut off."
+        )
     if config.placement_gamma > 1.0:
         raise ValueError(f"`placement_gamma` must lie in (0, 1], got {config.placement_gamma}.")
 

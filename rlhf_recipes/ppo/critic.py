@@ -76,11 +76,11 @@ class Critic:
                 "with `critic: model`, and only then."
             )
         if model is not None:
-            self._model = _classifier(model, zero_head=args.critic_init == "policy")
+            self._model = _classifier(model, args.critic_init == "policy", args.trust_remote_code)
             policy.add_module(MODEL, self._model)
         elif self.kind == "head":
             roles.add_head(CRITIC)
-        elif args.critic_init == "policy":
+        elif args.critic_init == "policy" or (args.critic_init is None and reward_role is None):
             roles.add_copy(CRITIC, source=POLICY)
             roles.add_head(CRITIC)
         elif reward_role is not None:
@@ -95,7 +95,8 @@ class Critic:
         else:
             raise ValueError(
                 "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. "
-                "Give the folder of a reward adapter as a reward function, or set `critic_init: policy`."
+                "Give the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts "
+                "from the policy."
             )
 
         if self.layers is not None:
@@ -230,8 +231,9 @@ class Critic:
             self._bias = Readout.load(folder).bias
 
 
-def _classifier(model: str | PreTrainedModel, zero_head: bool) -> PreTrainedModel:
-    model = load_sequence_classifier(model) if isinstance(model, str) else model
+def _classifier(model: str | PreTrainedModel, zero_head: bool, trust_remote_code: bool) -> PreTrainedModel:
+    if isinstance(model, str):
+        model = load_sequence_classifier(model, trust_remote_code=trust_remote_code)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(

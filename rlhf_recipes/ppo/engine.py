@@ -1,64 +1,50 @@
-"""What PPO asks of TRL's engine besides its maths: two learning rates, shuffles, dropped updates, checkpoints."""
+"""What PPO asks of TRL's engine besides its maths: two learning rates, shuffles, dropped updates, metrics."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
-from trl import GRPOTrainer
+from transformers import set_seed
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo._trl import sample_rollout
-from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.ppo.given import check_callbacks
 from rlhf_recipes.ppo.objective import backward_now
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import join, sort_within_steps
+from rlhf_recipes.ppo.prompts import PromptRules, check_rows
+from rlhf_recipes.ppo.resumable import ResumableTrainer
+from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.ppo.roles_table import roles_table
-from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from rlhf_recipes.models.roles import Roles
-    from rlhf_recipes.ppo.config import PPOConfig
-    from rlhf_recipes.ppo.critic import Critic
     from rlhf_recipes.ppo.step_metrics import StepMetrics
-    from rlhf_recipes.ppo.token_rewards import TokenRewards
-    from rlhf_recipes.ppo.updates import UpdateControl
-    from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
 
 
-_CRITIC_FACTOR = 10.0  # of the policy's learning rate: the critic has to follow a policy that moves
+def process_seed(seed: int, rank: int) -> int:
+    """Seed of a process's sampling, so that runs and processes have nothing in common.
+
+    Example:
+        >>> process_seed(42, 0), process_seed(42, 1) == process_seed(43, 0)
+        (42, False)
+    """
+    return seed if rank == 0 else int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4])
 
 
-class PPOEngine(GRPOTrainer):
+class PPOEngine(ResumableTrainer):
     """The base of `PPOTrainer`, which sets the attributes below."""
 
-    args: PPOConfig
-    roles: Roles
-    critic: Critic
-    token_rewards: TokenRewards
-    updates: UpdateControl
+    prompt_rules: PromptRules
     step_metrics: dict[str, StepMetrics]
-    kl_controller: FixedKLController | AdaptiveKLController
-    kl_coef: float
-    model: Any
-    _step: int
     _logs: dict[str, Any]
-    _buffered_inputs: Any
-    processing_class: PreTrainedTokenizerBase
-
-    @property
-    def trains_whole_model(self) -> bool:
-        """Whether the policy is trained without an adapter, beside a frozen copy."""
-        return self.model is not self.roles.model
 
     @property
     def half_precision(self) -> bool:
@@ -71,16 +57,18 @@ class PPOEngine(GRPOTrainer):
         """Whose metrics these are: `train` or `eval`."""
         return "train" if self.model.training else "eval"
 
-    @property
-    def _steps_per_rollout(self) -> int:
-        return self.args.micro_batches_per_rollout * self.args.num_iterations
-
     @phase("train")  # of what is in no other phase, such as the first step of the optimizer
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; the main process first prints what the roles take in memory."""
+        check_callbacks(self.callback_handler.callbacks, self.trains_whole_model)
         if self.is_world_process_zero():
             sys.stdout.write(roles_table(self))
         return super().train(*args, **kwargs)
+
+    def _seed_sampling(self) -> None:
+        """Let each process sample from a stream of its own: by TRL's seed + rank, the next seed would share it."""
+        if self.accelerator.process_index > 0:
+            set_seed(process_seed(self.args.seed, self.accelerator.process_index))
 
     @phase("generate")
     def _generate(self, prompts: list[Any]) -> Any:
@@ -97,14 +85,15 @@ class PPOEngine(GRPOTrainer):
         if given:
             if not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
                 check_optimizer(self.model, optimizer, self.args)
+                self.optimizer_given = True
             return optimizer
-        critic_rate = self.args.critic_learning_rate or _CRITIC_FACTOR * self.args.learning_rate
+        rate = critic_rate(self.args.critic_learning_rate, self.args.learning_rate)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         groups = []
         for group in optimizer.param_groups:
             for critic in (False, True):
                 members = [p for p in group["params"] if is_critic_parameter(names[p]) == critic]
-                groups.append({**group, "params": members, "lr": critic_rate if critic else group["lr"]})
+                groups.append({**group, "params": members, "lr": rate if critic else group["lr"]})
         optimizer.param_groups[:] = [group for group in groups if group["params"]]
         return optimizer
 
@@ -112,6 +101,12 @@ class PPOEngine(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Make TRL's loader; rows that `evaluate` is given are checked as those of the trainer were."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
+            eval_dataset = check_rows(eval_dataset, "eval_dataset", self.prompt_rules)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         micro_batches = self.args.micro_batches_per_rollout
@@ -171,71 +166,7 @@ class PPOEngine(GRPOTrainer):
             rank = self.accelerator.process_index
             check_finite("norm of the gradient", norm, join(self._buffered_inputs), self.args.output_dir, rank)
 
-    # 3. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.trains_whole_model:
-            save_whole_model(self.model, folder)
-        else:
-            self.roles.save_policy(folder)
-        self.critic.save(folder / "critic")
-        self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.trains_whole_model:
-            load_whole_model(self.model, resume_from_checkpoint)
-        else:
-            self.roles.load(resume_from_checkpoint, POLICY, POLICY)
-        self.critic.load(Path(resume_from_checkpoint) / "critic")
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "step": self._step,
-            "kl_coef": self.kl_coef,
-            "kl_controller": self.kl_controller.state_dict(),
-            "transforms": transforms_state(self.token_rewards.transforms),
-            "updates": self.updates.state_dict(),
-        }
-        within_rollout = self._step % self._steps_per_rollout != 0
-        rollout = self._buffered_inputs if within_rollout else None
-        save_ppo_state(output_dir, state, rollout, self.accelerator.process_index)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The main process now calls the checkpoint complete and removes older ones: all must have written theirs
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state, self._buffered_inputs = load_ppo_state(
-            checkpoint, self.accelerator.process_index, self.accelerator.device
-        )
-        for _ in range(int(self.state.epoch or 0)):
-            next(iter(self._train_sampler))  # each pass over the prompts goes on drawing where the last one stopped
-        self._step = state["step"]
-        if self._step % self._steps_per_rollout != 0 and self._buffered_inputs is None:
-            raise FileNotFoundError(
-                f"{checkpoint!r} was saved within a rollout, but the rollout of process "
-                f"{self.accelerator.process_index} is not in it. Resume from an earlier checkpoint, with as many "
-                "processes as it was saved by."
-            )
-        self.kl_coef = state["kl_coef"]
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        load_transforms_state(self.token_rewards.transforms, state["transforms"])
-        self.updates.load_state_dict(state["updates"])
-
-    # 4. Metrics, and what follows from them
+    # 3. Metrics, and what follows from them
     def _log_rollout(self, metrics: dict[str, Tensor], mean_advantages: Tensor) -> None:
         metrics["kl_coef"] = mean_advantages.new_tensor(self.kl_controller.value)
         means = self._log_means(metrics)
@@ -254,6 +185,13 @@ class PPOEngine(GRPOTrainer):
         """Log as TRL does, with the metrics of the micro-batches since the last log."""
         for name, value in self.step_metrics[self.mode].collect().items():
             self._metrics[self.mode][name].append(value)
+        prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
+        if self.mode == "eval" and prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
+            for name, values in self._metrics["eval"].items():
+                known = [value for value in values if not math.isnan(value)]
+                mean: Any = sum(known) / len(known) if known else None
+                logs[f"{prefix}_{name}"] = mean
+            self._metrics["eval"].clear()
         super().log(logs, start_time)
 
     def _of_all_processes(self, rows: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_recipes.ppo.prompts import check_is_dataset
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -31,10 +33,14 @@ class PretrainingTexts:
             which is new in every pass over the data.
 
     Raises:
+        TypeError: If it is no `Dataset`.
         ValueError: If there is no column `text`, or no row.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> None:
+        check_is_dataset(dataset, "ptx_dataset")
+        if not hasattr(dataset, "__len__"):
+            raise TypeError("`ptx_dataset` is a stream, but its batches are drawn by number. Give a `Dataset`.")
         if "text" not in dataset.column_names or len(dataset) == 0:
             raise ValueError(
                 f"The pretraining data set needs rows with a column 'text'; it has {len(dataset)} rows with "
@@ -63,6 +69,11 @@ class PretrainingTexts:
         """Language-model loss of a trainer's policy on the batch of its micro-batch and process, a scalar."""
         processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
         batch = self.batch(trainer._step * processes + trainer.accelerator.process_index)
+        if (largest := int(batch["input_ids"].max())) >= trainer.prompt_rules.embeddings:
+            raise ValueError(
+                f"A text of `ptx_dataset` has the token {largest}, and the embeddings of the model end at "
+                f"{trainer.prompt_rules.embeddings - 1}. Give the model's own tokenizer."
+            )
         batch = {name: value.to(device) for name, value in batch.items()}
         trunk: Any = trainer.model if trainer.trains_whole_model else trainer.roles.model.get_base_model()
         with trainer.accelerator.autocast():

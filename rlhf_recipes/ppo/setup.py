@@ -14,13 +14,14 @@ from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
-from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer, positions_follow_mask
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
+from rlhf_recipes.ppo.given import check_adapter, check_reward_list, unused_tokenizer
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 from rlhf_recipes.rewards.encoding import is_encoder
@@ -56,13 +57,13 @@ def build_policy(
         ValueError: If `model` and `peft_config` do not fit together, or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
-    init_kwargs: Any = args.model_init_kwargs or {}
-    options = {"quantization_config": quantization_config, **init_kwargs}
+    options = _loading_options(model, args, quantization_config)
     if isinstance(model, str | Path) and is_adapter(model):
         model = load_policy(load_causal_lm(base_of(model), **options), model)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
+    check_adapter(model)
     if isinstance(model, PreTrainedModel | PeftModel):
         keep_4bit_differentiable(model)
         warn_of_ignored_settings(model)
@@ -103,8 +104,31 @@ def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:
     return REFERENCE
 
 
+def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a policy's base, from the revision that the base was loaded from."""
+    init_kwargs: Any = args.model_init_kwargs or {}
+    revision = init_kwargs.get("revision") or "main"
+    return load_tokenizer(base_name(policy), revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def _loading_options(model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text in a YAML only
+    given = {"model_init_kwargs": init_kwargs, "quantization_config": quantization_config}
+    unread = [name for name, value in given.items() if value]
+    if unread and not isinstance(model, str | Path):
+        raise ValueError(f"`{unread[0]}` is for loading a model, but `model` is loaded already. Remove it.")
+    if quantization_config is not None and "quantization_config" in init_kwargs:
+        raise ValueError("`quantization_config` is given twice, also in `model_init_kwargs`. Give it once.")
+    defaults = {"quantization_config": quantization_config, "trust_remote_code": args.trust_remote_code}
+    return defaults | init_kwargs
+
+
 def build_rewards(
-    reward_funcs: Any, roles: Roles, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+    reward_funcs: Any,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    tokenizers: list[PreTrainedTokenizerBase | None],
 ) -> tuple[list[Any], list[float]]:
     """Turn everything that can be a reward into what TRL's engine calls.
 
@@ -112,7 +136,8 @@ def build_rewards(
         reward_funcs: One or a list of functions, models, paths of models, folders of reward adapters, and ensembles.
         roles: The roles; reward adapters are added to them.
         tokenizer: The policy's tokenizer.
-        args: The configuration (`reward_weights`, `reward_placement`).
+        args: The configuration (`reward_weights`, `reward_placement`, `trust_remote_code`).
+        tokenizers: For each reward a tokenizer in place of its own, or `None`.
 
     Returns:
         The functions and models, and their weights.
@@ -121,11 +146,16 @@ def build_rewards(
         ValueError: If there is no reward, the weights are not one per reward, or the placement needs a reward
             adapter and there is none.
     """
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    check_reward_list(given)
     weights = args.reward_weights or [1.0] * len(given)
     if not given or len(weights) != len(given):
         raise ValueError(f"Expected one or more rewards and one weight each, got {len(given)} and {len(weights)}.")
-    functions = [_build(reward, f"reward_{index}", roles, tokenizer, args) for index, reward in enumerate(given)]
+    functions = [
+        _build(reward, f"reward_{index}", roles, tokenizer, args, own)
+        for index, (reward, own) in enumerate(zip(given, tokenizers, strict=True))
+    ]
+    check_one_base(roles.model, functions)
     for index, function in enumerate(functions):
         before = [getattr(other, "__name__", None) for other in functions[:index]]
         if isinstance(function, AdapterReward | ClassifierReward | EnsembleReward) and function.__name__ in before:
@@ -142,7 +172,16 @@ def build_rewards(
     return functions, weights
 
 
-def _build(reward: Any, role: str, roles: Roles, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
+def _build(
+    reward: Any,
+    role: str,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    own: PreTrainedTokenizerBase | None,
+) -> Any:
+    if own is not None and isinstance(reward, EnsembleReward | ClassifierReward | RemoteReward):
+        raise unused_tokenizer(role, f"a {type(reward).__name__}, which has a tokenizer of its own")
     if isinstance(reward, EnsembleReward):
         members = [
             _adapter_reward(member, f"{role}_{number}", roles, tokenizer, args)
@@ -152,7 +191,7 @@ def _build(reward: Any, role: str, roles: Roles, tokenizer: PreTrainedTokenizerB
         ]
         return reward.with_members(members)
     if isinstance(reward, str | Path):
-        return _reward_of_path(reward, role, roles, tokenizer, args)
+        return _reward_of_path(reward, role, roles, tokenizer, args, own)
     if isinstance(reward, nn.Module):
         keep_4bit_differentiable(reward)
         if is_encoder(reward):
@@ -168,9 +207,16 @@ def _build(reward: Any, role: str, roles: Roles, tokenizer: PreTrainedTokenizerB
 
 
 def _reward_of_path(
-    path: str | Path, role: str, roles: Roles, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+    path: str | Path,
+    role: str,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    given: PreTrainedTokenizerBase | None,
 ) -> AdapterReward | ClassifierReward:
-    if is_adapter(path) and not _has_other_architecture(path, roles):
+    if is_adapter(path) and not _has_other_architecture(path, roles, args.trust_remote_code):
+        if given is not None:
+            raise unused_tokenizer(role, "an adapter on the policy's base, which scores the sampled token ids")
         reads = args.reward_placement if args.reward_placement in ("redistributed", "attention") else "score"
         return _adapter_reward(path, role, roles, tokenizer, args, reads)
     if same_model(str(path), base_name(roles.model)):
@@ -178,7 +224,8 @@ def _reward_of_path(
             f"{str(path)!r} is the policy's base itself: it has no score, and would be a second copy of the policy's "
             "base in memory. Give the folder of a reward adapter on it."
         )
-    model, own_tokenizer = load_reward_model(path)
+    model, own_tokenizer = load_reward_model(path, trust_remote_code=args.trust_remote_code)
+    own_tokenizer = given or own_tokenizer
     ends = end_token_ids(roles.model, tokenizer)
     size = args.per_device_train_batch_size
     return ClassifierReward(model, own_tokenizer, Path(path).name, size, Readout.load(path), ends)
@@ -198,12 +245,13 @@ def _adapter_reward(
     return AdapterReward(roles, role, name, tokenizer.pad_token_id, size, readout, reads)
 
 
-def _has_other_architecture(path: str | Path, roles: Roles) -> bool:
+def _has_other_architecture(path: str | Path, roles: Roles, trust_remote_code: bool) -> bool:
     """Whether an adapter's base is another kind of model (an encoder), to be loaded beside the policy's base."""
     base = base_of(path)
     if same_model(base, base_name(roles.model)):
         return False
     try:
-        return bool(AutoConfig.from_pretrained(base).model_type != roles.model.config.model_type)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        return bool(config.model_type != roles.model.config.model_type)
     except (OSError, ValueError):
         return False  # not to be found: refused as an adapter of another base, by name

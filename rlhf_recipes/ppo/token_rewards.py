@@ -135,6 +135,7 @@ class TokenRewards:
                     f"The placement returned token rewards of shape {tuple(placed.shape)}; expected (B, T) = "
                     f"{tuple(mask.shape)}, one for each completion token."
                 )
+            _check_on_tokens(placed, mask)
             return placed.detach().masked_fill(~mask.bool(), 0.0)
         if scored.attention is not None:
             return place_attention(scores, mask, scored.attention, self._args.attention_weight)
@@ -145,6 +146,18 @@ class TokenRewards:
         }
         # With `redistributed` the reward adapter's score was given per token: only what others add is left.
         return placements.get(self._args.reward_placement, place_terminal)(scores, mask)
+
+
+def _check_on_tokens(placed: Tensor, mask: Tensor) -> None:
+    """Refuse rewards where no token counts, of completions that have some: they would be lost without a word."""
+    lost = (placed.nan_to_num(0.0) != 0.0) & ~mask.bool() & mask.bool().any(dim=1, keepdim=True)
+    if lost.any():
+        row, place = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"The placement put {placed[row, place].item():.4g} on position {place} of completion {row}, where no "
+            f"token counts: its {int(mask[row].sum())} tokens are those with a 1 in `mask`. Place rewards on them "
+            "only, for example by multiplying with `mask`."
+        )
 
 
 def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:

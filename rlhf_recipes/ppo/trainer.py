@@ -11,13 +11,10 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from rlhf_recipes.data.chat_templates import check_prompt_format
-from rlhf_recipes.data.formats import check_prompt_lengths
-from rlhf_recipes.models.adapters import base_name
-from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
@@ -26,13 +23,15 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
+from rlhf_recipes.ppo.given import check_given, reward_tokenizers
 from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
 from rlhf_recipes.ppo.off_policy import off_policy_metrics
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
+from rlhf_recipes.ppo.prompts import evaluation_rows, prompt_rules, training_rows
 from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
-from rlhf_recipes.ppo.setup import build_policy, build_rewards
+from rlhf_recipes.ppo.setup import build_policy, build_rewards, load_base_tokenizer
 from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
 from rlhf_recipes.ppo.updates import UpdateControl
@@ -64,10 +63,10 @@ class PPOTrainer(PPOEngine):
             reward adapters trained on the same base, and sequence classification models or their paths. Their results
             are summed with `args.reward_weights`.
         args: The configuration.
-        train_dataset: Rows with a column `prompt`, plain text or a list of messages.
-        eval_dataset: The same for `evaluate`.
+        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
+        eval_dataset: The same for `evaluate`, or a dictionary of such.
         processing_class: The tokenizer, with a padding token; by default the base model's.
-        reward_processing_classes: Tokenizers of reward models that are instances, as in TRL; a path brings its own.
+        reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.
         callbacks: Callbacks, as in TRL.
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
@@ -104,8 +103,8 @@ class PPOTrainer(PPOEngine):
         model: str | PreTrainedModel,
         reward_funcs: Callable[..., Any] | str | PreTrainedModel | list[Any],
         args: PPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -118,24 +117,21 @@ class PPOTrainer(PPOEngine):
         potential: Callable[..., Any] | None = None,
         ptx_dataset: Dataset | None = None,
     ) -> None:
+        check_given(args, train_dataset, eval_dataset, processing_class, peft_config)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, self.reference = build_policy(model, args, quantization_config, peft_config)
+        tokenizer = processing_class or load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        tokenizer = processing_class or load_tokenizer(base_name(policy))
-        reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args)
+        tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
+        reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
-        checks.check_one_base(policy, reward_funcs)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
-        longest = policy.config.get_text_config().max_position_embeddings - args.max_completion_length
-        for dataset, needed in ((train_dataset, args.prompts_per_rollout), (eval_dataset, 1)):
-            if dataset is not None:
-                checks.check_prompts(dataset, needed)
-                check_prompt_lengths(dataset, tokenizer, longest)
-                check_prompt_format(dataset, tokenizer, policy, args.chat_template_kwargs)
-        self.token_rewards = TokenRewards(args, placement, score_transforms)
-        self.potential = potential
+        train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
+        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
+        self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         super().__init__(
             model=policy,
@@ -144,10 +140,13 @@ class PPOTrainer(PPOEngine):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            reward_processing_classes=reward_processing_classes,
+            reward_processing_classes=tokenizers,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._seed_sampling()
+        if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
+            self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:

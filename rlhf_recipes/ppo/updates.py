@@ -91,4 +91,5 @@ class UpdateControl:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.stopped, self.warming_up = state["stopped"], state["warming_up"]
-        self._adapted_coef, self.entropy_coef = state["adapted_coef"], state["entropy_coef"]
+        if self._args.use_adaptive_entropy:  # else it is what the configuration says
+            self._adapted_coef, self.entropy_coef = state["adapted_coef"], state["entropy_coef"]

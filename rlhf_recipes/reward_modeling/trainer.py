@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import RewardTrainer
 
+from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
@@ -82,6 +83,11 @@ class PreferenceTrainer(RewardTrainer):
                 per_token=_per_token(config),
                 pad_to_multiple_of=collator.pad_to_multiple_of,
             )
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; a checkpoint of the last step is loaded, and no further step is made."""
+        path = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return load_finished(self, path) or super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str

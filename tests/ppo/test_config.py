@@ -38,6 +38,8 @@ def test_groups_must_still_divide_the_rollout(make_config):
         ("top_p", 0.9, "sampled from the policy itself"),
         ("repetition_penalty", 1.1, "sampled from the policy itself"),
         ("gae_lambda_alpha", 0.0, "`gae_lambda_alpha` must be positive, or null to turn it off"),
+        ("max_completion_length", None, "`max_completion_length` must be at least 1, got None"),
+        ("max_completion_length", 0, "`max_completion_length` must be at least 1, got 0"),
         ("placement_gamma", 1.2, r"`placement_gamma` must lie in \(0, 1\]"),
     ],
 )
@@ -95,3 +97,17 @@ def test_generation_kwargs_that_change_what_is_sampled_are_refused(make_config, 
 def test_generation_kwargs_may_say_how_memory_is_used_and_what_holds_anyway(make_config):
     given = {"use_cache": True, "prefill_chunk_size": 4, "top_p": 1.0, "top_k": 0, "num_beams": 1, "temperature": 0.7}
     assert make_config(generation_kwargs=given, temperature=0.7).generation_kwargs == given
+
+
+@pytest.mark.parametrize(("inherited", "fields"), [("bf16", {}), ("fp16", {}), ("bf16", {"fp16": True})])
+def test_the_precision_in_force_is_the_one_that_is_kept(make_config, monkeypatch, caplog, inherited, fields):
+    """An environment variable of accelerate holds where the configuration asks for nothing."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", inherited)
+    config = make_config(**fields)
+    in_force = "fp16" if fields else inherited
+    assert config.mixed_precision == in_force
+    assert {name: getattr(config, name) for name in ("bf16", "fp16")} == {
+        "bf16": in_force == "bf16",
+        "fp16": in_force == "fp16",
+    }
+    assert ("ACCELERATE_MIXED_PRECISION sets" in caplog.text) == (not fields)

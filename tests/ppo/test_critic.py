@@ -42,6 +42,23 @@ def test_a_zero_head_says_exactly_0(make_trainer, tiny_model_path, own_model, ki
     assert not batch["old_values"].any()
 
 
+def test_without_a_reward_adapter_it_starts_from_the_policy(make_trainer):
+    """The commonest call: a function as reward, and nothing said of the critic."""
+    trainer = without_chance(make_trainer(reward_funcs=count, max_steps=1))
+    assert trainer.args.critic_init is None
+    batch = rollout(trainer)
+    assert not batch["old_values"].any()
+    ids = batch["completion_ids"]
+    with torch.no_grad():
+        states = trainer.critic.hidden_states(ids)
+        with trainer.roles.use(POLICY):
+            assert_close(states, trainer.roles.hidden_states(ids), atol=0, rtol=0)
+        with trainer.roles.use(None):
+            assert (states - trainer.roles.hidden_states(ids)).abs().max() > 0.1
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("quantization", [None, FOUR_BIT], ids=["float32", "4-bit"])
 def test_from_the_reward_adapter_the_value_at_the_last_token_is_the_score(make_trainer, quantization):
     """C52: the value read at the last token of the completion, one position after the last that PPO uses."""

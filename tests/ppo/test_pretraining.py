@@ -1,5 +1,7 @@
 """PPO-ptx: the language-model loss of a second data set against models and loops of their own."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -173,3 +175,15 @@ def test_data_without_texts_are_refused(make_trainer, rows):
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"text": []})
     with pytest.raises(ValueError, match="pretraining data set needs rows with a column 'text'"):
         make_trainer(ptx_dataset=dataset, ptx_coef=1.0)
+
+
+def test_data_of_another_kind_are_refused(make_trainer, tiny_tokenizer):
+    texts = Dataset.from_list([{"text": "it was <new>"}])
+    with pytest.raises(TypeError, match="`ptx_dataset` must be a `datasets.Dataset`.* got list"):
+        make_trainer(ptx_dataset=[{"text": "it was"}], ptx_coef=1.0)
+    with pytest.raises(TypeError, match="`ptx_dataset` is a stream"):
+        make_trainer(ptx_dataset=texts.to_iterable_dataset(), ptx_coef=1.0)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="A text of `ptx_dataset` has the token 42, and the embeddings .* end at 41"):
+        make_trainer(ptx_dataset=texts, ptx_coef=1.0, processing_class=tokenizer).train()

@@ -9,12 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_recipes import PPOConfig
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.ppo.token_rewards import configured_transforms, pad_rows
+from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, configured_transforms, pad_rows
+from rlhf_recipes.shaping import Completions
 from tests.ppo.support import EOS, logged, rollout, unpadded, without_chance
 
 PLAIN = {"kl_coef": 0.0, "gae_lambda": 1.0, "whiten_advantages": False}
@@ -123,7 +127,7 @@ def test_weights_and_other_rewards_beside_a_dense_placement(make_trainer, classi
 
 def test_a_placement_of_ones_own(make_trainer, classifier):
     """The mean over the batch is something that only a callable can do."""
-    trainer = make_trainer(placement=lambda scores, mask: scores.mean() * mask + 100.0 * (1 - mask), **PLAIN)
+    trainer = make_trainer(placement=lambda scores, mask: scores.mean() * mask, **PLAIN)
     found = list(rows(trainer))
     mean = sum(score_of(classifier, prompt + completion) for prompt, completion, _ in found) / 8
     for _, completion, rewards in found:
@@ -134,6 +138,63 @@ def test_a_placement_of_another_shape_is_refused(make_trainer):
     trainer = make_trainer(placement=lambda scores, mask: scores[:, None], **PLAIN)
     with pytest.raises(ValueError, match=r"placement returned token rewards of shape \(8, 1\); expected \(B, T\)"):
         rollout(trainer)
+
+
+def completions_of(mask):
+    ids = [[7] * int(row.sum()) for row in mask]
+    return Completions(ids, torch.ones(len(mask), dtype=torch.bool), 8, lambda tensor: tensor, training=True)
+
+
+@pytest.mark.parametrize(
+    ("placed", "where"),
+    [
+        (lambda scores, mask: scores[:, None] + 0.0 * mask, r"1 on position 2 of completion 1"),
+        (lambda scores, mask: scores[:, None] * (torch.arange(3) == 2), "1 on position 2 of completion 1"),
+        (lambda scores, mask: torch.full_like(scores[:, None] * mask, math.inf), "on position 2 of completion 1"),
+    ],
+    ids=["everywhere", "last column", "infinite"],
+)
+def test_a_placement_that_loses_rewards_is_refused_with_the_row(make_config, placed, where):
+    """Row 0 has three tokens, row 1 two, and row 2, which was masked as a whole, none: nothing is lost of that."""
+    mask, scores = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]), torch.tensor([2.0, 1.0, 3.0])
+    own = TokenRewards(make_config(), placed)
+    with pytest.raises(ValueError, match=f"The placement put .*{where}, where no token counts: its 2 tokens"):
+        own(Scored(scores), mask, completions_of(mask))
+    fine = TokenRewards(make_config(), lambda scores, mask: scores[:, None] * mask / mask.sum(dim=1, keepdim=True))
+    rewards, _, _ = fine(Scored(scores), mask, completions_of(mask))  # 0 / 0 in a row without tokens is no reward
+    assert_close(rewards, torch.tensor([[2 / 3] * 3, [0.5, 0.5, 0.0], [0.0] * 3]))
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_what_is_placed_adds_up_to_the_transformed_score(data):
+    """Every placement of ours, with penalties, rewards that were given per token, and attention over the tokens."""
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).long()
+    numbers = st.floats(-4, 4, width=32)
+    scores = torch.tensor(data.draw(st.lists(numbers, min_size=len(lengths), max_size=len(lengths))))
+    tokens = torch.tensor(data.draw(st.lists(numbers, min_size=mask.numel(), max_size=mask.numel()))).view(mask.shape)
+    placement = data.draw(st.sampled_from(["terminal", "uniform", "discounted", "every_token", "attention"]))
+    args = PPOConfig(
+        "unused",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        reward_placement=placement,
+        length_penalty=data.draw(st.sampled_from([None, 0.25])),
+        score_clip=data.draw(st.sampled_from([None, 1.5])),
+    )
+    given_per_token = tokens if data.draw(st.booleans()) else None
+    attention = tokens.abs().add(0.1) * mask if placement == "attention" else None
+    rewards, transformed, _ = TokenRewards(args)(
+        Scored(scores, given_per_token, attention), mask, completions_of(mask)
+    )
+    given_sum = torch.zeros(len(mask)) if given_per_token is None else (tokens * mask).sum(dim=1)
+    times = mask.sum(dim=1) if placement == "every_token" else mask.any(dim=1)
+    assert_close(
+        rewards.sum(dim=1), given_sum * mask.any(dim=1) + (transformed - given_sum) * times, atol=1e-4, rtol=1e-5
+    )
+    assert not rewards[mask == 0].any()
 
 
 def test_score_metrics_add_up(make_trainer):

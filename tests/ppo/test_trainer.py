@@ -266,7 +266,7 @@ def test_bad_arguments_are_errors(make_trainer, tiny_model_path, reward_adapter,
     with pytest.raises(ValueError, match="already has an adapter"):
         make_trainer(peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="no reward adapter is among"):
-        make_trainer(reward_funcs=lambda prompts, **kwargs: [0.0] * len(prompts))
+        make_trainer(reward_funcs=lambda prompts, **kwargs: [0.0] * len(prompts), critic_init="reward")
     with pytest.raises(ValueError, match="one weight each, got 1 and 2"):
         make_trainer(reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="second copy of the policy's base"):

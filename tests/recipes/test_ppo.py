@@ -111,6 +111,9 @@ def test_a_run_is_not_overwritten_and_can_be_resumed(run_ppo, options):
         run_ppo()
     run_ppo(save_strategy="steps", save_steps=1, max_steps=3, resume_from_checkpoint=True)
     assert json.loads((options["output_dir"] / "trainer_state.json").read_text())["global_step"] == 3
+    before = {path: path.stat().st_mtime_ns for path in options["output_dir"].rglob("*")}
+    run_ppo(save_strategy="steps", save_steps=1, max_steps=3, resume_from_checkpoint=True)
+    assert {path: path.stat().st_mtime_ns for path in options["output_dir"].rglob("*")} == before, "nothing is done"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""What a user hands to `PPOTrainer`: each thing of a kind that it can use, or an error that names it and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import PeftType
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import BEMACallback, SyncRefModelCallback
+
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.prompts import check_is_dataset
+
+
+def check_given(args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any) -> None:
+    """Check the kinds of what `PPOTrainer` was given, before anything is loaded.
+
+    Raises:
+        TypeError: If one of them is of another kind.
+        ValueError: If the training data is missing, or the adapter is made for something else than a policy.
+    """
+    if args is not None and not isinstance(args, PPOConfig):
+        raise TypeError(
+            f"`args` must be a `PPOConfig`, got {type(args).__name__}. It takes the fields of TRL's `GRPOConfig` that "
+            "PPO honours, and PPO's own: `PPOConfig(output_dir, ...)`."
+        )
+    check_is_dataset(train_dataset, "train_dataset")
+    named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    for key, rows in named.items():
+        if rows is not None or key:
+            check_is_dataset(rows, f"eval_dataset[{key!r}]" if key else "eval_dataset")
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            "`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got "
+            f"{type(processing_class).__name__}. Prompts are text: give a processor's `tokenizer`."
+        )
+    if peft_config is not None:
+        _check_peft_config(peft_config)
+
+
+def check_adapter(model: Any) -> None:
+    """Check that the adapter of a policy that is given as a `PeftModel` is LoRA's.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(model, PeftModel):
+        for name, config in model.peft_config.items():
+            _check_lora(config, f"The adapter {name!r} of `model`")
+
+
+def check_callbacks(callbacks: list[TrainerCallback], trains_whole_model: bool) -> None:
+    """Check that TRL's callbacks fit how the policy is trained.
+
+    Raises:
+        ValueError: If one of them could not work, or would do so without any effect on the run.
+    """
+    for callback in callbacks:
+        if isinstance(callback, SyncRefModelCallback):
+            raise ValueError("`SyncRefModelCallback` has no effect: the reference is frozen. Remove it.")
+        if isinstance(callback, BEMACallback) and not trains_whole_model:
+            raise ValueError(
+                "`BEMACallback` builds a second model from a configuration, which cannot be done for an adapter. "
+                "Train the whole model (without `peft_config`), or remove it."
+            )
+
+
+def check_reward_list(given: list[Any]) -> None:
+    """Check that each reward is something that can give one.
+
+    Raises:
+        TypeError: If one is neither a path, a model nor a function.
+    """
+    for index, reward in enumerate(given):
+        if not isinstance(reward, str) and not hasattr(reward, "__fspath__") and not callable(reward):
+            raise TypeError(
+                f"`reward_funcs[{index}]` is a {type(reward).__name__}. Give a function, a model, or the path of a "
+                "reward model or reward adapter."
+            )
+        if isinstance(reward, type) or (isinstance(reward, nn.Module) and not hasattr(reward, "config")):
+            raise TypeError(
+                f"`reward_funcs[{index}]` is {reward!r}. A class must be instantiated, and a model must be one of "
+                "transformers'; wrap another one in a function that returns a list of numbers."
+            )
+
+
+def reward_tokenizers(given: Any, reward_funcs: Any) -> list[PreTrainedTokenizerBase | None]:
+    """Bring `reward_processing_classes` into a list with one entry for each reward.
+
+    Raises:
+        TypeError: If one is no tokenizer.
+        ValueError: If they are not as many as the rewards.
+
+    Example:
+        >>> reward_tokenizers(None, ["outputs/reward", len])
+        [None, None]
+    """
+    rewards = len(reward_funcs) if isinstance(reward_funcs, list | tuple) else 1
+    tokenizers = given if isinstance(given, list) else [None] * rewards if given is None else [given]
+    if len(tokenizers) != rewards:
+        raise ValueError(
+            f"`reward_processing_classes` has {len(tokenizers)} entries, and `reward_funcs` {rewards}. Give one for "
+            "each, `None` where the reward has its own tokenizer or needs none."
+        )
+    for index, tokenizer in enumerate(tokenizers):
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`reward_processing_classes[{index}]` must be a tokenizer or None, got {type(tokenizer).__name__}."
+            )
+    return tokenizers
+
+
+def unused_tokenizer(role: str, reward: str) -> ValueError:
+    """Make the error of a tokenizer that a reward would not use; `role` is `reward_` and the reward's number."""
+    return ValueError(
+        f"`reward_processing_classes[{role.removeprefix('reward_')}]` is given, but that reward is {reward}. Give "
+        "`None` there."
+    )
+
+
+def _check_peft_config(config: Any) -> None:
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")
+    _check_lora(config, "`peft_config`")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"`peft_config` has the task type {config.task_type}. A policy writes text: set `task_type='CAUSAL_LM'`."
+        )
+
+
+def _check_lora(config: PeftConfig, what: str) -> None:
+    # Subclasses of LoraConfig, such as AdaLoRA's, ask for steps of their own in the training loop
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise TypeError(
+            f"{what} is a {type(config).__name__}. The roles share one base, which only LoRA adapters can: give a "
+            "`peft.LoraConfig`."
+        )

@@ -1,0 +1,256 @@
+"""The rows of a PPO run: data sets and streams, and what each prompt must have before anything is sampled from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+
+from rlhf_recipes.data.chat_templates import check_prompt_format
+from rlhf_recipes.data.dialogues import BadRow, check_kind
+from rlhf_recipes.data.formats import encode_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_recipes.ppo.config import PPOConfig
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    """What holds for every prompt of a run.
+
+    Attributes:
+        tokenizer: The policy's tokenizer.
+        longest: Tokens that the context leaves for a prompt.
+        embeddings: Tokens that the policy's embeddings know.
+        template_kwargs: What chat templates get besides, `PPOConfig.chat_template_kwargs`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    longest: int
+    embeddings: int
+    template_kwargs: dict[str, Any]
+
+    def encode(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts, as the rollout makes them."""
+        return encode_prompts(prompts, self.tokenizer, **self.template_kwargs)
+
+    def problem(self, ids: list[int]) -> tuple[str, str] | None:
+        """Say what is wrong with a prompt, and how to put it right; `None` if nothing is.
+
+        Example:
+            >>> rules = PromptRules(None, longest=8, embeddings=32, template_kwargs={})
+            >>> rules.problem([3, 4])
+            >>> rules.problem([3, 32])[0]
+            'has the token 32, and the embeddings of the model end at 31'
+        """
+        if not ids:
+            return "has no token", "Remove such rows"
+        if len(ids) > self.longest:
+            return (
+                f"has {len(ids)} tokens, and the context leaves {self.longest} for a prompt",
+                "Shorten or remove such rows, lower `max_completion_length`, or use a model with a longer context",
+            )
+        if max(ids) >= self.embeddings:
+            return (
+                f"has the token {max(ids)}, and the embeddings of the model end at {self.embeddings - 1}",
+                "Give the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`",
+            )
+        return None
+
+
+def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> PromptRules:
+    """Derive the rules from a policy, and check its tokenizer.
+
+    Args:
+        policy: The policy, with or without an adapter.
+        tokenizer: Its tokenizer.
+        args: `max_completion_length`, and `chat_template_kwargs`.
+
+    Raises:
+        ValueError: If the tokenizer has no padding or end token, or one beyond the embeddings.
+    """
+    embeddings = policy.get_input_embeddings().weight.size(0)
+    longest = policy.config.get_text_config().max_position_embeddings - (args.max_completion_length or 0)
+    for name in ("pad_token", "eos_token"):
+        token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
+        if number is None:
+            raise ValueError(
+                f"`processing_class` has no `{name}`: prompts are padded into batches, and completions end at the end "
+                f"token. Set `tokenizer.{name}`; `tokenizer.pad_token = tokenizer.eos_token` is handled."
+            )
+        if number >= embeddings:
+            raise ValueError(
+                f"The {name} {token!r} of the tokenizer has the number {number}, and the embeddings of the model end "
+                f"at {embeddings - 1}. Choose a token that the model knows, or call "
+                "`model.resize_token_embeddings(len(tokenizer))` first."
+            )
+    template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
+    return PromptRules(tokenizer, longest, embeddings, template)
+
+
+def training_rows(given: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
+    """Check the training data and their format, and make a stream endless.
+
+    Raises:
+        ValueError: If the configuration asks for what a stream cannot give.
+    """
+    rows = check_rows(given, "train_dataset", rules, args.prompts_per_rollout)
+    check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
+    if not isinstance(rows, IterableDataset):
+        return rows
+    if args.max_steps <= 0:
+        raise ValueError("`train_dataset` is a stream, and its length is not known. Set `max_steps`.")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise ValueError(f"`{name}` is 'epoch', but a stream (`train_dataset`) has no epochs. Set it to 'steps'.")
+    return endless(rows, args.prompts_per_rollout, args.seed if args.shuffle_dataset else None)
+
+
+def evaluation_rows(given: Any, rules: PromptRules, policy: Any) -> Any:
+    """Check the evaluation data, if there are any, and their format."""
+    if given is None:
+        return None
+    rows = check_rows(given, "eval_dataset", rules)
+    for each in rows.values() if isinstance(rows, dict) else [rows]:
+        check_prompt_format(each, rules.tokenizer, policy, rules.template_kwargs)
+    return rows
+
+
+def check_rows(given: Any, name: str, rules: PromptRules, needed: int = 1) -> Any:
+    """Check the rows of a run: those of a data set now, those of a stream as they come.
+
+    Args:
+        given: A `Dataset`, an `IterableDataset`, or a dictionary of such.
+        name: The argument's name, for the messages.
+        rules: What holds for every prompt.
+        needed: Different prompts in one rollout. TRL drops an incomplete one, so with fewer nothing would be trained.
+
+    Returns:
+        The same, with streams that check their rows.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there is no column `prompt`, there are too few rows, or a prompt cannot be used; for a stream
+            when that row comes.
+    """
+    if isinstance(given, dict):
+        return type(given)({key: check_rows(rows, f"{name}[{key!r}]", rules, needed) for key, rows in given.items()})
+    check_is_dataset(given, name)
+    if rules.longest < 1:
+        raise ValueError(
+            f"The context leaves {rules.longest} tokens for a prompt. Lower `max_completion_length`, or use a model "
+            "with a longer context."
+        )
+    if isinstance(given, IterableDataset):
+        _check_columns(next(iter(given), {}), name)
+        return given.map(_stream_check(name, rules), with_indices=True, features=given.features)
+    _check_columns(given.column_names, name)
+    if len(given) < needed:
+        raise ValueError(
+            f"One rollout takes {needed} different prompts, but the dataset has {len(given)} (`{name}`). Give more "
+            "prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or raise "
+            "`num_generations`."
+        )
+    _check_all(list(given["prompt"]), name, rules)
+    return given
+
+
+def check_is_dataset(given: Any, name: str) -> None:
+    """Refuse what is no data set of the `datasets` library.
+
+    Raises:
+        TypeError: With what to do instead.
+        ValueError: If it is missing.
+    """
+    if given is None:
+        raise ValueError(f"`{name}` is missing: PPO needs rows with a column `prompt`.")
+    if isinstance(given, dict):
+        raise TypeError(f"`{name}` is a {type(given).__name__}. Give one of its splits, {sorted(given)}.")
+    if not isinstance(given, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got {type(given).__name__}. Make "
+            "one with `datasets.Dataset.from_list(rows)`, of rows such as `{'prompt': 'Why is the sky blue?'}`."
+        )
+
+
+def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableDataset:
+    """Read a stream again and again, each time in a new order, so that a place in it is known by its number alone.
+
+    A run that resumes skips as many rows as it has seen, however often the stream has ended before.
+
+    Args:
+        stream: The rows.
+        needed: Different prompts in one rollout.
+        seed: Seed of the orders; `None` keeps the stream's own order. The rows are shuffled within a buffer, as
+            `IterableDataset.shuffle` does it.
+
+    Returns:
+        A stream without an end. It raises `ValueError` if the rows do not suffice for one rollout.
+
+    Example:
+        >>> from itertools import islice
+        >>> rows = Dataset.from_dict({"prompt": ["a", "b", "c"]}).to_iterable_dataset()
+        >>> [row["prompt"] for row in islice(endless(rows, needed=2, seed=None), 5)]
+        ['a', 'b', 'c', 'a', 'b']
+    """
+    rows = stream if seed is None else stream.shuffle(seed=seed)
+
+    def passes() -> Iterator[dict[str, Any]]:
+        for number in count():
+            rows.set_epoch(number)
+            seen = 0
+            for seen, row in enumerate(rows, start=1):  # noqa: B007  # counted for the line below
+                yield row
+            if seen < needed:
+                raise ValueError(
+                    f"One rollout takes {needed} different prompts, but the stream `train_dataset` ended after {seen}."
+                )
+
+    return IterableDataset.from_generator(passes, features=stream.features)
+
+
+def _check_columns(columns: Any, name: str) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset needs a column 'prompt'; it has {list(columns)} (`{name}`).")
+
+
+def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
+    kinds = {index: reason for index, prompt in enumerate(prompts) if (reason := _wrong_kind(prompt))}
+    _refuse(kinds, name, len(prompts), "Remove such rows")
+    found = {index: what for index, ids in enumerate(rules.encode(prompts)) if (what := rules.problem(ids))}
+    if found:
+        fix = next(iter(found.values()))[1]
+        _refuse({index: what for index, (what, way) in found.items() if way == fix}, name, len(prompts), fix)
+
+
+def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        _check_columns(row, name)
+        reason = _wrong_kind(row["prompt"])
+        problem = (reason, "Remove such rows") if reason else rules.problem(rules.encode([row["prompt"]])[0])
+        if problem:
+            raise ValueError(f"`{name}`: the prompt of row {index} {problem[0]}. {problem[1]}.")
+        return row
+
+    return check
+
+
+def _refuse(problems: dict[int, str], name: str, rows: int, fix: str) -> None:
+    if problems:
+        index, what = next(iter(problems.items()))
+        raise ValueError(
+            f"`{name}`: {len(problems)} of {rows} prompts cannot be used: the prompt of row {index} {what}. {fix}."
+        )
+
+
+def _wrong_kind(prompt: Any) -> str | None:
+    try:
+        check_kind(prompt, "prompt")
+    except BadRow:
+        return "is neither text nor a chat (a list of messages with `role` and `content`)"
+    return "is missing" if prompt is None else "has no message" if prompt == [] else None
