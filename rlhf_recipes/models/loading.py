@@ -66,13 +66,14 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
+def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module | None = None) -> LoraConfig:
     """Build the LoRA configuration of a stage.
 
     Args:
         model_args: TRL's model arguments (`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, ...).
         task_type: `"CAUSAL_LM"` for policies and `"SEQ_CLS"` for reward models. With any other type PEFT freezes the
             reward model's score head at its random start and does not save it.
+        model: The model that the adapter is for, whose layers that LoRA cannot adapt are left out.
 
     Returns:
         The configuration. Without `lora_target_modules` every linear layer but the output head is adapted.
@@ -107,7 +108,7 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    return fuse_lora(config)
+    return fuse_lora(config, model)
 
 
 def load_tokenizer(

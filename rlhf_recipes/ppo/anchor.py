@@ -69,7 +69,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         found["old_values"] = trainer.critic.values(old)
     if args.kl_placement == "loss":
         found["anchor_hidden"] = old if args.kl_anchor == "old" else ref
-    return {**found, "kl": exact_kl(trainer, old, ref, mask, trainer.roles.model)}
+    return {**found, "kl": exact_kl(trainer, old, ref, mask)}
 
 
 def first_pass(trainer: PPOTrainer) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def what_to_keep(trainer: PPOTrainer, full: bool) -> Callable[[Tensor], Tensor] 
 
 
 def exact_kl(
-    trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, anchor: Any, swap: bool = False
+    trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, to_old: bool = False
 ) -> Tensor:
     """Exact KL per token `(B, T)`, 0 on padding, between the distributions that hidden states `(B, T, H)` give.
 
@@ -108,19 +108,25 @@ def exact_kl(
         hidden: The policy's states before each token.
         anchor_hidden: The anchor's.
         mask: 1 where a token counts.
-        anchor: The model whose output layer belongs to `anchor_hidden`.
-        swap: KL(anchor || policy) in place of KL(policy || anchor).
+        to_old: KL(old policy || policy) in place of KL(policy || reference).
     """
+    head = trainer.model.get_output_embeddings()
+
+    def reference_head(states: Tensor) -> Tensor:
+        with trainer.roles.use(trainer.reference):  # an adapter may bring an output layer of its own
+            logits: Tensor = trainer.roles.model.get_output_embeddings()(states)
+        return logits
+
     counts = mask.bool()
     with trainer.accelerator.autocast():
         kl = chunked_full_kl(
             hidden[counts],
             anchor_hidden[counts],
-            trainer.model.get_output_embeddings(),
+            head,
             trainer.temperature,
             _POSITIONS_PER_CHUNK,
-            swap,
-            anchor.get_output_embeddings(),
+            to_old,
+            head if to_old else reference_head,
         )
     return kl.new_zeros(mask.shape).masked_scatter(counts, kl)
 

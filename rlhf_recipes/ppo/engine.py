@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.ppo._trl import sample_rollout
 from rlhf_recipes.ppo.checkpoint import load_ppo_state, load_whole_model, save_ppo_state, save_whole_model
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
@@ -114,6 +115,8 @@ class PPOEngine(GRPOTrainer):
         return self._train_sampler
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.model.training and self.args.disable_dropout:
+            compute_as_in_evaluation(self.model)  # for the rollout and for the loss
         micro_batches = self.args.micro_batches_per_rollout
         new_epoch = self._step % micro_batches == 0 and self._step % self._steps_per_rollout != 0
         if self.model.training and new_epoch and micro_batches > 1 and self._buffered_inputs is not None:

@@ -78,14 +78,14 @@ def build_policy(
     positions_follow_mask(model)
     pack(model)
     if peft_config is not None:
-        policy = get_peft_model(model, fuse_lora(peft_config))
+        policy = get_peft_model(model, fuse_lora(peft_config, model))
         return policy, Roles(policy), None
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
             "`LoraConfig(task_type='CAUSAL_LM')`), or load it without `quantization_config`."
         )
-    config = fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    config = fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), model)
     frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None

@@ -7,6 +7,7 @@ token rewards with the KL penalty, advantages, and the loss. The maths is in `fu
 from __future__ import annotations
 
 import copy
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from rlhf_recipes.data.chat_templates import check_prompt_format
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.formats import check_prompt_lengths
 from rlhf_recipes.models.adapters import base_name
+from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
@@ -35,6 +38,7 @@ from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards
 from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
+from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
 from rlhf_recipes.shaping import Completions, ScoreTransform
 
@@ -128,7 +132,7 @@ class PPOTrainer(PPOEngine):
         self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_one_base(policy, reward_funcs)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
-        longest = policy.config.get_text_config().max_position_embeddings - args.max_completion_length
+        longest = (context_length(policy) or sys.maxsize) - args.max_completion_length
         for dataset, needed in ((train_dataset, args.prompts_per_rollout), (eval_dataset, 1)):
             if dataset is not None:
                 checks.check_prompts(dataset, needed)
@@ -152,7 +156,10 @@ class PPOTrainer(PPOEngine):
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
             add_log_probs(self, self.roles.model.get_base_model())
+        if args.disable_dropout:
+            disable_dropout(self.model)
         checks.set_trainable(self.model, self.roles)
+        try_out(self)
         self.critic.freeze_below()
         self.updates = UpdateControl(args, self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
@@ -285,9 +292,8 @@ class PPOTrainer(PPOEngine):
         if not full:
             return Outputs(logps, entropies, kept)
         values = self.critic.values(kept) if self.critic.kind == "head" else None
-        mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
-        anchor = self.model if old else self.roles.model
-        return Outputs(logps, entropies, values, exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old))
+        mask, to_old = inputs["completion_mask"], self.args.kl_anchor == "old"
+        return Outputs(logps, entropies, values, exact_kl(self, kept, inputs["anchor_hidden"], mask, to_old))
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes.data.chat_templates import end_token_ids
-from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder, which_ended
+from rlhf_recipes.data.context import context_length
+from rlhf_recipes.rewards.encoding import encode, is_encoder, which_ended
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

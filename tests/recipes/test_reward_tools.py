@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.loading import load_rows
@@ -20,7 +21,7 @@ from rlhf_recipes.models import load_reward_model, load_sequence_classifier, loa
 from rlhf_recipes.reward_modeling import score_sequences
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import ClassifierReward
-from rlhf_recipes.rewards.encoding import context_length, encode_rows
+from rlhf_recipes.rewards.encoding import encode_rows
 
 
 @pytest.fixture
