@@ -11,8 +11,8 @@ from transformers import set_seed
 
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.config import DataArguments, parse_stage
-from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data import to_preferences
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.preferences import to_preference_table
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized

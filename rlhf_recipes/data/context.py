@@ -18,13 +18,13 @@ def context_length(model: Any) -> int | None:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> from transformers import BloomConfig, GPT2Config, MptConfig, RobertaConfig, RobertaForSequenceClassification
+        >>> from transformers import BloomConfig, GPT2Config, MptConfig, RobertaConfig, RobertaForCausalLM
         >>> configs = GPT2Config(n_positions=64), MptConfig(max_seq_len=32), BloomConfig()
         >>> [context_length(SimpleNamespace(config=config)) for config in configs]
         [64, 32, None]
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> config = RobertaConfig(vocab_size=9, max_position_embeddings=514, pad_token_id=1, **sizes)
-        >>> context_length(RobertaForSequenceClassification(config))  # its positions start behind the padding's
+        >>> context_length(RobertaForCausalLM(config))  # its positions start behind the padding's
         512
     """
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():

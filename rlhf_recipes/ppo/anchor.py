@@ -41,7 +41,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
     full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
     with trainer.roles.use(trainer.reference):
         keep = keep_states if full else None
-        ref_logps, _, ref = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
+        ref_logps, _, ref, _ = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
     shared = first_pass(trainer)
     with torch.set_grad_enabled(bool(shared)):  # the last one, so that none runs beside what it keeps
         outputs = policy_pass(trainer, trainer.model, batch, batch_size, what_to_keep(trainer, full))
@@ -81,7 +81,8 @@ def first_pass(trainer: PPOTrainer) -> tuple[str, ...]:
     """
     args = trainer.args
     alone = args.micro_batches_per_rollout == trainer.accelerator.num_processes == 1
-    if not (alone and trainer.model.training and trainer._step > 0 and args.kl_estimator != "full"):
+    more = args.kl_estimator == "full" or trainer.aux_loss_enabled  # than what is kept
+    if not (alone and trainer.model.training and trainer._step > 0 and not more):
         return ()
     return FIRST_PASS if trainer.critic.kind == "head" else FIRST_PASS[:2]
 
@@ -98,9 +99,7 @@ def what_to_keep(trainer: PPOTrainer, full: bool) -> Callable[[Tensor], Tensor] 
     return trainer.critic.values if trainer.critic.kind == "head" else None
 
 
-def exact_kl(
-    trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, to_old: bool = False
-) -> Tensor:
+def exact_kl(trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, to_old: bool = False) -> Tensor:
     """Exact KL per token `(B, T)`, 0 on padding, between the distributions that hidden states `(B, T, H)` give.
 
     Args:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
+from rlhf_recipes.models.arguments import positions_follow_mask
+from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import check_top_layers

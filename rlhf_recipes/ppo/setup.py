@@ -12,9 +12,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, is_adapter, load_policy, same_model
+from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
-from rlhf_recipes.models.loading import load_causal_lm, positions_follow_mask
+from rlhf_recipes.models.loading import load_causal_lm
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
@@ -68,14 +69,14 @@ def build_policy(
             raise ValueError("The model already has an adapter, which is trained further. Leave `peft_config` out.")
         if POLICY not in model.peft_config:
             raise ValueError(f"The policy's adapter must be named {POLICY!r}, got {list(model.peft_config)}.")
-        positions_follow_mask(model.get_base_model())
+        complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
         roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
-    positions_follow_mask(model)
+    complete_arguments(model)
     pack(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config, model))

@@ -281,6 +281,9 @@ class PPOTrainer(PPOEngine):
             self.updates.record(new.logps - old_logps, new.entropies, mask)
         kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
         loss, metrics = policy_loss(new, inputs, self.args, kl_coef, self.updates.entropy_coef)
+        if new.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * new.router_loss
+            metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
         return loss if self.critic.kind == "head" else self._backward_of_policy(loss), new.values, metrics
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
@@ -288,12 +291,16 @@ class PPOTrainer(PPOEngine):
         if "first_logps" in inputs:
             return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
         full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
-        logps, entropies, kept = policy_pass(self, model, inputs, read=what_to_keep(self, full))
+        read = what_to_keep(self, full)
+        logps, entropies, kept, router_loss = policy_pass(
+            self, model, inputs, read=read, router_loss=self.aux_loss_enabled
+        )
         if not full:
-            return Outputs(logps, entropies, kept)
+            return Outputs(logps, entropies, kept, router_loss=router_loss)
         values = self.critic.values(kept) if self.critic.kind == "head" else None
         mask, to_old = inputs["completion_mask"], self.args.kl_anchor == "old"
-        return Outputs(logps, entropies, values, exact_kl(self, kept, inputs["anchor_hidden"], mask, to_old))
+        kl = exact_kl(self, kept, inputs["anchor_hidden"], mask, to_old)
+        return Outputs(logps, entropies, values, kl, router_loss)
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

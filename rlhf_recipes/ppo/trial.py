@@ -31,9 +31,9 @@ _TOLERANCE, _TOLERANCE_IN_16_BITS = 2e-4, 0.1
 def try_out(trainer: PPOTrainer) -> None:
     """Compare four ways to the distributions of the same tokens, of which PPO needs that they are one.
 
-    They are those that `generate` samples from, with prompts padded on the left; the model's own logits of whole texts
-    in training; the log-probabilities of TRL's output layer; and, for an exact KL, what the output layer alone makes of
-    the last hidden states. A family of models in which they differ would be trained wrongly without any sign.
+    They are those that `generate` samples from, with prompts padded on the left; the model's own logits of whole
+    texts in training; the log-probabilities of TRL's output layer; and, for an exact KL, what the output layer alone
+    makes of the last hidden states. A family of models in which they differ would be trained wrongly without any sign.
 
     Raises:
         ValueError: If two of them differ, with the cause, or would differ as soon as an adapter is trained.
@@ -45,7 +45,8 @@ def try_out(trainer: PPOTrainer) -> None:
     if trainer.args.disable_dropout:  # else old and new log-probabilities differ, as is found in the first update
         compute_as_in_evaluation(model.train())
     plain = _logits(trainer, batch)
-    logps, _, states = policy_pass(trainer, model, batch, read=keep_states)
+    logps, _, states, _ = policy_pass(trainer, model, batch, read=keep_states)
+    _check_router_loss(trainer, batch)
     model.eval()
     _check_sampling(trainer, batch, sampled, plain)
     exact = (plain / trainer.temperature).log_softmax(dim=-1)
@@ -71,8 +72,8 @@ def _check_output_layer(trainer: PPOTrainer) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in head.modules()):
         raise ValueError(
             "An adapter is on the output layer, but log-probabilities are computed from its weight directly and would "
-            "ignore the adapter. Take 'lm_head' (and `trainable_token_indices`) out of the adapter's configuration, or "
-            "train the layer as a whole: `modules_to_save=['lm_head']`."
+            "ignore the adapter. Take 'lm_head' (and `trainable_token_indices`) out of the configuration, or train "
+            "the layer as a whole: `modules_to_save=['lm_head']`."
         )
     args = trainer.args
     if args.kl_estimator == "full" and args.kl_anchor == "old" and head.weight.requires_grad:
@@ -80,6 +81,31 @@ def _check_output_layer(trainer: PPOTrainer) -> None:
             "`kl_estimator: full` with `kl_anchor: old` keeps the old policy's last hidden states, but the output "
             "layer is trained too (the whole model is, or `modules_to_save` names it), so that they would give other "
             "logits after the first update. Use `k1` or `k3`, or set `kl_anchor: reference`."
+        )
+
+
+def _check_router_loss(trainer: PPOTrainer, batch: dict[str, Tensor]) -> None:
+    """Compare TRL's loss of the routers with the model's own; without one, the coefficient must not be set."""
+    if not trainer.aux_loss_enabled:
+        return
+    expected = getattr(_run(trainer, batch, output_router_logits=True), "aux_loss", None)
+    if not isinstance(expected, Tensor):
+        if trainer.args.router_aux_loss_coef:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {trainer.args.router_aux_loss_coef}, but {_name(trainer)} computes no "
+                "auxiliary loss of its routers. Remove it."
+            )
+        trainer.aux_loss_enabled = False  # the coefficient of the model's own configuration has no use
+        return
+    try:
+        found: Any = policy_pass(trainer, trainer.model, batch, router_loss=True).router_loss
+        same = torch.allclose(found.float(), expected.float(), rtol=0.05 if trainer.half_precision else 1e-3)
+    except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+        found, same = error, False
+    if not same:
+        raise ValueError(
+            f"TRL computes another auxiliary loss of the routers of {_name(trainer)} ({found}) than the model does "
+            f"({expected.item():.4g}). Set `router_aux_loss_coef: 0` to train without it."
         )
 
 
@@ -129,12 +155,18 @@ def _generate(trainer: PPOTrainer, rows: int = 2) -> tuple[dict[str, Tensor], Te
     return batch, torch.stack(found.logits, dim=1).float()
 
 
-def _logits(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own logits `(2, T, V)` of whole texts, padded on the right."""
+def _run(trainer: PPOTrainer, batch: dict[str, Tensor], **more: Any) -> Any:
+    """What the model itself makes of whole texts, padded on the right."""
     rows = text_rows(batch, packed=False)
     with trainer.accelerator.autocast():
-        outputs = trainer.model(input_ids=rows.join(join_columns(batch, "ids")), **rows.arguments, use_cache=False)
-    return rows.take(outputs.logits, positions_before(batch)).float()
+        ids = rows.join(join_columns(batch, "ids"))
+        return trainer.model(input_ids=ids, **rows.arguments, use_cache=False, **more)
+
+
+def _logits(trainer: PPOTrainer, batch: dict[str, Tensor]) -> Tensor:
+    """The logits `(2, T, V)` of the completion's tokens."""
+    logits = _run(trainer, batch).logits
+    return text_rows(batch, packed=False).take(logits, positions_before(batch)).float()
 
 
 def _distance(logits: Tensor, others: Tensor) -> float:
