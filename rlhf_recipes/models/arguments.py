@@ -11,17 +11,29 @@ import torch
 def complete_arguments(model: torch.nn.Module) -> None:
     """Let a causal model complete what it is called with: positions, and no router logits that nobody asked for.
 
+    TRL, which computes the routers' loss, reads the number of experts by one name, which some configurations lack.
+
     Router logits come with a loss of their own, which transformers computes with a mask that does not fit the one
     token of a step of generation. A model whose configuration has `output_router_logits` (or got it from TRL's SFT)
     could not go on from prompts of unlike length.
 
     Raises:
-        ValueError: As `positions_follow_mask` does.
+        ValueError: As `positions_follow_mask` does, and if the model has no trunk without its output layer.
     """
+    inner: Any = model.base_model
+    if inner is model:
+        raise ValueError(
+            f"{type(model).__name__} does not say which of its modules is its trunk (`base_model_prefix`), whose last "
+            "hidden states TRL's log-probabilities and values are computed from. Take another base model."
+        )
     positions_follow_mask(model)
     config: Any = model.config
-    hooks = model._forward_pre_hooks.values()
-    if hasattr(config.get_text_config(), "output_router_logits") and _no_router_logits not in hooks:
+    config = config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        return
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
+    if _no_router_logits not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_no_router_logits, with_kwargs=True)
 
 

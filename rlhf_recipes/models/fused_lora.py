@@ -11,7 +11,11 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftConfig
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -26,7 +30,7 @@ def fuse_lora(config: Config, model: nn.Module | None = None) -> Config:
     Args:
         config: Configuration of new adapters; only LoRA's is changed.
         model: The model that they are for. `all-linear` then leaves out what LoRA cannot adapt: linear layers that
-            give more than their product, as some routers of experts do.
+            give more than their product, as some routers of experts do, and those of Mamba that PEFT refuses.
 
     Returns:
         The same object.
@@ -43,14 +47,15 @@ def fuse_lora(config: Config, model: nn.Module | None = None) -> Config:
     """
     if isinstance(config, LoraConfig):
         if model is not None:
-            _leave_out(config, [name for name, module in model.named_modules() if _is_no_product(module)])
+            _leave_out(config, model)
         config._register_custom_module({nn.Linear: _fused_layer})  # type: ignore[dict-item]  # called, never compared
     return config
 
 
-def _leave_out(config: LoraConfig, names: list[str]) -> None:
+def _leave_out(config: LoraConfig, model: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if _is_no_product(module)]
     if config.target_modules == "all-linear":
-        last = {name.rpartition(".")[2] for name in names}
+        last = {name.rpartition(".")[2] for name in names} | _refused_by_peft(config, model)
         given = config.exclude_modules or []
         if isinstance(given, str):
             config.exclude_modules = "|".join([f"({given})", *(rf"(.*\.)?{re.escape(name)}" for name in sorted(last))])
@@ -61,6 +66,17 @@ def _leave_out(config: LoraConfig, names: list[str]) -> None:
             f"`target_modules` names {named[0]!r}, a layer that gives more than one tensor, which LoRA cannot adapt. "
             "Take it out."
         )
+
+
+def _refused_by_peft(config: LoraConfig, model: nn.Module) -> set[str]:
+    """Linear layers of state-space models whose weights fused kernels read without asking the layer."""
+    found = set()
+    for last in {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}:
+        try:
+            _check_lora_target_modules_mamba(config, model, last)
+        except ValueError:
+            found.add(last)
+    return found
 
 
 def _is_no_product(module: nn.Module) -> bool:

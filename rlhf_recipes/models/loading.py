@@ -182,9 +182,18 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
         The model, and the names of the weights that start at random.
 
     Raises:
-        ValueError: If they are more than a head: LoRA would freeze them at random, and not save them.
+        ValueError: If they are more than a head: LoRA would freeze them at random, and not save them. If transformers
+            has no classifier of this family.
     """
-    model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    try:
+        model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no sequence classifier of the family of {path!r}, so it cannot become a reward model. "
+            "Take a reward model of another family, with a tokenizer of its own, or a reward function."
+        ) from None
     strange = {key for key in missing if set(key.split(".")).isdisjoint(HEAD_MODULES)}
     if strange:
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from trl import RewardTrainer
 
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.losses import read_scores, untied_margins
@@ -63,6 +64,8 @@ class PreferenceTrainer(RewardTrainer):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
         super().__init__(args=args, **kwargs)
+        if args.disable_dropout:
+            disable_dropout(self.model)  # TRL leaves on what is no module
         self._prompts_in_step = 0
         config, given = args, kwargs.get("data_collator")
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
