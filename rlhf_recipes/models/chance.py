@@ -24,17 +24,15 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _set_rates_to_zero(module)
 
 
 def compute_as_in_evaluation(model: nn.Module) -> None:
-    """Let the layers of a model in training compute what they compute in evaluation: without noise.
+    """Let the layers of a model in training compute what they compute in evaluation: without dropout or other noise.
 
-    Besides dropout, routers of experts draw random numbers in training (jitter in Mixtral's, DBRX's; PhiMoE's samples
-    the experts). Modules that recompute their activations stay in training, because they ask for it, and so does the
-    model itself; of these `disable_dropout` takes the rates away.
+    Besides dropout, routers of experts draw random numbers in training (jitter in DBRX's; PhiMoE's draws the experts).
+    Modules that recompute their activations stay in training, because they ask for it, and so does the model itself;
+    their own rates of dropout are set to 0.
 
     Args:
         model: The model, after `model.train()`, which undoes this.
@@ -46,4 +44,13 @@ def compute_as_in_evaluation(model: nn.Module) -> None:
         (True, False)
     """
     for module in model.modules():
-        module.training = module.training and (module is model or hasattr(module, "gradient_checkpointing"))
+        if module is not model and not hasattr(module, "gradient_checkpointing"):
+            module.training = False
+        elif module.training:
+            _set_rates_to_zero(module)
+
+
+def _set_rates_to_zero(module: nn.Module) -> None:
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(module, name, 0.0)

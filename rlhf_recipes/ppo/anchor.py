@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import policy_pass
+from rlhf_recipes.ppo.objective import Outputs
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController, chunked_full_kl, kl_estimate
 
 if TYPE_CHECKING:
@@ -97,6 +98,21 @@ def what_to_keep(trainer: PPOTrainer, full: bool) -> Callable[[Tensor], Tensor] 
     if full:
         return keep_states
     return trainer.critic.values if trainer.critic.kind == "head" else None
+
+
+def policy_outputs(trainer: PPOTrainer, model: Any, inputs: dict[str, Any]) -> Outputs:
+    """Run the policy on a micro-batch, with gradients, unless the rollout kept that of the old one."""
+    if "first_logps" in inputs:
+        return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
+    args = trainer.args
+    full = args.kl_placement == "loss" and args.kl_estimator == "full"
+    found = policy_pass(trainer, model, inputs, read=what_to_keep(trainer, full), router_loss=trainer.aux_loss_enabled)
+    if not full:
+        return Outputs(found.logps, found.entropies, found.kept, router_loss=found.router_loss)
+    values = trainer.critic.values(found.kept) if trainer.critic.kind == "head" else None
+    mask, to_old = inputs["completion_mask"], args.kl_anchor == "old"
+    kl = exact_kl(trainer, found.kept, inputs["anchor_hidden"], mask, to_old)
+    return Outputs(found.logps, found.entropies, values, kl, found.router_loss)
 
 
 def exact_kl(trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, to_old: bool = False) -> Tensor:

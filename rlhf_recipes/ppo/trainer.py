@@ -19,17 +19,16 @@ from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.formats import check_prompt_lengths
 from rlhf_recipes.models.adapters import base_name
-from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.loading import load_tokenizer
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
-from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
-from rlhf_recipes.ppo.anchor import FIRST_PASS, exact_kl, make_kl_controller, policy_and_reference, what_to_keep
+from rlhf_recipes.ppo._trl import add_log_probs
+from rlhf_recipes.ppo.anchor import FIRST_PASS, make_kl_controller, policy_and_reference, policy_outputs
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
-from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
+from rlhf_recipes.ppo.objective import LossMetrics, count_items, critic_loss, policy_loss
 from rlhf_recipes.ppo.off_policy import off_policy_metrics
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
@@ -138,8 +137,7 @@ class PPOTrainer(PPOEngine):
                 checks.check_prompts(dataset, needed)
                 check_prompt_lengths(dataset, tokenizer, longest)
                 check_prompt_format(dataset, tokenizer, policy, args.chat_template_kwargs)
-        self.token_rewards = TokenRewards(args, placement, score_transforms)
-        self.potential = potential
+        self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         super().__init__(
             model=policy,
@@ -156,8 +154,6 @@ class PPOTrainer(PPOEngine):
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
             add_log_probs(self, self.roles.model.get_base_model())
-        if args.disable_dropout:
-            disable_dropout(self.model)
         checks.set_trainable(self.model, self.roles)
         try_out(self)
         self.critic.freeze_below()
@@ -266,7 +262,7 @@ class PPOTrainer(PPOEngine):
 
     def _policy_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, LossMetrics]:
         """Compute the policy's terms, and the values if the critic is a head on it; else its activations are free."""
-        new = self._forward(model, inputs)
+        new = policy_outputs(self, model, inputs)
         mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
         if self.model.training and self._step == 0:
             checks.check_same_distribution(
@@ -285,22 +281,6 @@ class PPOTrainer(PPOEngine):
             loss = loss + self.router_aux_loss_coef * new.router_loss
             metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
         return loss if self.critic.kind == "head" else self._backward_of_policy(loss), new.values, metrics
-
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
-        """Run the policy on a micro-batch, with gradients."""
-        if "first_logps" in inputs:
-            return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
-        full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
-        read = what_to_keep(self, full)
-        logps, entropies, kept, router_loss = policy_pass(
-            self, model, inputs, read=read, router_loss=self.aux_loss_enabled
-        )
-        if not full:
-            return Outputs(logps, entropies, kept, router_loss=router_loss)
-        values = self.critic.values(kept) if self.critic.kind == "head" else None
-        mask, to_old = inputs["completion_mask"], self.args.kl_anchor == "old"
-        kl = exact_kl(self, kept, inputs["anchor_hidden"], mask, to_old)
-        return Outputs(logps, entropies, values, kl, router_loss)
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

@@ -42,7 +42,6 @@ def test_training_computes_what_evaluation_does(name, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-3)
-    disable_dropout(model)
     compute_as_in_evaluation(model)
     logits = model(input_ids=ids, use_cache=False).logits
     assert_close(logits, expected)
