@@ -90,11 +90,12 @@ def policy_pass(
         with trainer.accelerator.autocast(), states_at(inner, places) as states:
             input_ids = texts.join(join_columns(part, "ids"))
             outputs = model(input_ids=input_ids, **texts.arguments, **routers, labels=labels[None], fused_lm_head=True)
-            kept = [] if read is None else [read(states[0])]
-        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *kept)]
+            more = [] if read is None else [read(states[0])]
+        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
         parts.append((rows, [spread(each, drawn, *mask.shape) for each in tokens]))
     found = [put_together([(rows, values[i]) for rows, values in parts], length) for i in range(len(parts[0][1]))]
-    return PolicyPass(*found[:2], found[2] if read is not None else None, outputs.aux_loss if router_loss else None)
+    kept = found[2] if read is not None else None
+    return PolicyPass(found[0], found[1], kept, outputs.aux_loss if router_loss else None)
 
 
 def generate(

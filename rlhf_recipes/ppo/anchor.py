@@ -62,7 +62,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         "old_entropies": outputs[1].detach(),
         "ref_per_token_logps": ref_logps,
     }
-    found |= dict(zip(shared, outputs, strict=False))
+    found |= dict(zip(shared, outputs[:3], strict=False))
     if args.kl_estimator != "full":
         values = {"old_values": old} if old is not None else {}
         return {**found, **values, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}

@@ -131,7 +131,7 @@ class PPOTrainer(PPOEngine):
         self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_one_base(policy, reward_funcs)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
-        longest = (context_length(policy) or sys.maxsize) - args.max_completion_length
+        longest = (context_length(policy) or sys.maxsize) - (args.max_completion_length or 0)
         for dataset, needed in ((train_dataset, args.prompts_per_rollout), (eval_dataset, 1)):
             if dataset is not None:
                 checks.check_prompts(dataset, needed)

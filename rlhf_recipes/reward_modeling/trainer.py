@@ -64,7 +64,7 @@ class PreferenceTrainer(RewardTrainer):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
         super().__init__(args=args, **kwargs)
-        if args.disable_dropout:
+        if args.disable_dropout and isinstance(self.model, nn.Module):
             disable_dropout(self.model)  # TRL leaves on what is no module
         self._prompts_in_step = 0
         config, given = args, kwargs.get("data_collator")
