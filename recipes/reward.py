@@ -13,6 +13,7 @@ from transformers import set_seed
 from rlhf_recipes.checkpoints import check_output_dir, is_finished
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_preferences
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.instructions import instructions_as_chats
 from rlhf_recipes.data.preferences import compared_pairs, to_preference_table
 from rlhf_recipes.data.splits import load_splits
@@ -35,7 +36,7 @@ from rlhf_recipes.reward_modeling import (
     evaluate_pairs,
 )
 from rlhf_recipes.reward_modeling.baselines import pair_baselines
-from rlhf_recipes.rewards.encoding import context_length, encode_rows, is_encoder
+from rlhf_recipes.rewards.encoding import encode_rows, is_encoder
 from rlhf_recipes.tracking import log_outputs, stage_config, start_run
 
 ARGUMENTS = (DataArguments, PreferenceConfig, RewardModelConfig)
@@ -76,7 +77,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, "SEQ_CLS"),
+        peft_config=lora_config(model_args, "SEQ_CLS", model),
     )
     upcast_trainable(trainer.model)
     check_score_head(trainer)

@@ -55,7 +55,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, "CAUSAL_LM"),
+        peft_config=lora_config(model_args, "CAUSAL_LM", model),
     )
     upcast_trainable(trainer.model)
     check_tokenized(trainer, given=rows)

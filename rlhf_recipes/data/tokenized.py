@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 
+from rlhf_recipes.data.context import context_length
+
 if TYPE_CHECKING:
     from trl import RewardTrainer, SFTTrainer
 
@@ -44,15 +46,15 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
     model: Any = trainer.model  # TRL types what a trainer holds only in part
     args: Any = trainer.args
     kept: dict[str, Any] = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
-    config = model.config.get_text_config()
+    vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
     for split, prepared in kept.items():
         if "seq_lengths" not in prepared.column_names:
             _check_left_out(split, prepared, len(given[split]), args.max_length)
         for column in sorted({"input_ids", "chosen_ids", "rejected_ids"} & set(prepared.column_names)):
-            _check_ids(f"`{column}` of the {split} rows", prepared[column], config)
+            _check_ids(f"`{column}` of the {split} rows", prepared[column], vocabulary, context)
         if "completion_ids" in prepared.column_names:
             sequences = [ids for group in prepared["completion_ids"] for ids in group]
-            _check_ids(f"`completion_ids` of the {split} rows", sequences, config)
+            _check_ids(f"`completion_ids` of the {split} rows", sequences, vocabulary, context)
 
 
 def _check_left_out(split: str, prepared: Dataset, given: int, max_length: int | None) -> None:
@@ -69,9 +71,8 @@ def _check_left_out(split: str, prepared: Dataset, given: int, max_length: int |
         )
 
 
-def _check_ids(what: str, rows: Any, config: Any) -> None:
+def _check_ids(what: str, rows: Any, vocabulary: int, context: int | None) -> None:
     lengths = [len(ids) for ids in rows]
-    context = getattr(config, "max_position_embeddings", None)  # some models have no such limit
     if min(lengths) == 0:
         raise ValueError(f"{what}: row {lengths.index(0)} has no tokens. Remove such rows.")
     if context is not None and max(lengths) > context:
@@ -80,8 +81,8 @@ def _check_ids(what: str, rows: Any, config: Any) -> None:
             f"to {context} or less, or use a model with a longer context."
         )
     lowest, highest = min(min(ids) for ids in rows), max(max(ids) for ids in rows)
-    if lowest < 0 or highest >= config.vocab_size:
+    if lowest < 0 or highest >= vocabulary:
         raise ValueError(
-            f"{what} have token ids from {lowest} to {highest}, but the model knows 0 to {config.vocab_size - 1}. Use "
+            f"{what} have token ids from {lowest} to {highest}, but the model knows 0 to {vocabulary - 1}. Use "
             "the tokenizer of the model."
         )

@@ -4,18 +4,24 @@ PEFT computes `base(x) + scaling * B(A(x))` with the update, its scaling and the
 output; in 4 bits it copies the base's output besides. `torch.addmm` does the same in one pass over the output.
 """
 
+import re
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftConfig
 from peft.tuners import lora
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 
 Config = TypeVar("Config", bound=PeftConfig)
 
 
-def fuse_lora(config: Config) -> Config:
+def fuse_lora(config: Config, model: nn.Module | None = None) -> Config:
     """Make a LoRA configuration build the layers of this module, on linear layers as they are and in 4 bits.
 
     The adapters are PEFT's in everything else: names of parameters, saving, merging. What has no fused form (DoRA,
@@ -23,9 +29,14 @@ def fuse_lora(config: Config) -> Config:
 
     Args:
         config: Configuration of new adapters; only LoRA's is changed.
+        model: The model that they are for. `all-linear` then leaves out what LoRA cannot adapt: linear layers that
+            give more than their product, as some routers of experts do, and those of Mamba that PEFT refuses.
 
     Returns:
         The same object.
+
+    Raises:
+        ValueError: If it names such a layer.
 
     Example:
         >>> from peft import get_peft_model
@@ -35,8 +46,48 @@ def fuse_lora(config: Config) -> Config:
         'FusedLinear'
     """
     if isinstance(config, LoraConfig):
+        if model is not None:
+            _leave_out(config, model)
         config._register_custom_module({nn.Linear: _fused_layer})  # type: ignore[dict-item]  # called, never compared
     return config
+
+
+def _leave_out(config: LoraConfig, model: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if _is_no_product(module)]
+    if config.target_modules == "all-linear":
+        last = {name.rpartition(".")[2] for name in names} | _refused_by_peft(config, model)
+        given = config.exclude_modules or []
+        if isinstance(given, str):
+            config.exclude_modules = "|".join([f"({given})", *(rf"(.*\.)?{re.escape(name)}" for name in sorted(last))])
+        elif last:
+            config.exclude_modules = sorted({*given, *last})  # by their ends, so that a saved adapter leaves them out
+    elif named := [name for name in names if check_target_module_exists(config, name)]:
+        raise ValueError(
+            f"`target_modules` names {named[0]!r}, a layer that gives more than one tensor, which LoRA cannot adapt. "
+            "Take it out."
+        )
+
+
+def _refused_by_peft(config: LoraConfig, model: nn.Module) -> set[str]:
+    """Linear layers of state-space models whose weights fused kernels read without asking the layer."""
+    found = set()
+    for last in {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}:
+        try:
+            _check_lora_target_modules_mamba(config, model, last)
+        except ValueError:
+            found.add(last)
+    return found
+
+
+def _is_no_product(module: nn.Module) -> bool:
+    """Whether a module that is a kind of linear layer gives something else than a product with its weight."""
+    weight: Any = getattr(module, "weight", None)
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if not own or isinstance(module, BaseTunerLayer) or not weight.is_floating_point():  # as those in 4 bits
+        return False
+    with torch.no_grad():
+        output = module(weight.new_zeros(1, weight.size(1)))
+    return not isinstance(output, Tensor) or output.shape != (1, weight.size(0))
 
 
 class _Fused(nn.Module):

@@ -126,7 +126,7 @@ def sample_with_transformers(
     Raises:
         RuntimeError: If anything else would shape what is drawn.
     """
-    with _inheriting_nothing(model):
+    with inheriting_nothing(model):
         sequences: Tensor = model.generate(
             **inputs, generation_config=generation_config, custom_generate=partial(_sample_checked, temperature)
         )
@@ -134,7 +134,8 @@ def sample_with_transformers(
 
 
 @contextmanager
-def _inheriting_nothing(model: Any) -> Iterator[None]:
+def inheriting_nothing(model: Any) -> Iterator[None]:
+    """Let a model generate without the settings of its own `generation_config`, which comes back after the block."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:

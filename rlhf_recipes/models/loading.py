@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 
@@ -67,13 +67,14 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     )
 
 
-def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
+def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module | None = None) -> LoraConfig:
     """Build the LoRA configuration of a stage.
 
     Args:
         model_args: TRL's model arguments (`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, ...).
         task_type: `"CAUSAL_LM"` for policies and `"SEQ_CLS"` for reward models. With any other type PEFT freezes the
             reward model's score head at its random start and does not save it.
+        model: The model that the adapter is for, whose layers that LoRA cannot adapt are left out.
 
     Returns:
         The configuration. Without `lora_target_modules` every linear layer but the output head is adapted.
@@ -108,7 +109,7 @@ def lora_config(model_args: ModelConfig, task_type: str) -> LoraConfig:
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    return fuse_lora(config)
+    return fuse_lora(config, model)
 
 
 def load_tokenizer(
@@ -163,7 +164,7 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
         FileNotFoundError: If a local folder does not exist.
     """
     model, _ = _load(AutoModelForCausalLM, path, **options)
-    positions_follow_mask(model)
+    complete_arguments(model)
     return model
 
 
@@ -182,9 +183,18 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
         The model, and the names of the weights that start at random.
 
     Raises:
-        ValueError: If they are more than a head: LoRA would freeze them at random, and not save them.
+        ValueError: If they are more than a head: LoRA would freeze them at random, and not save them. If transformers
+            has no classifier of this family.
     """
-    model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    try:
+        model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no sequence classifier of the family of {path!r}, so it cannot become a reward model. "
+            "Take a reward model of another family, with a tokenizer of its own, or a reward function."
+        ) from None
     strange = {key for key in missing if set(key.split(".")).isdisjoint(HEAD_MODULES)}
     if strange:
         raise ValueError(
@@ -192,29 +202,6 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
             f"{min(strange)!r} among them. Give the folder of a complete model."
         )
     return model, missing
-
-
-def positions_follow_mask(model: torch.nn.Module) -> None:
-    """Make a model with absolute positions count them from the first token that is not padding.
-
-    TRL's engine passes no `position_ids`, so such a model (GPT-2, OPT) would read shifted positions on a left-padded
-    prompt, and its log-probabilities would be wrong without any sign. Other models are left as they are.
-
-    Raises:
-        ValueError: If the model has absolute positions and takes no `position_ids`.
-    """
-    inner: Any = model.base_model
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
-    absolute = [name for name in names if "position" in name.rsplit(".", 1)[-1] or name.endswith((".wpe", "pos_emb"))]
-    if not absolute or _position_ids in inner._forward_pre_hooks.values():
-        return
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} has absolute position embeddings ({absolute[0]}) and takes no `position_ids`. "
-            "Prompts are padded on the left, so its log-probabilities would be wrong. Use a model with rotary or "
-            "relative positions (Llama, Qwen, Mistral, Gemma, GPT-NeoX, ...)."
-        )
-    inner.register_forward_pre_hook(_position_ids, with_kwargs=True)
 
 
 def upcast_trainable(model: torch.nn.Module) -> None:
@@ -260,14 +247,6 @@ def _let_go_of_the_file(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
-
-
-def _position_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    mask = kwargs.get("attention_mask")
-    given = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
-    if not given and mask is not None and mask.dim() == 2:
-        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return args, kwargs
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:

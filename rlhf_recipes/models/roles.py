@@ -108,7 +108,8 @@ class Roles:
 
     def add_head(self, role: str, weight: Tensor | None = None) -> None:
         """Add a head to a role: a copy of `weight` (1, H), or zeros, which say 0 for everything at first."""
-        head = nn.Linear(self._base.config.get_text_config().hidden_size, 1, bias=False)
+        # OPT's last states may be narrower than its layers
+        head = nn.Linear(self._base.get_output_embeddings().weight.size(1), 1, bias=False)
         with torch.no_grad():
             head.weight.zero_() if weight is None else head.weight.copy_(weight)
         self.heads[role] = head.requires_grad_(False).to(self.model.device)

@@ -24,6 +24,26 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+def check_top_layers(model: Any, count: int) -> None:
+    """Check that the upper layers of a causal model can be run alone.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    layers = len(decoder_layers(model))
+    if count >= layers:
+        raise ValueError(
+            f"`critic_layers` is {count}, but the base has {layers} layers. Give fewer, or leave it out to train all."
+        )
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if kinds[-count:] != kinds[:count]:  # seen in the states of texts that are longer than a window only
+        raise ValueError(
+            f"`critic_layers` is {count}, but {type(model).__name__} chooses what a layer attends to by its number, "
+            f"and its upper layers are of other kinds ({kinds[-count:]}) than its lowest ({kinds[:count]}). Leave it "
+            "out."
+        )
+
+
 @contextmanager
 def states_below(model: Any, count: int) -> Iterator[list[Tensor]]:
     """Keep, of every forward pass inside the block, the hidden states `(B, L, H)` that enter the upper layers.

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.planning.sizes import AdapterSizes, NetworkSizes
 
 
@@ -89,7 +90,7 @@ def adapter_sizes(model: PreTrainedModel, config: LoraConfig) -> AdapterSizes:
         model: From `empty_model`; it is changed.
         config: The adapter's configuration.
     """
-    peft = get_peft_model(model, config, low_cpu_mem_usage=True)
+    peft = get_peft_model(model, fuse_lora(config, model), low_cpu_mem_usage=True)
     layers = model.config.get_text_config().num_hidden_layers
     blocks: dict[str, list[Any]] = {}
     for name, module in peft.named_modules():

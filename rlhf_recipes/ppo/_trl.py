@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -39,8 +39,23 @@ def completion_logps(
     Returns:
         `(per_token_logps, entropies)`, each `(B, T)`, in nats; 0 on padding.
     """
-    logps, entropies, _ = policy_pass(trainer, model, batch, batch_size)
-    return logps, entropies
+    return policy_pass(trainer, model, batch, batch_size)[:2]
+
+
+class PolicyPass(NamedTuple):
+    """What a pass of a policy over a batch tells of its completions.
+
+    Attributes:
+        logps: Log-probabilities of the tokens in nats, shape `(B, T)`; 0 on padding.
+        entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
+        kept: What `read` kept, `(B, T, ...)`, or `None`.
+        router_loss: How unevenly the routers of a mixture of experts use them, of all tokens, a scalar, or `None`.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    kept: Any
+    router_loss: Tensor | None
 
 
 def policy_pass(
@@ -49,7 +64,8 @@ def policy_pass(
     batch: dict[str, Tensor],
     batch_size: int | None = None,
     read: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Any]:
+    router_loss: bool = False,
+) -> PolicyPass:
     """Compute log-probabilities and entropies as `completion_logps` does, and what the same pass tells besides.
 
     They come from TRL's fused output layer, at the sampling temperature, without a tensor of (B, T, vocabulary).
@@ -60,10 +76,9 @@ def policy_pass(
         batch: `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
         batch_size: Sequences per forward pass; all at once by default.
         read: What to keep of the last hidden states `(1, n, H)` from which the `n` tokens were drawn: `(1, n, ...)`.
-
-    Returns:
-        `(per_token_logps, entropies, kept)`: each `(B, T)`, in nats, and `(B, T, ...)` or `None` without `read`.
+        router_loss: Whether to compute the routers' loss, in one pass over all sequences.
     """
+    routers = {"output_router_logits": True} if router_loss else {}
     parts: list[tuple[Tensor, list[Tensor]]] = []
     length, inner = batch["completion_ids"].size(1), trainer.accelerator.unwrap_model(model)
     for rows, part in by_length(sequences(batch), batch_size or len(batch["prompt_ids"])):
@@ -74,12 +89,13 @@ def policy_pass(
         labels = torch.nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
         with trainer.accelerator.autocast(), states_at(inner, places) as states:
             input_ids = texts.join(join_columns(part, "ids"))
-            outputs = model(input_ids=input_ids, **texts.arguments, labels=labels[None], fused_lm_head=True)
-            kept = [] if read is None else [read(states[0])]
-        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *kept)]
+            outputs = model(input_ids=input_ids, **texts.arguments, **routers, labels=labels[None], fused_lm_head=True)
+            more = [] if read is None else [read(states[0])]
+        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
         parts.append((rows, [spread(each, drawn, *mask.shape) for each in tokens]))
     found = [put_together([(rows, values[i]) for rows, values in parts], length) for i in range(len(parts[0][1]))]
-    return found[0], found[1], found[2] if read is not None else None
+    kept = found[2] if read is not None else None
+    return PolicyPass(found[0], found[1], kept, outputs.aux_loss if router_loss else None)
 
 
 def generate(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import policy_pass
+from rlhf_recipes.ppo.objective import Outputs
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController, chunked_full_kl, kl_estimate
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
     full, head = args.kl_estimator == "full", trainer.critic.kind == "head"
     with trainer.roles.use(trainer.reference):
         keep = keep_states if full else None
-        ref_logps, _, ref = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
+        ref_logps, _, ref, _ = policy_pass(trainer, trainer.roles.model, batch, batch_size, keep)
     shared = first_pass(trainer)
     with torch.set_grad_enabled(bool(shared)):  # the last one, so that none runs beside what it keeps
         outputs = policy_pass(trainer, trainer.model, batch, batch_size, what_to_keep(trainer, full))
@@ -61,7 +62,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         "old_entropies": outputs[1].detach(),
         "ref_per_token_logps": ref_logps,
     }
-    found |= dict(zip(shared, outputs, strict=False))
+    found |= dict(zip(shared, outputs[:3], strict=False))
     if args.kl_estimator != "full":
         values = {"old_values": old} if old is not None else {}
         return {**found, **values, "kl": kl_estimate(old_logps, ref_logps, args.kl_estimator)}
@@ -69,7 +70,7 @@ def policy_and_reference(trainer: PPOTrainer, batch: dict[str, Any], batch_size:
         found["old_values"] = trainer.critic.values(old)
     if args.kl_placement == "loss":
         found["anchor_hidden"] = old if args.kl_anchor == "old" else ref
-    return {**found, "kl": exact_kl(trainer, old, ref, mask, trainer.roles.model)}
+    return {**found, "kl": exact_kl(trainer, old, ref, mask)}
 
 
 def first_pass(trainer: PPOTrainer) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ def first_pass(trainer: PPOTrainer) -> tuple[str, ...]:
     """
     args = trainer.args
     alone = args.micro_batches_per_rollout == trainer.accelerator.num_processes == 1
-    if not (alone and trainer.model.training and trainer._step > 0 and args.kl_estimator != "full"):
+    more = args.kl_estimator == "full" or trainer.aux_loss_enabled  # than what is kept
+    if not (alone and trainer.model.training and trainer._step > 0 and not more):
         return ()
     return FIRST_PASS if trainer.critic.kind == "head" else FIRST_PASS[:2]
 
@@ -98,9 +100,22 @@ def what_to_keep(trainer: PPOTrainer, full: bool) -> Callable[[Tensor], Tensor] 
     return trainer.critic.values if trainer.critic.kind == "head" else None
 
 
-def exact_kl(
-    trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, anchor: Any, swap: bool = False
-) -> Tensor:
+def policy_outputs(trainer: PPOTrainer, model: Any, inputs: dict[str, Any]) -> Outputs:
+    """Run the policy on a micro-batch, with gradients, unless the rollout kept that of the old one."""
+    if "first_logps" in inputs:
+        return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
+    args = trainer.args
+    full = args.kl_placement == "loss" and args.kl_estimator == "full"
+    found = policy_pass(trainer, model, inputs, read=what_to_keep(trainer, full), router_loss=trainer.aux_loss_enabled)
+    if not full:
+        return Outputs(found.logps, found.entropies, found.kept, router_loss=found.router_loss)
+    values = trainer.critic.values(found.kept) if trainer.critic.kind == "head" else None
+    mask, to_old = inputs["completion_mask"], args.kl_anchor == "old"
+    kl = exact_kl(trainer, found.kept, inputs["anchor_hidden"], mask, to_old)
+    return Outputs(found.logps, found.entropies, values, kl, found.router_loss)
+
+
+def exact_kl(trainer: PPOTrainer, hidden: Tensor, anchor_hidden: Tensor, mask: Tensor, to_old: bool = False) -> Tensor:
     """Exact KL per token `(B, T)`, 0 on padding, between the distributions that hidden states `(B, T, H)` give.
 
     Args:
@@ -108,19 +123,25 @@ def exact_kl(
         hidden: The policy's states before each token.
         anchor_hidden: The anchor's.
         mask: 1 where a token counts.
-        anchor: The model whose output layer belongs to `anchor_hidden`.
-        swap: KL(anchor || policy) in place of KL(policy || anchor).
+        to_old: KL(old policy || policy) in place of KL(policy || reference).
     """
+    head = trainer.model.get_output_embeddings()
+
+    def reference_head(states: Tensor) -> Tensor:
+        with trainer.roles.use(trainer.reference):  # an adapter may bring an output layer of its own
+            logits: Tensor = trainer.roles.model.get_output_embeddings()(states)
+        return logits
+
     counts = mask.bool()
     with trainer.accelerator.autocast():
         kl = chunked_full_kl(
             hidden[counts],
             anchor_hidden[counts],
-            trainer.model.get_output_embeddings(),
+            head,
             trainer.temperature,
             _POSITIONS_PER_CHUNK,
-            swap,
-            anchor.get_output_embeddings(),
+            to_old,
+            head if to_old else reference_head,
         )
     return kl.new_zeros(mask.shape).masked_scatter(counts, kl)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -91,19 +90,6 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
             f"`ptx_coef` is {args.ptx_coef}, and `ptx_dataset` is {'missing' if ptx_dataset is None else 'given'}. "
             "PPO-ptx needs both."
         )
-    if args.kl_estimator == "full":
-        config: Any = roles.model.config.get_text_config()
-        odd = [
-            name
-            for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
-            if getattr(config, name, None)
-        ]
-        adapted = isinstance(roles.model.get_output_embeddings(), BaseTunerLayer)
-        if odd or adapted:
-            raise ValueError(
-                "`kl_estimator: full` computes logits from the last hidden states with the output layer alone, but "
-                f"here {'an adapter is on it' if adapted else f'the model also applies {odd}'}. Use `k1` or `k3`."
-            )
 
 
 def check_not_bandit(args: PPOConfig, name: str) -> None:

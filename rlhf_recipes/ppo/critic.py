@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.models.loading import load_sequence_classifier, positions_follow_mask
+from rlhf_recipes.models.arguments import positions_follow_mask
+from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.roles import CRITIC, Roles
-from rlhf_recipes.models.top_layers import decoder_layers
+from rlhf_recipes.models.top_layers import check_top_layers
 from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
 from rlhf_recipes.reward_modeling.readout import Readout
 
@@ -104,12 +105,7 @@ class Critic:
                 raise ValueError(
                     f"`critic_layers` is about the critic's adapter, but `critic` is {self.kind!r}. Remove it."
                 )
-            layers = len(decoder_layers(roles.model.get_base_model()))
-            if self.layers >= layers:
-                raise ValueError(
-                    f"`critic_layers` is {self.layers}, but the base has {layers} layers. Give fewer, or leave it out "
-                    "to train all."
-                )
+            check_top_layers(roles.model.get_base_model(), self.layers)
 
     def freeze_below(self) -> None:
         """Keep the critic's adapter as it starts below the layers that are trained."""
@@ -198,11 +194,12 @@ class Critic:
         values = self.values(rows.take(hidden, positions_before(part)))
         whole = rows.split(below)
         found = {"prompt_below": whole[:, :width], "completion_below": whole[:, width:]}
-        if not self._checked:
-            mask, again = part["completion_mask"].bool(), self.forward({**part, **found})
-            if not torch.allclose(again[mask], values[mask], atol=1e-2, rtol=1e-2):
+        if not self._checked:  # by the states: the values of a head that starts at zero are all the same
+            with self._roles.use(self._adapter):
+                again = self._roles.hidden_states_of_top(below, self.layers, **rows.arguments)
+            if not rows.split(again - hidden).norm() <= 1e-2 * rows.split(hidden).norm():
                 raise ValueError(
-                    "The upper layers of this model alone give other values than within the whole network, so it "
+                    "The upper layers of this model alone give other states than within the whole network, so it "
                     "changes what enters them. Leave `critic_layers` out."
                 )
             self._checked = True

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
+from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.ppo._trl import sample_rollout
 from rlhf_recipes.ppo.checks import check_finite, check_optimizer
 from rlhf_recipes.ppo.critic import is_critic_parameter
@@ -109,6 +110,8 @@ class PPOEngine(ResumableTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.model.training and self.args.disable_dropout:
+            compute_as_in_evaluation(self.model)  # for the rollout and for the loss
         micro_batches = self.args.micro_batches_per_rollout
         new_epoch = self._step % micro_batches == 0 and self._step % self._steps_per_rollout != 0
         if self.model.training and new_epoch and micro_batches > 1 and self._buffered_inputs is not None:

@@ -32,12 +32,14 @@ class Outputs:
         values: What a head on the policy expects before each token, in reward units, shape `(B, T)`; `None` where the
             critic has a network of its own.
         full_kl: Exact KL per token in nats, shape `(B, T)`, where the loss needs it.
+        router_loss: How unevenly a mixture of experts uses them, a scalar, where the loss needs it.
     """
 
     logps: Tensor
     entropies: Tensor
     values: Tensor | None = None
     full_kl: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 class LossMetrics(NamedTuple):

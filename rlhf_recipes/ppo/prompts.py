@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 
 from rlhf_recipes.data.chat_templates import check_prompt_format
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
 
@@ -75,7 +77,7 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfi
         ValueError: If the tokenizer has no padding or end token, or one beyond the embeddings.
     """
     embeddings = policy.get_input_embeddings().weight.size(0)
-    longest = policy.config.get_text_config().max_position_embeddings - (args.max_completion_length or 0)
+    longest = (context_length(policy) or sys.maxsize) - (args.max_completion_length or 0)
     for name in ("pad_token", "eos_token"):
         token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
         if number is None:

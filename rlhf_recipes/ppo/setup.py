@@ -12,9 +12,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
+from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
-from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer, positions_follow_mask
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
@@ -72,17 +73,17 @@ def build_policy(
             raise ValueError("The model already has an adapter, which is trained further. Leave `peft_config` out.")
         if POLICY not in model.peft_config:
             raise ValueError(f"The policy's adapter must be named {POLICY!r}, got {list(model.peft_config)}.")
-        positions_follow_mask(model.get_base_model())
+        complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
         roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
-    positions_follow_mask(model)
+    complete_arguments(model)
     pack(model)
     if peft_config is not None:
-        policy = get_peft_model(model, fuse_lora(peft_config))
+        policy = get_peft_model(model, fuse_lora(peft_config, model))
         roles = Roles(policy)
         return policy, roles, _reference_of_fresh(roles, peft_config)
     if getattr(model, "is_quantized", False):
@@ -90,7 +91,7 @@ def build_policy(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
             "`LoraConfig(task_type='CAUSAL_LM')`), or load it without `quantization_config`."
         )
-    config = fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    config = fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), model)
     frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None

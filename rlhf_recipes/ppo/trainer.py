@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
-from rlhf_recipes.ppo._trl import add_log_probs, policy_pass
-from rlhf_recipes.ppo.anchor import FIRST_PASS, exact_kl, make_kl_controller, policy_and_reference, what_to_keep
+from rlhf_recipes.ppo._trl import add_log_probs
+from rlhf_recipes.ppo.anchor import FIRST_PASS, make_kl_controller, policy_and_reference, policy_outputs
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import Critic
 from rlhf_recipes.ppo.engine import PPOEngine
 from rlhf_recipes.ppo.functional import masked_moments, whiten
 from rlhf_recipes.ppo.given import check_given, reward_tokenizers
-from rlhf_recipes.ppo.objective import LossMetrics, Outputs, count_items, critic_loss, policy_loss
+from rlhf_recipes.ppo.objective import LossMetrics, count_items, critic_loss, policy_loss
 from rlhf_recipes.ppo.off_policy import off_policy_metrics
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.padding import trim
@@ -34,6 +34,7 @@ from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
 from rlhf_recipes.ppo.setup import build_policy, build_rewards, load_base_tokenizer
 from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
+from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
 from rlhf_recipes.shaping import Completions, ScoreTransform
 
@@ -152,6 +153,7 @@ class PPOTrainer(PPOEngine):
         if self.trains_whole_model:
             add_log_probs(self, self.roles.model.get_base_model())
         checks.set_trainable(self.model, self.roles)
+        try_out(self)
         self.critic.freeze_below()
         self.updates = UpdateControl(args, self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
@@ -258,7 +260,7 @@ class PPOTrainer(PPOEngine):
 
     def _policy_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, LossMetrics]:
         """Compute the policy's terms, and the values if the critic is a head on it; else its activations are free."""
-        new = self._forward(model, inputs)
+        new = policy_outputs(self, model, inputs)
         mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
         if self.model.training and self._step == 0:
             checks.check_same_distribution(
@@ -273,20 +275,10 @@ class PPOTrainer(PPOEngine):
             self.updates.record(new.logps - old_logps, new.entropies, mask)
         kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
         loss, metrics = policy_loss(new, inputs, self.args, kl_coef, self.updates.entropy_coef)
+        if new.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * new.router_loss
+            metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
         return loss if self.critic.kind == "head" else self._backward_of_policy(loss), new.values, metrics
-
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> Outputs:
-        """Run the policy on a micro-batch, with gradients."""
-        if "first_logps" in inputs:
-            return Outputs(*(inputs.pop(name, None) for name in FIRST_PASS))
-        full = self.args.kl_placement == "loss" and self.args.kl_estimator == "full"
-        logps, entropies, kept = policy_pass(self, model, inputs, read=what_to_keep(self, full))
-        if not full:
-            return Outputs(logps, entropies, kept)
-        values = self.critic.values(kept) if self.critic.kind == "head" else None
-        mask, old = inputs["completion_mask"], self.args.kl_anchor == "old"
-        anchor = self.model if old else self.roles.model
-        return Outputs(logps, entropies, values, exact_kl(self, kept, inputs["anchor_hidden"], mask, anchor, swap=old))
 
     def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""

@@ -13,6 +13,7 @@ from trl import RewardTrainer
 
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
@@ -69,6 +70,8 @@ class PreferenceTrainer(RewardTrainer):
         super().__init__(args=args, **kwargs)
         own: Any = self.model
         keep_4bit_differentiable(own)
+        if args.disable_dropout:
+            disable_dropout(own)  # TRL leaves on what is no module
         self._prompts_in_step = 0
         self._evaluated = EvaluatedRows(self.accelerator)
         config, given = args, kwargs.get("data_collator")

@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder, which_ended
+from rlhf_recipes.rewards.encoding import encode, is_encoder, which_ended
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -32,28 +32,6 @@ def is_encoder(model: nn.Module) -> bool:
     return not hasattr(model, "score")
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Most tokens that a model has positions for; `None` if its configuration names no limit.
-
-    Example:
-        >>> from transformers import RobertaConfig, RobertaForSequenceClassification
-        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> config = RobertaConfig(vocab_size=9, max_position_embeddings=514, pad_token_id=1, **sizes)
-        >>> context_length(RobertaForSequenceClassification(config))  # its positions start behind the padding's
-        512
-    """
-    config: Any = model.config
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
-            return module.num_embeddings - module.padding_idx - 1
-    return limit
-
-
 def which_ended(
     count: int,
     completion_ids: Sequence[Sequence[int]] | None,

@@ -10,7 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.models.fused_lora import FusedLinear, FusedLinear4bit, fuse_lora
@@ -193,3 +202,56 @@ def test_what_is_no_plain_linear_layer_stays_pefts():
     assert [type(layer) for layer in model.base_model.model] == [lora.Linear, FusedLinear]
     other = peft.LoHaConfig(target_modules=["0"])
     assert fuse_lora(other) is other
+
+
+def tiny_phimoe():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    return PhimoeForCausalLM(PhimoeConfig(**sizes, **heads)).eval()
+
+
+def names_of_adapted(model):
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
+
+
+def test_routers_that_give_more_than_one_tensor_are_left_out(tmp_path):
+    base, again = tiny_phimoe(), tiny_phimoe()
+    again.load_state_dict(base.state_dict())
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, fuse_lora(config, base)).eval()
+    adapted = names_of_adapted(model)
+    assert adapted >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "router" not in adapted
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 20, (1, 7))
+    assert_close(PeftModel.from_pretrained(again, tmp_path)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("excluded", [["k_proj"], ".*k_proj"])
+def test_what_is_excluded_already_stays_so(excluded):
+    base = tiny_phimoe()
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", exclude_modules=excluded)
+    model = get_peft_model(base, fuse_lora(config, base))
+    adapted = names_of_adapted(model)
+    assert not {"k_proj", "router"} & adapted
+    assert "q_proj" in adapted
+
+
+def test_a_router_that_is_named_is_refused():
+    base = tiny_phimoe()
+    with pytest.raises(ValueError, match=r"`target_modules` names 'model.layers.0.mlp.router'.*Take it out"):
+        fuse_lora(LoraConfig(target_modules=["q_proj", "router"]), base)
+
+
+def test_linear_layers_of_their_own_kind_are_adapted():
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    base = FalconForCausalLM(FalconConfig(**sizes))  # all its linear layers are `FalconLinear`
+    model = get_peft_model(base, fuse_lora(LoraConfig(target_modules="all-linear"), base))
+    assert names_of_adapted(model) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_layers_of_mamba_that_peft_refuses_are_left_out():
+    base = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4))
+    model = get_peft_model(base, fuse_lora(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), base))
+    adapted = names_of_adapted(model)
+    assert adapted == {"in_proj", "x_proj", "dt_proj"}

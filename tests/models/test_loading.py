@@ -21,7 +21,7 @@ from rlhf_recipes.models import (
     quantization_config,
     upcast_trainable,
 )
-from rlhf_recipes.models.loading import positions_follow_mask
+from rlhf_recipes.models.arguments import positions_follow_mask
 
 FOUR_BIT = ModelConfig(load_in_4bit=True)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from rlhf_recipes.checkpoints import check_output_dir
+from rlhf_recipes.models.loading import load_causal_lm
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import config_checks
 from tests.ppo.support import trained
@@ -209,11 +210,14 @@ def test_attention_of_two_adapters_is_refused(make_trainer, reward_adapter):
         make_trainer(reward_funcs=[str(reward_adapter)] * 2, reward_placement="attention")
 
 
-def test_the_exact_kl_needs_a_plain_output_layer(make_trainer, tiny_model_path):
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+def test_an_adapter_on_the_output_layer_is_refused(make_trainer, tiny_model_path):
+    base = load_causal_lm(tiny_model_path)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    config = LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[3, 4])
     fields = {"reward_funcs": lambda completion_ids, **kwargs: [0.0] * len(completion_ids), "critic_init": "policy"}
-    with pytest.raises(ValueError, match="`kl_estimator: full` .*an adapter is on it. Use `k1` or `k3`"):
-        make_trainer(model=tiny_model_path, peft_config=config, kl_estimator="full", **fields)
+    with pytest.raises(ValueError, match=r"An adapter is on the output layer.*modules_to_save=\['lm_head'\]"):
+        make_trainer(model=base, peft_config=config, **fields)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
-from rlhf_recipes.models.top_layers import decoder_layers
+from rlhf_recipes.models.top_layers import check_top_layers, decoder_layers
 from rlhf_recipes.ppo.critic import is_critic_parameter
 from tests.ppo.support import rollout, trained, without_chance
 
@@ -81,7 +81,17 @@ def test_a_model_that_changes_what_enters_the_layers_is_refused(make_trainer):
         return None if given is None else (args, {**kwargs, "inputs_embeds": 3 * given})
 
     trunk.register_forward_pre_hook(scale, with_kwargs=True)
-    with torch.no_grad():
-        trainer.roles.heads["critic"].weight.normal_()
+    with torch.no_grad():  # as of `critic_init: policy`
+        trainer.roles.heads["critic"].weight.zero_()
     with pytest.raises(ValueError, match=r"upper layers of this model alone .* Leave `critic_layers` out"):
         rollout(trainer)
+
+
+def test_layers_that_are_told_apart_by_their_number_are_refused():
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "head_dim": 8}
+    config = Gemma3TextConfig(**sizes, num_hidden_layers=4, num_key_value_heads=1, layer_types=kinds * 2)
+    model = Gemma3ForCausalLM(config)
+    check_top_layers(model, 2)
+    with pytest.raises(ValueError, match=r"`critic_layers` is 1, but Gemma3ForCausalLM .*Leave it out"):
+        check_top_layers(model, 1)

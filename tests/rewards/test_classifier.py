@@ -14,11 +14,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models import load_reward_model, load_sequence_classifier, load_tokenizer
 from rlhf_recipes.models.tiny import word_tokenizer
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import ClassifierReward
-from rlhf_recipes.rewards.encoding import context_length, encode, encode_rows, is_encoder
+from rlhf_recipes.rewards.encoding import encode, encode_rows, is_encoder
 
 PROMPTS, COMPLETIONS = ["the film", "a story was"], ["was good and warm", "dull"]
 CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token or '' }}<line> {% endfor %}"

@@ -12,12 +12,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, base_of, is_adapter, read_config
 from rlhf_recipes.models.loading import load_new_classifier
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.reward_modeling.evaluation import score_sequences
 from rlhf_recipes.reward_modeling.readout import Readout
-from rlhf_recipes.rewards.encoding import context_length, encode, is_encoder
+from rlhf_recipes.rewards.encoding import encode, is_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
