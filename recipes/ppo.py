@@ -50,7 +50,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         **source,
     )
     if ppo_args.sft_adapter is not None:
-        policy = load_policy(policy, ppo_args.sft_adapter)
+        policy = load_policy(policy, ppo_args.sft_adapter, training_args.adapter_tolerance)
 
     # 2. Rewards: add your own functions to this list, and their weights to `reward_weights`. The judge has weight 0:
     #    it is logged beside the reward, and PPO does not see it.

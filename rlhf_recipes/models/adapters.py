@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.plain_lora import as_plain_lora, changes_base
+from rlhf_recipes.models.trained_on import TOLERANCE, check_trained_on, log_probs
 
 POLICY = "default"  # the name that TRL expects
 
@@ -41,24 +42,27 @@ def base_name(model: nn.Module) -> str:
     return name
 
 
-def load_policy(base: nn.Module, adapter: str | Path) -> PeftModel:
+def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERANCE) -> PeftModel:
     """Put a trained adapter (the SFT stage's) on a base model, as the policy to be trained.
 
     Args:
         base: The causal language model that the adapter was trained on.
         adapter: Folder of the adapter.
+        tolerance: How far the log-probabilities may be, in nats per token, from those that the adapter had on the base
+            of its training, where that was quantized in another way or of another precision.
 
     Returns:
         The PEFT model; its adapter is named `"default"`, as everywhere in TRL.
 
     Raises:
         FileNotFoundError: If the folder holds no adapter.
-        ValueError: If the adapter belongs to another base.
+        ValueError: If the adapter belongs to another base, or computes something else on this one.
     """
     config, weights = read_adapter(adapter, base)
     config.inference_mode = False
     model = get_peft_model(base, config, adapter_name=POLICY)
     set_weights(model, weights, POLICY, adapter)
+    check_trained_on(adapter, model, log_probs, "nats per token", tolerance)
     return model
 
 

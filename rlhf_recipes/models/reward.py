@@ -13,15 +13,20 @@ from rlhf_recipes.models.adapters import WEIGHTS, base_of, is_adapter
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_new_classifier
 from rlhf_recipes.models.quantized import merges_exactly
+from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, raw_score
 
 
-def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_reward_model(
+    path: str | Path, tolerance: float = TOLERANCE, **options: Any
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a trained sequence classifier, an encoder or a decoder, for scoring.
 
     Args:
         path: Folder (or hub id) of a model, or folder of an adapter, whose base is then loaded too. The adapter is
             merged into a base in float32. On any other, quantized or in 16 bits, it stays beside the weights: they
             would round it away.
+        tolerance: How far the scores may be from those that an adapter gave on the base of its training, where that
+            was quantized in another way or of another precision, as a share of their spread.
         **options: Those of `load_sequence_classifier`.
 
     Returns:
@@ -30,12 +35,14 @@ def load_reward_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel
 
     Raises:
         FileNotFoundError: If a folder does not exist, or holds no safetensors weights.
-        ValueError: If weights of the head are missing: they would start at random, and so would every reward.
+        ValueError: If weights of the head are missing: they would start at random, and so would every reward; or an
+            adapter gives other scores on this base than where it was trained.
     """
     base, adapter, tokenizer = _load_parts(str(path), **options)
     if adapter is None:
         return base, tokenizer
     adapted = _adapted(base, adapter)
+    check_trained_on(adapter, adapted, raw_score, OF_THE_SPREAD, tolerance)
     return adapted.merge_and_unload() if merges_exactly(base) else adapted, tokenizer
 
 

@@ -7,7 +7,7 @@ Every role is a named PEFT adapter on the same (4-bit) base; a role that returns
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,6 +26,7 @@ from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
+from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on
 
 if TYPE_CHECKING:
     from rlhf_recipes.reward_modeling.readout import Readout
@@ -74,12 +75,14 @@ class Roles:
         weights = get_peft_model_state_dict(self.model, adapter_name=source)
         set_peft_model_state_dict(self.model, {key: value.clone() for key, value in weights.items()}, role)
 
-    def add_scalar_role(self, role: str, path: str | Path) -> None:
+    def add_scalar_role(self, role: str, path: str | Path, tolerance: float = TOLERANCE) -> None:
         """Add a reward model that was saved as an adapter for sequence classification: its adapter and its head.
 
         Args:
             role: Name of the new role.
             path: Folder of the saved adapter.
+            tolerance: How far the scores may be from those that the adapter gave on the base of its training, where
+                that was quantized in another way or of another precision, as a share of their spread.
 
         Raises:
             FileNotFoundError: If the folder holds no adapter.
@@ -105,6 +108,11 @@ class Roles:
                 "models with LoRA's `task_type='SEQ_CLS'`, which is the type that saves the head."
             )
         self.add_head(role, weights[HEAD_KEY])
+
+        def score(model: Any, row: Sequence[int]) -> list[float]:
+            return [float(self.scores(role, [list(row)], 0, 1))]
+
+        check_trained_on(path, self.model, score, OF_THE_SPREAD, tolerance)
 
     def add_head(self, role: str, weight: Tensor | None = None) -> None:
         """Add a head to a role: a copy of `weight` (1, H), or zeros, which say 0 for everything at first."""

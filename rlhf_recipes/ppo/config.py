@@ -200,6 +200,15 @@ class PPOConfig(GRPOConfig):
         metadata={"help": "Range in which the value loss lets a value move from its old one. None: no clipping."},
     )
 
+    # 7. Adapters
+    adapter_tolerance: float = field(
+        default=0.5,
+        metadata={
+            "help": "How far an adapter may be from what it was where it was trained, on a base that is quantized in "
+            "another way or of another precision: a policy in nats per token, a reward in units of its spread."
+        },
+    )
+
     # Changed defaults of TRL's fields
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt. PPO needs only one."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each batch of completions."})

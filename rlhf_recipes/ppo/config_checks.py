@@ -54,7 +54,7 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     *("value_clip", "score_clip", "overlong_buffer", "placement_gamma", "kl_target", "kl_horizon"),
     *("gae_lambda_alpha", "target_kl", "ratio_threshold", "critic_learning_rate", "ptx_batch_size", "ptx_max_length"),
-    "critic_layers",
+    *("critic_layers", "adapter_tolerance"),
 )
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
+from rlhf_recipes.data.chat_templates import encode_prompt
 from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo.checkpoint import (
     load_ppo_state,
     load_whole_model,
@@ -91,6 +94,10 @@ class ResumableTrainer(GRPOTrainer):
             save_whole_model(self.model, folder)
         else:
             self.roles.save_policy(folder)
+            if isinstance(self.train_dataset, Dataset):
+                prompts = self.train_dataset["prompt"][:ROWS]
+                rows = [encode_prompt(self.processing_class, prompt) for prompt in prompts]
+                save_trained_on(folder, self.model, rows, log_probs)
         self.critic.save(folder / "critic")
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes

@@ -60,7 +60,7 @@ def build_policy(
     """
     options = _loading_options(model, args, quantization_config)
     if isinstance(model, str | Path) and is_adapter(model):
-        model = load_policy(load_causal_lm(base_of(model), **options), model)
+        model = load_policy(load_causal_lm(base_of(model), **options), model, args.adapter_tolerance)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
@@ -225,7 +225,7 @@ def _reward_of_path(
             f"{str(path)!r} is the policy's base itself: it has no score, and would be a second copy of the policy's "
             "base in memory. Give the folder of a reward adapter on it."
         )
-    model, own_tokenizer = load_reward_model(path, trust_remote_code=args.trust_remote_code)
+    model, own_tokenizer = load_reward_model(path, args.adapter_tolerance, trust_remote_code=args.trust_remote_code)
     own_tokenizer = given or own_tokenizer
     ends = end_token_ids(roles.model, tokenizer)
     size = args.per_device_train_batch_size
@@ -240,7 +240,7 @@ def _adapter_reward(
     args: PPOConfig,
     reads: Literal["score", "redistributed", "attention"] = "score",
 ) -> AdapterReward:
-    roles.add_scalar_role(role, path)
+    roles.add_scalar_role(role, path, args.adapter_tolerance)
     roles.readouts[role] = readout = Readout.load(path)
     name, size = Path(path).resolve().name, args.per_device_train_batch_size
     return AdapterReward(roles, role, name, tokenizer.pad_token_id, size, readout, reads)
