@@ -14,9 +14,10 @@ from transformers import (
     AutoModelForTokenClassification,
     BitsAndBytesConfig,
 )
+from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.callbacks import PolicyEvaluation
-from rlhf_recipes.models import keep_4bit_differentiable, upcast_trainable
+from rlhf_recipes.models import Roles, keep_4bit_differentiable, upcast_trainable
 from rlhf_recipes.models.quantized import merges_exactly
 from rlhf_recipes.ppo.setup import build_rewards
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer, score_sequences
@@ -77,7 +78,9 @@ def policy_with_adapter(load, make_trainer, **_):
 
 
 def reward_of_ppo(load, make_config, tiny_tokenizer, **_):
-    [model], _ = build_rewards(load(AutoModelForSequenceClassification), None, tiny_tokenizer, make_config())
+    reward, roles = load(AutoModelForSequenceClassification), Roles(load(AutoModelForCausalLM, lora=True))
+    reward.config._name_or_path = "another/base"
+    [model], _ = build_rewards(reward, roles, tiny_tokenizer, make_config(), [None])
     return model
 
 
@@ -107,12 +110,17 @@ def scoring(load, tiny_tokenizer, **_):
     return model
 
 
-def sampling_hook(load, prompts, **_):
-    class AnyTrainer:
-        model = load(AutoModelForCausalLM)
-
-    PolicyEvaluation(AnyTrainer(), prompts)
-    return AnyTrainer.model
+def sampling_hook(load, tiny_tokenizer, tmp_path, prompts, **_):
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+    trainer = SFTTrainer(
+        model=load(AutoModelForCausalLM),
+        args=SFTConfig(output_dir=str(tmp_path), disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list([{"prompt": "the film", "completion": " was good"}]),
+        processing_class=tiny_tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
+    )
+    PolicyEvaluation(trainer, prompts)
+    return trainer.model
 
 
 DOORS = [
