@@ -256,7 +256,9 @@ def proportion_interval(successes: float, n: int, level: float = 0.95) -> tuple[
     share, z = successes / n, NormalDist().inv_cdf((1 + level) / 2)
     centre, scale = share + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # The ends of a sample without successes, or with nothing else, would miss 0 and 1 by rounding
+    low = (centre - half) / scale if successes else 0.0
+    return low, (centre + half) / scale if successes < n else 1.0
 
 
 def _check_rows(name: str, values: ArrayLike) -> NDArray[np.float64]:
