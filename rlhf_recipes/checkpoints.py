@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,25 @@ def load_finished(trainer: Trainer, checkpoint: str | None) -> TrainOutput | Non
         "%s is of the last step, so nothing is trained. Raise `max_steps` or `num_train_epochs` to go on.", checkpoint
     )
     return TrainOutput(trainer.state.global_step, 0.0, {})
+
+
+class KeptRates(TrainerCallback):
+    """Say that a resumed run goes on at its checkpoint's rate and weight decay, where others are asked for."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare what was loaded from the checkpoint with the configuration."""
+        optimizer, rates = kwargs.get("optimizer"), getattr(kwargs.get("lr_scheduler"), "base_lrs", None)
+        if not state.global_step or optimizer is None or not rates or not args.should_save:
+            return
+        decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)  # biases have none
+        for name, kept in (("learning_rate", max(rates)), ("weight_decay", decay)):
+            if kept != getattr(args, name):
+                logger.warning(
+                    "`%s` is %s, but a resumed run goes on with its checkpoint's, %s. Start a new run to change it.",
+                    *(name, getattr(args, name), kept),
+                )
 
 
 def _has_schedule(checkpoint: Path) -> bool:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
+from rlhf_recipes.checkpoints import KeptRates
 from rlhf_recipes.models.trained_on import ROWS, is_sharded, log_probs, save_trained_on
 
 
@@ -32,6 +33,7 @@ class CompletionTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(KeptRates())
         self._token_sums: list[Tensor] = []
 
     def compute_loss(

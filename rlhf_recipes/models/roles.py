@@ -7,7 +7,7 @@ Every role is a named PEFT adapter on the same (4-bit) base; a role that returns
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -108,11 +108,9 @@ class Roles:
                 "models with LoRA's `task_type='SEQ_CLS'`, which is the type that saves the head."
             )
         self.add_head(role, weights[HEAD_KEY])
-
-        def score(model: Any, row: Sequence[int]) -> list[float]:
-            return [float(self.scores(role, [list(row)], 0, 1))]
-
-        check_trained_on(path, self.model, score, OF_THE_SPREAD, tolerance)
+        check_trained_on(
+            path, self.model, lambda _, row: self.scores(role, [list(row)], 0, 1).tolist(), OF_THE_SPREAD, tolerance
+        )
 
     def add_head(self, role: str, weight: Tensor | None = None) -> None:
         """Add a head to a role: a copy of `weight` (1, H), or zeros, which say 0 for everything at first."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import RewardTrainer
 
-from rlhf_recipes.checkpoints import load_finished
+from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
@@ -74,6 +74,7 @@ class PreferenceTrainer(RewardTrainer):
         keep_4bit_differentiable(own)
         if args.disable_dropout:
             disable_dropout(own)  # TRL leaves on what is no module
+        self.add_callback(KeptRates())
         self._prompts_in_step = 0
         self._evaluated = EvaluatedRows(self.accelerator)
         config, given = args, kwargs.get("data_collator")
