@@ -157,8 +157,7 @@ class PPOTrainer(PPOEngine):
         self.critic.freeze_below()
         self.updates = UpdateControl(args, self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
-        self.kl_coef = args.kl_coef
-        self.kl_controller = make_kl_controller(args)
+        self.kl_coef, self.kl_controller = args.kl_coef, make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
 
     # 1. Rewards of the sequences: TRL calls the functions, with the prompts' token ids besides.
