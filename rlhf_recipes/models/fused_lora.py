@@ -156,7 +156,9 @@ def _forward(base_layer: nn.Module, update: _Update, x: Tensor) -> Tensor:
 
 
 def _fused_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The fused layer for a module, or `None` for PEFT's own choice (other quantizations, subclasses)."""
+    """The fused layer for a module, or `None` for PEFT's own choice (other quantizations, subclasses, parameters)."""
+    if kwargs.get("parameter_name") is not None:  # PEFT adapts weights of experts and routers as such
+        return None
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     layers: dict[type, Any] = {nn.Linear: FusedLinear, Linear4bit: FusedLinear4bit}
     layer = layers.get(type(base))

@@ -56,7 +56,6 @@ NO_POSITIONS = "takes no `position_ids`"
 PADDING = "does not keep the padding out"
 LOOKS_AHEAD = "looks ahead"
 OTHER_LOGITS = "makes its logits of the last hidden states in a way that TRL does not know"
-ONE_ADAPTER = "which is not a valid target"
 
 REASONS = {
     NO_CLASSIFIER: "transformers has no sequence classifier of this family",
@@ -66,7 +65,6 @@ REASONS = {
     PADDING: "in transformers it generates other texts from prompts that are padded on the left",
     LOOKS_AHEAD: "its layers look at the tokens behind, so that a text's probabilities are not those of sampling",
     OTHER_LOGITS: "its output layer transforms the last states before it makes logits, which TRL does not know",
-    ONE_ADAPTER: "PEFT cannot put a second adapter on its router",
 }
 
 
@@ -258,7 +256,6 @@ FAMILIES = {
         **_SLIDING,
         **_HEADS,
         reward=NO_CLASSIFIER,
-        ppo=ONE_ADAPTER,
     ),
     "longcat_flash": _llama(
         "longcat_flash",

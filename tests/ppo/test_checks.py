@@ -15,6 +15,7 @@ from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.models.loading import load_causal_lm
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import config_checks
+from rlhf_recipes.ppo.anchor import policy_outputs
 from tests.ppo.support import trained
 
 BANDIT = {"advantage_estimator": "bandit", "loss_aggregation": "sequence"}
@@ -329,17 +330,17 @@ def test_an_infinite_loss_stops_an_evaluation_too(make_trainer):
         trainer.evaluate()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_trainer, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_trainer, tmp_path, monkeypatch):
     """The loss is fine: an infinite derivative of a term that is 0."""
     trainer = make_trainer(output_dir=str(tmp_path), max_steps=6)
-    before, forward = trained(trainer), trainer._forward
+    before = trained(trainer)
 
-    def steep(model, inputs):
-        outputs = forward(model, inputs)
+    def steep(*arguments):
+        outputs = policy_outputs(*arguments)
         zero = (outputs.logps * 0).abs().sqrt()
         return dataclasses.replace(outputs, logps=outputs.logps + zero)
 
-    trainer._forward = steep
+    monkeypatch.setattr("rlhf_recipes.ppo.trainer.policy_outputs", steep)
     with pytest.raises(FloatingPointError, match=r"The norm of the gradient is nan\. The batch itself is finite"):
         trainer.train()
     assert trainer.state.global_step == 0
