@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
-from rlhf_recipes.models.trained_on import ROWS, is_sharded, log_probs, save_trained_on
+from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 
 
 class CompletionTrainer(SFTTrainer):
@@ -70,11 +68,7 @@ class CompletionTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        model: Any = self.accelerator.unwrap_model(self.model)
-        rows: Any = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        if isinstance(model, PeftModel) and isinstance(rows, Dataset) and not is_sharded(self):
-            first = rows.select(range(min(ROWS, len(rows))))
-            save_trained_on(output_dir or str(self.args.output_dir), model, first["input_ids"], log_probs)
+        save_with_first_rows(self, output_dir or str(self.args.output_dir), lambda row: row["input_ids"], log_probs)
 
     def _is_plain(self) -> bool:
         other = (self.compute_loss_func, self.label_smoother)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,6 @@ def raw_score(model: Any, row: Sequence[int]) -> list[float]:
     return [float(model(input_ids=ids).logits.flatten()[0])]
 
 
-def is_sharded(trainer: Any) -> bool:
-    """Tell whether a trainer's weights are spread over processes, so that one alone cannot run the model."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
 def save_trained_on(
     folder: str | Path, model: Any, rows: Iterable[Sequence[int]], numbers_of: Callable[[Any, Sequence[int]], Any]
 ) -> None:
@@ -88,6 +84,25 @@ def save_trained_on(
     record = {"base": describe_base(model), "rows": kept, "numbers": [numbers_of(model, row) for row in kept]}
     model.train(training)
     Path(folder, FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def save_with_first_rows(
+    trainer: Any, folder: str | Path, ids_of: Callable[[Any], Sequence[int]], numbers_of: Callable[..., Any]
+) -> None:
+    """Call `save_trained_on` for the adapter of a stage, with the first rows of its evaluation, or of its training.
+
+    Args:
+        trainer: The stage's trainer. A model without an adapter, or spread over processes, leaves no record.
+        folder: The adapter's folder.
+        ids_of: Takes the token ids from a prepared row.
+        numbers_of: `log_probs` or `raw_score`.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else trainer.train_dataset
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # one process alone cannot run it
+    if isinstance(model, PeftModel) and isinstance(rows, Dataset) and not sharded:
+        first = rows.select(range(min(ROWS, len(rows))))
+        save_trained_on(folder, model, [ids_of(row) for row in first], numbers_of)
 
 
 def check_trained_on(

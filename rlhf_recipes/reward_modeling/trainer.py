@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import RewardTrainer
@@ -16,7 +15,7 @@ from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.models.trained_on import ROWS, is_sharded, raw_score, save_trained_on
+from rlhf_recipes.models.trained_on import raw_score, save_with_first_rows
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_of
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
@@ -246,12 +245,8 @@ class PreferenceTrainer(RewardTrainer):
         ends = end_token_ids(self.model, tokenizer)  # a classifier alone does not say how answers end
         if len(ends) > 1:
             GenerationConfig(eos_token_id=ends).save_pretrained(output_dir or str(self.args.output_dir))
-        rows: Any = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        model: Any = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) and isinstance(rows, Dataset) and not is_sharded(self):
-            first = rows.select(range(min(ROWS, len(rows))))
-            texts = [sequences_of(row)[0] for row in first]
-            save_trained_on(output_dir or str(self.args.output_dir), model, texts, raw_score)
+        folder = output_dir or str(self.args.output_dir)
+        save_with_first_rows(self, folder, lambda row: sequences_of(row)[0], raw_score)
         if self.args.readout != "last":
             Readout(self.args.readout).save(output_dir or str(self.args.output_dir))
 
