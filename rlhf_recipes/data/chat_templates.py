@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _CHATS = 16  # that are looked at for what a template does
 _MARKER = "ANSWERx7ANSWER"  # an answer that is found again in a template's text
+_SPACE = "\u2581"  # with which SentencePiece's tokens write one
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Answer:
         ids: The answer after it, up to and with its end token, or without one if it was cut off.
         closed: Whether the template ends the answer with an end token; else the tokenizer's is put there.
         added: What the generation prompt opens that the template does not write before a given answer, as text.
+        written: What the template writes before a given answer that its generation prompt does not open.
         closing: What the template writes after the answer.
     """
 
@@ -46,7 +49,27 @@ class Answer:
     ids: list[int]
     closed: bool
     added: str
+    written: str
     closing: str
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A chat as its template writes it.
+
+    Attributes:
+        before: The prompt with the generation prompt.
+        whole: Prompt and answer.
+        start: Where the answer begins in the whole.
+        content: Where the content of its first message begins; `None` if that cannot be seen.
+        end: Where the content of its last message ends; `None` if that cannot be seen.
+    """
+
+    before: str
+    whole: str
+    start: int
+    content: int | None
+    end: int | None
 
 
 def encode_answer(
@@ -88,42 +111,98 @@ def encode_answer(
         >>> tokenizer.convert_ids_to_tokens(encode_answer(tokenizer, prompt, answer, {eos, end}).ids)
         ['you', 'stop']
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The rows are chats, but the tokenizer has no chat template. Set `tokenizer.chat_template` and save the "
-            "tokenizer again, or give rows of plain text."
-        )
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    options: dict[str, Any] = {"tools": tools or None, **(template_kwargs or {})}
-    whole = _rendered(tokenizer, [*prompt, *answer], **options)
-    before = _rendered(tokenizer, prompt, add_generation_prompt=True, **options) if prompt else ""
-    prompt_ids = _ids_of(tokenizer, before)
-    start, added = len(before), ""
-    if not whole.startswith(before):
-        start = _start_of_answer(tokenizer, prompt, answer, whole, options)
-        added = before[_shared(before, whole[:start]) :]
-    end = _end_of_content(tokenizer, prompt, answer, whole, options)
-    whole_ids = _ids_of(tokenizer, whole)
-    if not added and whole_ids[: len(prompt_ids)] == prompt_ids:
-        ids = whole_ids[len(prompt_ids) :]  # some tokenizers write the first word of a text in another way
-    else:
-        ids = _ids_of(tokenizer, whole[start:])
+    text = _texts(tokenizer, prompt, answer, tools, template_kwargs)
+    prompt_ids = _ids_of(tokenizer, text.before)
+    after = partial(_ids_after, tokenizer, text.before, prompt_ids)
+    ids = after(text.whole[text.start :])
     ends = [place for place, token in enumerate(ids) if token in end_ids]
-    if end is not None:  # those after the content, of which the first one ends the answer
-        count = sum(token in end_ids for token in _ids_of(tokenizer, whole[end:]))
+    if text.end is not None:  # those after the content, of which the first one ends the answer
+        count = sum(token in end_ids for token in _ids_of(tokenizer, text.whole[text.end :]))
         ends = ends[max(0, len(ends) - count) :][:1]
-    if ends:
-        ids = ids[: ends[-1] + 1]
+    if text.end is not None and (not finished or not ends):  # without what the template writes after the content
+        content = text.whole[text.start : text.end]
+        ids = after(content) if text.end < len(text.whole) else ids
+        ids = [*ids, *[tokenizer.eos_token_id] * finished]
+    elif ends:
+        ids = ids[: ends[-1] + finished]
     else:
-        kept = whole[start:end] if end is not None and end < len(whole) else None
-        ids = [*(ids if kept is None else _ids_of(tokenizer, kept)), tokenizer.eos_token_id]
+        ids = [*ids, *[tokenizer.eos_token_id] * finished]
     return Answer(
-        prompt_ids, ids if finished else ids[:-1], bool(ends), added, whole[len(whole) if end is None else end :]
+        prompt_ids,
+        ids,
+        closed=bool(ends),
+        added=text.before[_shared(text.before, text.whole[: text.start]) :],
+        written=text.whole[text.start : text.content] if text.content is not None else "",
+        closing=text.whole[len(text.whole) if text.end is None else text.end :],
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Encode a prompt, text or chat, as PPO gives it to the policy.
+def encode_sampled(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[dict[str, Any]],
+    completion: str,
+    end_ids: Collection[int],
+    *,
+    finished: bool = True,
+) -> tuple[list[int], list[int]]:
+    """Encode what a policy sampled after the generation prompt: the template does not write around it once more.
+
+    Args:
+        tokenizer: A tokenizer with a chat template, such as a reward model's own.
+        prompt: Messages before the answer.
+        completion: The sampled text, without special tokens.
+        end_ids: As of `encode_answer`.
+        finished: Whether it ended with an end token: then the one comes behind it that the template closes with.
+
+    Returns:
+        The prompt's ids, and the completion's.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> tokenizer = word_tokenizer(["user", "model", "hi", "you"])
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+        >>> ids = encode_sampled(tokenizer, [{"role": "user", "content": "hi"}], "model you", [])
+        >>> [tokenizer.convert_ids_to_tokens(part) for part in ids]
+        [['user', 'hi'], ['model', 'you', '<eos>']]
+    """
+    text = _texts(tokenizer, prompt, [{"role": "assistant", "content": _MARKER}], None, None)
+    lead = text.whole[text.start : text.content] if text.content is not None else ""
+    if lead.isspace() and not completion.startswith(lead):  # decoding takes the space of some first words away
+        completion = lead + completion
+    prompt_ids = _ids_of(tokenizer, text.before)
+    ids = _ids_after(tokenizer, text.before, prompt_ids, completion)
+    closing = [] if text.end is None else _ids_of(tokenizer, text.whole[text.end :])
+    end = next((token for token in closing if token in end_ids), tokenizer.eos_token_id)
+    return prompt_ids, [*ids, *[end] * finished]
+
+
+def with_first_space(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, ids: Sequence[int]) -> Any:
+    """Give a sampled text back the space before its first word, which some tokenizers' decoding takes away.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompt: The prompt, a text or a chat.
+        completion: The completion; a chat stays as it is.
+        ids: Its token ids.
+
+    Returns:
+        The completion as it goes on from the prompt.
+    """
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not ids:
+        return completion
+    first: Any = tokenizer.convert_ids_to_tokens(ids[0])
+    lost = str(first).startswith(_SPACE) and not completion.startswith(" ") and not prompt[-1:].isspace()
+    return f" {completion}" if lost else completion
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    *,
+    tools: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Encode a prompt, text or chat, as PPO gives it to the policy; the options are those of `encode_answer`.
 
     Example:
         >>> from rlhf_recipes.models.tiny import word_tokenizer
@@ -133,7 +212,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(text=prompt)["input_ids"]
         return ids
-    return _ids_of(tokenizer, _rendered(tokenizer, prompt, add_generation_prompt=True)) if prompt else []
+    options = _options(tools, template_kwargs)
+    return _ids_of(tokenizer, _rendered(tokenizer, prompt, add_generation_prompt=True, **options)) if prompt else []
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -250,6 +330,7 @@ def warn_about_template(
     consequence: str,
     *,
     answers_given: bool = True,
+    rewards: bool = False,
     **options: Any,
 ) -> None:
     """Warn, before training, of a chat template that does not end an answer, or opens one that rows do not have.
@@ -260,6 +341,7 @@ def warn_about_template(
         end_ids: Ids that end a completion.
         consequence: What becomes of an answer without an end token in this stage, as a sentence.
         answers_given: Whether the answers are those of rows, which may lack what the generation prompt opens.
+        rewards: Whether a reward model learns from them, which PPO's policy then has to follow.
         **options: `template_kwargs` and `tools` of `encode_answer`.
 
     Raises:
@@ -285,9 +367,17 @@ def warn_about_template(
     if answers_given and (added := next((answer.added for answer in seen if answer.added), None)):
         logger.warning(
             "The chat template's generation prompt adds %r, which the template does not write before a given answer: "
-            "PPO samples answers after it. Put it into the answers of the rows, or turn it off (for many templates by "
-            "`chat_template_kwargs`, such as `enable_thinking: false`).",
+            "PPO samples answers after it. Turn it off (for many templates by `chat_template_kwargs`, such as "
+            "`enable_thinking: false`), or put it into the answers of the rows, if the template keeps it there.",
             added,
+        )
+    if rewards and (written := next((answer.written for answer in seen if answer.written.strip()), None)):
+        logger.warning(
+            "The chat template writes %r before a given answer, which its generation prompt does not open: the reward "
+            "model is trained behind it, and PPO reads answers without it unless the policy writes it too. Use a "
+            "template whose generation prompt opens it (for some by `chat_template_kwargs`, such as "
+            "`enable_thinking: false`).",
+            written,
         )
 
 
@@ -338,25 +428,45 @@ def _with_marker(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": _MARKER}
 
 
-def _start_of_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Any], answer: list[Any], whole: str, options: dict[str, Any]
-) -> int:
-    """Where the answer begins in the text of a chat that does not begin with the generation prompt."""
+def _options(tools: Any, template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    return {"tools": tools or None, **(template_kwargs or {})}
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Any],
+    answer: list[Any],
+    tools: Any,
+    template_kwargs: dict[str, Any] | None,
+) -> _Texts:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows are chats, but the tokenizer has no chat template. Set `tokenizer.chat_template` and save the "
+            "tokenizer again, or give rows of plain text."
+        )
+    options = _options(tools, template_kwargs)
+    whole = _rendered(tokenizer, [*prompt, *answer], **options)
+    before = _rendered(tokenizer, prompt, add_generation_prompt=True, **options) if prompt else ""
     marked = _rendered(tokenizer, [*prompt, _with_marker(answer[0]), *answer[1:]], **options)
-    start = marked.find(_MARKER)
-    if start < 0 or not whole.startswith(marked[:start]):
+    place = marked.find(_MARKER)
+    content = place if place >= 0 and whole.startswith(marked[:place]) else None
+    start = len(before) if whole.startswith(before) else content
+    if start is None:
         raise ValueError(
             "The text that the chat template makes of a chat does not begin with what it makes of the prompt (its "
             "generation prompt included), and where the answer begins cannot be seen. Use a template that writes a "
             "prompt in the same way with and without an answer."
         )
-    return start
-
-
-def _end_of_content(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Any], answer: list[Any], whole: str, options: dict[str, Any]
-) -> int | None:
-    """Where the content of the last message ends in the text of a chat; `None` if that cannot be seen."""
     marked = _rendered(tokenizer, [*prompt, *answer[:-1], _with_marker(answer[-1])], **options)
     _, found, closing = marked.rpartition(_MARKER)
-    return len(whole) - len(closing) if found and whole.endswith(closing) else None
+    end = len(whole) - len(closing) if found and whole.endswith(closing) else None
+    return _Texts(before, whole, start, content, end)
+
+
+def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, prompt_ids: list[int], text: str) -> list[int]:
+    """Token ids of a text after a prompt, in its context where the prompt keeps its own there."""
+    ids = _ids_of(tokenizer, before + text)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return ids[len(prompt_ids) :]
+    return _ids_of(tokenizer, text)

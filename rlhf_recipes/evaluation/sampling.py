@@ -21,9 +21,10 @@ from transformers import GenerationConfig, Trainer
 from trl import GRPOTrainer, RLOOTrainer, is_conversational
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids, options_of
 from rlhf_recipes.models.generation import sample_with_transformers
-from rlhf_recipes.ppo._trl import rewards
+from rlhf_recipes.models.plain_lora import changes_base
+from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
 
 Row = dict[str, Any]
 
@@ -115,8 +116,13 @@ def with_scores(columns: Tensor, trainer: Any, gold: str | None) -> list[Row]:
 
 
 def has_reference(trainer: Any) -> bool:
-    """Whether the model that the training started from is still there: beside an adapter, or as a copy."""
+    """Whether the model that the training started from is still there: beside an adapter, or as a copy.
+
+    An adapter that took a part of the base with it (PiSSA) leaves another model beside it.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel) and "ref" not in model.peft_config:
+        return not changes_base(model.peft_config[model.active_adapter])
     return isinstance(model, PeftModel) or getattr(trainer, "ref_model", None) is not None
 
 
@@ -164,7 +170,7 @@ def sample_batch(
         pad_token_id=tokenizer.pad_token_id,
     )
     prompts = [row["prompt"] for row in rows]
-    inputs = _tokenize(tokenizer, prompts).to(trainer.accelerator.device)
+    inputs = _padded(tokenizer, _prompt_ids(trainer, rows)).to(trainer.accelerator.device)
     policy = nullcontext(trainer.accelerator.unwrap_model(trainer.model))
     with _as_reference(trainer) if of_reference else policy as model:
         sequences = sample_with_transformers(model, config, temperature, **inputs)
@@ -188,17 +194,15 @@ def sample_batch(
     return [measured(completions[i], ids, ends, kl[i], sums[i]) | scored[i] for i, ids in enumerate(completion_ids)]
 
 
-def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
-    if is_conversational({"prompt": prompts[0]}):
-        prompts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in prompts]
-    return tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-        add_special_tokens=not is_conversational({"prompt": prompts[0]}),
-    )
+def _prompt_ids(trainer: Any, rows: list[Row]) -> list[list[int]]:
+    """Token ids of the prompts as the training reads them."""
+    if isinstance(trainer, GRPOTrainer | RLOOTrainer):
+        return tokenized_prompts(trainer, [row["prompt"] for row in rows])
+    return [encode_prompt(trainer.processing_class, row["prompt"], **options_of(row)) for row in rows]
+
+
+def _padded(tokenizer: Any, prompt_ids: list[list[int]]) -> Any:
+    return tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
 
 
 def _until_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:

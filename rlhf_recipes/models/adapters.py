@@ -119,6 +119,11 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise TypeError(f"The adapter in {str(path)!r} is a {config.peft_type}; only LoRA adapters can share a base.")
+    if config.layer_replication:
+        raise ValueError(
+            f"The adapter in {str(path)!r} has `layer_replication`, which would repeat the layers of the base for "
+            "every role that shares it. Train an adapter without it."
+        )
     expected, found = base_name(base), base_of(path)
     if not same_model(expected, found):
         raise ValueError(

@@ -126,9 +126,17 @@ def sample_with_transformers(
     Raises:
         RuntimeError: If anything else would shape what is drawn.
     """
+    calls: list[Any] = []
     with inheriting_nothing(model):
         sequences: Tensor = model.generate(
-            **inputs, generation_config=generation_config, custom_generate=partial(_sample_checked, temperature)
+            **inputs,
+            generation_config=generation_config,
+            custom_generate=partial(_sample_checked, temperature, calls),
+        )
+    if not calls:
+        raise RuntimeError(
+            f"{type(model).__name__} generates in a way of its own, and what it draws from cannot be seen. Use a "
+            "model that generates with transformers' sampling loop."
         )
     return sequences
 
@@ -146,13 +154,15 @@ def inheriting_nothing(model: Any) -> Iterator[None]:
 
 def _sample_checked(
     temperature: float,
+    calls: list[Any],
     model: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     **kwargs: Any,
 ) -> Any:
-    """The sampling loop of transformers, behind a look at what it is given."""
+    """The sampling loop of transformers, behind a look at what it is given; `calls` shows that it was here."""
+    calls.append(generation_config)
     strange = [type(one).__name__ for one in logits_processor if not isinstance(one, TemperatureLogitsWarper)]
     if strange:
         raise RuntimeError(

@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 _FROM_WEIGHTS = ("pissa", "olora")  # starts that depend on the base's weights alone
-_FROM_MORE = ("corda", "loftq", "lora_ga")  # starts that depend on data or on a quantization besides
+_FROM_MORE = ("pissa_niter", "corda", "loftq", "lora_ga")  # those that depend on chance, data or a quantization too
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -56,13 +56,13 @@ def as_plain_lora(
     layers = [key.removeprefix(_PREFIX).removesuffix(_DOWN) for key in weights if key.endswith(_DOWN)]
     odd = [key for key in weights if ".lora_" in key and not key.endswith((_DOWN, _UP))]
     quantized = getattr(base, "is_quantized", False)
-    if not start.startswith(_FROM_WEIGHTS) or config.use_dora or odd or quantized:
+    if start not in _FROM_WEIGHTS or config.use_dora or odd or quantized:
         why = (
             "the base is quantized"
             if quantized
             else f"it has weights such as {odd[0]!r}"
             if odd
-            else "that start depends on more than the weights of the base"
+            else "that start depends on more than the weights of the base, such as chance or data"
         )
         raise ValueError(
             f"The adapter {name} was started with `init_lora_weights: {config.init_lora_weights}`, which takes a part "

@@ -157,6 +157,12 @@ def _padded(trainer: GRPOTrainer, name: str, rows: list[list[int]], side: str) -
     }
 
 
+def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of prompts as a GRPO, RLOO or PPO trainer makes them, with its template, tools and their options."""
+    prompt_ids, *_ = trainer._tokenize_prompts(prompts)
+    return [list(ids) for ids in prompt_ids]
+
+
 def rewards(
     trainer: GRPOTrainer, rows: list[dict[str, Any]], completions: list[Any], completion_ids: list[list[int]]
 ) -> Tensor:

@@ -15,6 +15,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.roles import CRITIC
 from rlhf_recipes.ppo import checks
 from rlhf_recipes.ppo._trl import add_log_probs
@@ -168,6 +169,8 @@ class PPOTrainer(PPOEngine):
         ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
         more = zip(inputs, prompt_ids, ended, strict=True)
         inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
+        texts = zip(prompts, completions, completion_ids_list, strict=True)
+        completions = [with_first_space(self.processing_class, *text) for text in texts]
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)

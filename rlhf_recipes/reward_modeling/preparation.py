@@ -11,11 +11,11 @@ from datasets import Dataset, IterableDataset
 from rlhf_recipes.data.chat_templates import (
     check_prompts_stay_open,
     encode_answer,
-    end_token_ids,
     options_of,
     warn_about_template,
 )
 from rlhf_recipes.data.dialogues import split_dialogue
+from rlhf_recipes.reward_modeling.collator import sequences_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -42,18 +42,27 @@ def check_score_head(trainer: RewardTrainer) -> None:
     """
     model: Any = trainer.model  # TRL types what a trainer holds only in part
     tokenizer: Any = trainer.processing_class
-    if tokenizer.pad_token_id in end_token_ids(model, tokenizer):
+    ends_in_padding = tokenizer.pad_token_id == tokenizer.eos_token_id or any(
+        ids[-1] == tokenizer.pad_token_id for row in _first_rows(trainer) for ids in sequences_of(row)
+    )
+    if ends_in_padding:
         others = [token for token in tokenizer.all_special_tokens if token != tokenizer.pad_token]
         raise ValueError(
-            f"The padding token is the end token ({tokenizer.pad_token!r}). A reward model reads its score at the "
-            "last token that is not padding, so it would never see that a completion ended. Set `pad_token` to "
-            f"another token that does not occur in the texts (special tokens of this tokenizer: {others or 'none'})."
+            f"The padding token is the token that ends a text ({tokenizer.pad_token!r}). A reward model reads its "
+            "score at the last token that is not padding, so it would never see that a completion ended. Set "
+            "`pad_token` to another token that does not occur in the texts (special tokens of this tokenizer: "
+            f"{others or 'none'})."
         )
     if model.dtype != torch.float32 and not (trainer.args.bf16 or trainer.args.fp16):
         raise ValueError(
             f"The base model computes in {model.dtype} (`dtype`), which the float32 score head can read only "
             "in mixed precision. Set `bf16: true`, or `dtype: float32`."
         )
+
+
+def _first_rows(trainer: RewardTrainer) -> list[dict[str, Any]]:
+    rows: Any = trainer.train_dataset
+    return list(islice(rows, _LOOKED_AT)) if isinstance(rows, Dataset) else []
 
 
 def with_chat_ids(
@@ -86,7 +95,7 @@ def with_chat_ids(
         check_prompts_stay_open(tokenizer)
         return rows
     consequence = f"The reward model is trained with {tokenizer.eos_token!r} there, which a policy may never write."
-    warn_about_template(tokenizer, chats, end_ids, consequence, **options_of(some[0]))
+    warn_about_template(tokenizer, chats, end_ids, consequence, rewards=True, **options_of(some[0]))
 
     def encoded(row: dict[str, Any], index: int) -> dict[str, Any]:
         if group and row.get("completion_ids"):

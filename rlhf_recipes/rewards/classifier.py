@@ -113,6 +113,7 @@ class ClassifierReward:
                 encoder=self.encoder,
                 finished=done,
                 end_ids=self._own_ends,
+                sampled=True,
             )
             for prompt, completion, done in zip(prompts, completions, finished, strict=True)
         ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rlhf_recipes.data.chat_templates import encode_answer
+from rlhf_recipes.data.chat_templates import encode_answer, encode_sampled
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -66,6 +66,7 @@ def encode(
     encoder: bool,
     finished: bool = True,
     end_ids: Collection[int] = (),
+    sampled: bool = False,
 ) -> tuple[list[int], int]:
     """Encode a prompt and a completion as a reward model was trained on them.
 
@@ -76,6 +77,8 @@ def encode(
         encoder: Whether the model is an encoder. It reads a chat as one text, in its template.
         finished: Whether the completion ended with an end token. Encoders close every text with `[SEP]`: they cannot
             see that one was cut off.
+        sampled: Whether a policy sampled the completion, after the generation prompt: then a chat's single answer is
+            read as it stands, and not written into the template once more.
         end_ids: Ids that end an answer in the reward model's chat template, beside its tokenizer's end token.
 
     Returns:
@@ -90,13 +93,16 @@ def encode(
         return _encode_for_encoder(tokenizer, prompt, completion, chat)
     if chat:
         ends = {tokenizer.eos_token_id, *end_ids}
+        if sampled and len(completion) == 1 and isinstance(completion[0].get("content"), str) and prompt:
+            before, after = encode_sampled(tokenizer, list(prompt), completion[0]["content"], ends, finished=finished)
+            return [*before, *after], min(len(before), len(before) + len(after) - 1)
         answer = encode_answer(tokenizer, list(prompt), completion, ends, finished=finished)
         ids = [*answer.prompt_ids, *answer.ids]
         return ids, min(len(answer.prompt_ids), len(ids) - 1)
-    before: Any = tokenizer(text=prompt)["input_ids"]
+    prompt_ids: Any = tokenizer(text=prompt)["input_ids"]
     whole: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
-    pairs = enumerate(zip(before, whole, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
+    pairs = enumerate(zip(prompt_ids, whole, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(whole)))
     return list(whole), min(same, len(whole) - 1)
 
 

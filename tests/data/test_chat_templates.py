@@ -12,7 +12,9 @@ from rlhf_recipes.data.chat_templates import (
     check_prompt_format,
     check_prompts_stay_open,
     encode_answer,
+    encode_sampled,
     end_token_ids,
+    with_first_space,
 )
 from rlhf_recipes.models.tiny import bpe_tokenizer, word_tokenizer
 from rlhf_recipes.reward_modeling.preparation import with_chat_ids
@@ -237,6 +239,97 @@ def test_chats_that_cannot_be_encoded_are_named():
 
 def model_with(ends):
     return SimpleNamespace(generation_config=GenerationConfig(eos_token_id=list(ends)))
+
+
+def metaspace(template, prepend="always"):
+    """A tokenizer that writes the space before a word into its token, as SentencePiece does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<eos>", "<unk>", *MARKS, "\u2581", "\n", ":", *"abcdefghijklmnopqrstuvwxyzASINT"]
+    pieces += [f"\u2581{word}" for word in WORDS if len(word) > 1]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    tokenizer.add_special_tokens(["<pad>", "<eos>", *MARKS])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}"
+    "{% else %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+BREAK = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '\\n' + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, VICUNA, BREAK, *(TEMPLATES[name][0] for name in TEMPLATES)])
+@pytest.mark.parametrize("make", [metaspace, lambda template: metaspace(template, "never")], ids=["always", "never"])
+def test_what_a_policy_sampled_is_read_as_the_very_tokens(template, make):
+    """Whatever the template writes before an answer, the policy samples it too, and it is not written once more."""
+    tokenizer = make(template)
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<turn>"])
+    for prompt in PROMPTS:
+        row = encode_answer(tokenizer, prompt, answer("fine thanks"), ends)
+        sampled = row.ids[:-1]
+        text = tokenizer.decode(sampled, skip_special_tokens=True)
+        if text != tokenizer.decode(sampled):
+            continue  # special tokens are lost by decoding
+        before, after = encode_sampled(tokenizer, prompt, text, ends)
+        assert before == row.prompt_ids
+        assert after == row.ids
+        assert encode_sampled(tokenizer, prompt, text, ends, finished=False)[1] == sampled
+
+
+@pytest.mark.parametrize("name", ["no_end", "thinking", "between_turns", "bare"])
+@pytest.mark.parametrize("prepend", ["always", "never", "first"])
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(name, prepend):
+    tokenizer = metaspace(TEMPLATES[name][0], prepend)
+    for prompt in PROMPTS:
+        found = encode_answer(tokenizer, prompt, answer("fine thanks"), [tokenizer.eos_token_id])
+        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        both = tokenizer(before + "fine thanks", add_special_tokens=False)["input_ids"]
+        assert (found.prompt_ids + found.ids)[: len(both)] == both  # what a template writes behind it may follow
+        assert found.ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_cut_off_answer_ends_with_its_content():
+    tokenizer = metaspace(BREAK)
+    found = encode_answer(tokenizer, PROMPTS[0], answer("fine"), [tokenizer.eos_token_id], finished=False)
+    assert tokenizer.decode(found.ids) == "fine"
+
+
+def test_the_space_before_the_first_word_of_a_text_comes_back():
+    tokenizer = metaspace(None)
+    ids = tokenizer("hi fine")["input_ids"]
+    first = tokenizer.convert_tokens_to_ids("\u2581fine")
+    word = [first] if first in ids else ids[ids.index(tokenizer.convert_tokens_to_ids("\u2581"), 1) :]
+    text = tokenizer.decode(word)
+    assert not text.startswith(" ")
+    assert with_first_space(tokenizer, "hi", text, word) == f" {text}"
+    assert with_first_space(tokenizer, "hi ", text, word) == text
+    assert with_first_space(tokenizer, PROMPTS[0], answer("a"), word) == answer("a")
+    plain = word_tokenizer(WORDS)
+    assert with_first_space(plain, "hi", "fine", plain("fine")["input_ids"]) == "fine"
+
+
+def test_the_reward_stage_warns_of_what_a_template_writes_before_answers(caplog):
+    tokenizer = tokenizer_of("empty_thought")
+    rows = Dataset.from_list([{"prompt": PROMPTS[0], "chosen": answer("fine"), "rejected": answer("why")}])
+    said = lines(caplog, lambda: with_chat_ids(rows, tokenizer, ends_of(tokenizer), "train"))
+    assert len(said) == 1
+    assert "writes '<think> </think> ' before a given answer, which its generation prompt does not open" in said[0]
+    for name in ("chatml", "llama3", "gemma", "phi3", "mistral"):
+        tokenizer = tokenizer_of(name)
+        assert lines(caplog, lambda t=tokenizer: with_chat_ids(rows, t, ends_of(t), "train")) == []
 
 
 def lines(caplog, action):

@@ -206,6 +206,16 @@ def test_a_faster_way_of_drawing_is_not_taken():
     assert torch.equal(drawn(make_model(), prompt_lookup_num_tokens=2), drawn(make_model()))
 
 
+def test_a_model_that_generates_in_a_way_of_its_own_is_refused():
+    class Own(LlamaForCausalLM):
+        def generate(self, input_ids, custom_generate=None, **kwargs):
+            return super().generate(input_ids=input_ids, **kwargs)
+
+    model = Own(make_model().config)
+    with pytest.raises(RuntimeError, match="Own generates in a way of its own"):
+        drawn(model)
+
+
 def test_greedy_search_and_another_temperature_do_not_pass_the_guard():
     ids, mask = prompts()
     greedy = settings(do_sample=False, temperature=None)

@@ -112,6 +112,7 @@ def changed_config(folder, **fields):
     ("fields", "why"),
     [
         ({"init_lora_weights": "corda"}, "more than the weights of the base"),
+        ({"init_lora_weights": "pissa_niter_16"}, "more than the weights of the base, such as chance"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "more than the weights of the base"),
         ({"use_dora": True}, "more than the weights of the base"),
     ],
@@ -120,6 +121,12 @@ def test_starts_that_cannot_be_computed_again_are_refused(tiny_model_path, tmp_p
     adapter = save_adapter(tiny_model_path, tmp_path / "sft", init_lora_weights="pissa")
     with pytest.raises(ValueError, match=rf"`init_lora_weights: .*{why}.*path_initial_model_for_weight_conversion"):
         load_policy(load_causal_lm(tiny_model_path), changed_config(adapter, **fields))
+
+
+def test_layers_that_an_adapter_repeats_are_refused(tiny_model_path, tmp_path):
+    adapter = save_adapter(tiny_model_path, tmp_path / "sft", layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ValueError, match="has `layer_replication`"):
+        load_policy(load_causal_lm(tiny_model_path), adapter)
 
 
 @pytest.mark.parametrize("start", [*STARTS, False])

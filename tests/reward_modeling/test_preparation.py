@@ -5,16 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from datasets import Dataset
 
 from rlhf_recipes.reward_modeling import check_score_head
 from rlhf_recipes.reward_modeling.preparation import cut_after_eos
 
 
-def trainer_with(tokenizer, dtype=torch.float32, bf16=False, fp16=False, ends=None):
+def trainer_with(tokenizer, dtype=torch.float32, bf16=False, fp16=False, last=1):
     args = SimpleNamespace(bf16=bf16, fp16=fp16)
-    model = SimpleNamespace(dtype=dtype, generation_config=GenerationConfig(eos_token_id=ends))
-    return SimpleNamespace(processing_class=tokenizer, model=model, args=args)
+    rows = Dataset.from_dict({"chosen_ids": [[5, last]], "rejected_ids": [[6, 7, last]]})
+    return SimpleNamespace(
+        processing_class=tokenizer, model=SimpleNamespace(dtype=dtype), args=args, train_dataset=rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,10 @@ def test_padding_with_the_end_token_is_refused_with_other_tokens_to_use(tiny_tok
         check_score_head(trainer_with(tokenizer))
 
 
-def test_padding_with_another_token_that_ends_a_completion_is_refused_too(tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"The padding token is the end token \('<pad>'\).*'<unk>'"):
-        check_score_head(trainer_with(tiny_tokenizer, ends=[1, tiny_tokenizer.pad_token_id]))
+def test_padding_with_the_token_that_ends_the_rows_is_refused_too(tiny_tokenizer):
+    """Padding with a token that only may end a completion (Qwen's `<|endoftext|>`) does no harm."""
+    with pytest.raises(ValueError, match=r"The padding token is the token that ends a text \('<pad>'\).*'<unk>'"):
+        check_score_head(trainer_with(tiny_tokenizer, last=tiny_tokenizer.pad_token_id))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
