@@ -1,8 +1,10 @@
 """Scorers with a known fault: the kind of answer that they pay is found, and no other."""
 
+import doctest
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -222,3 +224,8 @@ class TestCommand:
         _, rows = files
         assert main(["verifier", "rlhf_recipes.rewards.verifier:paid_table", str(rows)]) == 2
         assert "takes (found" in capsys.readouterr().err
+
+
+def test_examples_of_the_page_run():
+    failed, tried = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "verifier.md"), module_relative=False)
+    assert (failed, tried) == (0, 4)
