@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from rlhf_recipes.evaluation.metrics import proportion_interval
@@ -31,19 +35,23 @@ def human_agreement(outcomes: ArrayLike, human: ArrayLike) -> dict[str, float | 
         all give one and the same answer.
 
     Raises:
-        ValueError: If the shapes differ, there is no pair, or a number is not in [0, 1].
+        ValueError: If the shapes differ, there is no pair, or an outcome is a text, missing or not in [0, 1]; with the
+            row (from 0).
 
     Example:
         >>> found = human_agreement([1.0, 0.0, 1.0, 0.5], [1.0, 0.0, 0.0, 1.0])
         >>> found["accuracy"], round(found["kappa"], 3)
         (0.625, 0.2)
     """
-    ours, theirs = (np.asarray(values, dtype=np.float64) for values in (outcomes, human))
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+    ours, theirs = _numbers("outcomes", outcomes), _numbers("human", human)
+    if ours.shape != theirs.shape or not len(ours):
         raise ValueError(f"Give one outcome per pair for both, got shapes {ours.shape} and {theirs.shape}.")
     for name, values in (("outcomes", ours), ("human", theirs)):
-        if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError(f"`{name}` must lie in [0, 1], got {values.min():g} to {values.max():g}.")
+        if (outside := np.flatnonzero((values < 0) | (values > 1))).size:
+            raise ValueError(
+                f"`{name}` must lie in [0, 1], got {values[outside[0]]:g} in row {outside[0]}. For grades on another "
+                "scale take `grade_agreement`."
+            )
     outcomes, labels = (np.sign(values - 0.5) / 2 + 0.5 for values in (ours, theirs))
     decided = labels != 0.5
     both = decided & (outcomes != 0.5)
@@ -60,3 +68,56 @@ def human_agreement(outcomes: ArrayLike, human: ArrayLike) -> dict[str, float | 
         "pairs": len(ours),
         "ties": float(ties.mean()),
     }
+
+
+def grade_agreement(grades: ArrayLike, human: ArrayLike) -> dict[str, float]:
+    """Compare grades, such as 1 to 10, with those of people: as numbers in their order.
+
+    `kappa` is Cohen's weighted kappa with the squared difference of the grades as weight,
+    `1 - mean((x_i - y_i)^2) / mean over all i, j of (x_i - y_j)^2`: 1 is agreement on all, 0 what chance gives with
+    the same grades, below 0 less than that. A judge that is stricter throughout loses kappa, but no rank correlation.
+
+    Source: Cohen, Weighted kappa: Nominal scale agreement with provision for scaled disagreement or partial credit
+    (1968).
+
+    Args:
+        grades: The judge's grades, shape `(N,)`. Numbers: as texts "10" would come before "9".
+        human: The people's grades on the same scale, shape `(N,)`.
+
+    Returns:
+        `kappa`; `spearman`, the rank correlation; `exact`, the share of equal grades; `difference`, the mean of the
+        judge's minus the people's grade; `rows`. Kappa is `nan` where all grades are one and the same, and the rank
+        correlation where one side gives a single grade.
+
+    Raises:
+        ValueError: If the shapes differ, there is no row, or a grade is a text or not finite; with the row (from 0).
+
+    Example:
+        >>> found = grade_agreement([9, 10, 2, 5], [8, 10, 2, 4])
+        >>> round(found["kappa"], 3), found["spearman"], found["exact"], found["difference"]
+        (0.976, 1.0, 0.5, 0.5)
+    """
+    ours, theirs = _numbers("grades", grades), _numbers("human", human)
+    if ours.shape != theirs.shape or not len(ours):
+        raise ValueError(f"Give one grade per row for both, got shapes {ours.shape} and {theirs.shape}.")
+    by_chance = ours.var() + theirs.var() + (ours.mean() - theirs.mean()) ** 2
+    varied = ours.min() < ours.max() and theirs.min() < theirs.max()
+    return {
+        "kappa": float(1 - ((ours - theirs) ** 2).mean() / by_chance) if by_chance else math.nan,
+        "spearman": float(spearmanr(ours, theirs).statistic) if varied else math.nan,
+        "exact": float((ours == theirs).mean()),
+        "difference": float((ours - theirs).mean()),
+        "rows": len(ours),
+    }
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    # One finite number per row. numpy would read texts as numbers, and None as nan.
+    rows = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[arg-type]
+    for row, value in enumerate(rows):
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(
+                f"`{name}` must hold one finite number per row, got {value!r} in row {row}. Turn texts into numbers, "
+                "and leave out rows without an answer."
+            )
+    return np.array(rows, dtype=np.float64)

@@ -13,6 +13,7 @@ from typing import Protocol
 import evalica
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from rlhf_recipes.reward_modeling.votes import Vote, check_undefeated, check_votes
 
@@ -258,19 +259,30 @@ def _sequential(votes: Sequence[Vote], items: Sequence[Hashable], k: float, init
 def _check_converged(
     scores: NDArray[np.float64], votes: Sequence[Vote], number: dict[Hashable, int], prior: float
 ) -> None:
-    # At the optimum every item has won as many votes as its score makes likely. evalica stops at a step size, which
-    # says little where scores are far apart.
+    # At the optimum every item has won as many votes as its score makes likely. evalica stops at a step size or at
+    # its limit, and neither says how far the optimum is. What Newton's method would still move does, in nats; surplus
+    # votes alone do not, since a chain of few votes hides behind many votes elsewhere.
     winners = np.array([number[vote.winner] for vote in votes])
     losers = np.array([number[vote.loser] for vote in votes])
     outcomes = np.array([0.5 if vote.tie else 1.0 for vote in votes])
-    surplus = outcomes - 1 / (1 + np.exp(scores[losers] - scores[winners]))
-    balance = np.zeros(len(number))
-    np.add.at(balance, winners, surplus)
-    np.add.at(balance, losers, -surplus)
+    chances = expit(scores[winners] - scores[losers])
+    balance, curvature = np.zeros(len(number)), np.zeros((len(number), len(number)))
+    for sign, ones, others in ((1, winners, losers), (-1, losers, winners)):
+        np.add.at(balance, ones, sign * (outcomes - chances))
+        np.add.at(curvature, (ones, ones), chances * (1 - chances))
+        np.add.at(curvature, (ones, others), -chances * (1 - chances))
     if prior:
-        balance += prior * (1 - 2 / (1 + np.exp(scores[-1] - scores[:-1])))
-    if not np.abs(balance).max() < 1e-6 * len(votes):
+        against = expit(scores[:-1] - scores[-1])
+        balance += prior * (1 - 2 * against)
+        np.fill_diagonal(curvature, curvature.diagonal() + 2 * prior * against * (1 - against))
+    else:
+        curvature += 1  # all scores may move together, which changes nothing
+    try:
+        left = np.abs(np.linalg.solve(curvature, balance)).max()
+    except np.linalg.LinAlgError:
+        left = math.inf
+    if not left < 1e-4:
         raise RuntimeError(
-            f"The Bradley-Terry fit is off by {np.abs(balance).max():.2g} votes after evalica's last step: the votes "
-            "hold long chains of items that hardly ever lose. Give a larger `prior`."
+            f"The Bradley-Terry fit is off by {left:.2g} nats after evalica's last step: the votes hold long chains "
+            "of items that hardly ever lose. Give a larger `prior`."
         )

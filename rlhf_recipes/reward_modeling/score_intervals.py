@@ -8,15 +8,30 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_recipes.reward_modeling.ranking import ScoringMethod
-from rlhf_recipes.reward_modeling.votes import Vote
+from rlhf_recipes.reward_modeling.votes import Vote, identified_items
 
 
 class Interval(NamedTuple):
-    """A score and its confidence interval, in the unit of the method."""
+    """A score and its confidence interval, in the unit of the method.
+
+    Attributes:
+        score: The score.
+        low: Lower end; None where votes do not identify the score, such as that of an item that never lost.
+        high: Upper end; None likewise.
+
+    Example:
+        >>> print(Interval(0.5, 0.25, 0.75), Interval(2.0, None, None), sep="; ")
+        0.5 [0.25, 0.75]; 2 (not identified)
+    """
 
     score: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.score:.4g} (not identified)"
+        return f"{self.score:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def bootstrap_scores(
@@ -33,6 +48,9 @@ def bootstrap_scores(
     Votes are drawn with replacement, all votes of a `group` together, and scored again; the interval is cut from the
     percentiles. A drawn order of votes is the order of the draws.
 
+    No draw holds a loss of an item that never lost, so its interval would be the narrowest of all while nothing says
+    how far ahead it is. Such an item has no interval (`identified_items`); its score comes from the prior or from `k`.
+
     Source: Davison and Hinkley, Bootstrap Methods and their Application (1997). `evalica.bootstrap` knows single
     votes only; where every vote stands alone, the two agree.
 
@@ -48,7 +66,8 @@ def bootstrap_scores(
         seed: Seed of the draws.
 
     Returns:
-        The score from all votes and its interval, for each item.
+        The score from all votes and its interval, for each item; without the ends where the votes do not identify it,
+        or with `relative_to` its lead.
 
     Raises:
         ValueError: If `level` is not in (0, 1), `resamples` is below 1, `relative_to` is not an item, all votes are in
@@ -60,6 +79,8 @@ def bootstrap_scores(
         >>> score, low, high = bootstrap_scores(votes, bradley_terry, resamples=200)["a"]
         >>> 0 < low < score < high < 1.5
         True
+        >>> print(bootstrap_scores([*votes, Vote("c", "a"), Vote("c", "b")], bradley_terry, resamples=200)["c"])
+        0.9202 (not identified)
     """
     scores = method(votes, items)
     if not 0 < level < 1 or resamples < 1:
@@ -80,7 +101,8 @@ def bootstrap_scores(
         draws -= draws[:, [list(scores).index(relative_to)]]
         scores = {item: score - scores[relative_to] for item, score in scores.items()}
     lows, highs = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    identified = identified_items(votes, relative_to)
     return {
-        item: Interval(score, float(low), float(high))
+        item: Interval(score, float(low), float(high)) if item in identified else Interval(score, None, None)
         for (item, score), low, high in zip(scores.items(), lows, highs, strict=True)
     }

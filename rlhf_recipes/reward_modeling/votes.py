@@ -64,7 +64,7 @@ def votes_of_ranking(items: Sequence[Hashable], ranks: Sequence[int], group: Has
     votes = []
     for (one, rank), (other, other_rank) in combinations(zip(items, ranks, strict=True), 2):
         winner, loser = (other, one) if other_rank < rank else (one, other)
-        votes.append(Vote(winner, loser, tie=rank == other_rank, group=group))
+        votes.append(Vote(winner, loser, tie=bool(rank == other_rank), group=group))
     return votes
 
 
@@ -78,8 +78,8 @@ def read_votes(rows: Iterable[Mapping[str, Any]]) -> list[Vote]:
         One vote for each row, in order.
 
     Raises:
-        ValueError: If a row lacks a side, both sides are the same item, or `tie` is not a bool; with the row's number
-            (from 0).
+        ValueError: If a row lacks a side or its value is missing, both sides are the same item, or `tie` is not a
+            bool; with the row's number (from 0).
 
     Example:
         >>> read_votes([{"winner": "a", "loser": "b"}, {"winner": "a", "loser": "c", "tie": True, "group": "eve"}])
@@ -87,17 +87,9 @@ def read_votes(rows: Iterable[Mapping[str, Any]]) -> list[Vote]:
     """
     votes = []
     for number, row in enumerate(rows):
-        winner, loser, tie = row.get("winner"), row.get("loser"), row.get("tie", False)
-        if winner is None or loser is None:
-            raise ValueError(
-                f"Vote {number} names no `{'loser' if loser is None else 'winner'}`; its columns are {sorted(row)}. "
-                "A tie has both sides, in either order, and `tie: true`."
-            )
-        if not isinstance(tie, bool):
-            raise ValueError(f"`tie` of vote {number} must be true or false, got {tie!r}.")
-        if winner == loser:
-            raise ValueError(f"Vote {number} compares {_short(winner)} with itself. Leave it out.")
-        votes.append(Vote(winner, loser, tie, row.get("group")))
+        vote = Vote(row.get("winner"), row.get("loser"), row.get("tie", False), row.get("group"))
+        _check_vote(vote, number, f"; its columns are {sorted(row)}")
+        votes.append(vote)
     return votes
 
 
@@ -117,8 +109,9 @@ def check_votes(
         The items.
 
     Raises:
-        ValueError: If there is no vote, an item is compared with itself, is listed twice or is not listed, was never
-            compared, or the votes fall apart into unconnected parts.
+        ValueError: If there is no vote, a vote is none (a side is missing, both are one item, `tie` is not a bool;
+            with its number, from 0), an item is listed twice or is not listed, was never compared, or the votes fall
+            apart into unconnected parts.
 
     Example:
         >>> check_votes([Vote("a", "b"), Vote("c", "a")])
@@ -126,14 +119,14 @@ def check_votes(
     """
     if not votes:
         raise ValueError("There are no votes, so there is nothing to tell the items apart by.")
+    for number, vote in enumerate(votes):
+        _check_vote(vote, number)
     seen = dict.fromkeys(item for vote in votes for item in (vote.winner, vote.loser))
     listed = list(dict.fromkeys(items)) if items is not None else list(seen)
     if items is not None and len(listed) != len(items):
         raise ValueError(f"`items` lists an item twice: {len(items)} entries, {len(listed)} distinct ones.")
     if unknown := seen.keys() - set(listed):
         raise ValueError(f"{len(unknown)} items of the votes are not in `items`, such as {_short(unknown.pop())}.")
-    if itself := [vote for vote in votes if vote.winner == vote.loser]:
-        raise ValueError(f"A vote compares {_short(itself[0].winner)} with itself. Leave it out.")
     if allow_disconnected:
         return listed
     if silent := [item for item in listed if item not in seen]:
@@ -178,6 +171,61 @@ def check_undefeated(votes: Sequence[Vote], items: Sequence[Hashable]) -> None:
             f"{len(top)} of {len(items)} items never lose to any of the others, such as {_short(top[0])}: without a "
             "prior their scores grow without limit. Set `prior` above 0."
         )
+
+
+def identified_items(votes: Sequence[Vote], anchor: Hashable = None) -> set[Hashable]:
+    """Find the items whose place among the others the votes alone decide.
+
+    They are the largest part within which every item beats or ties every other one along some chain of votes. An item
+    that never lost, or never won, is in no such part: how far ahead or behind it lies is up to the prior or to `k`.
+    Nor is a group of items that never loses to the rest.
+
+    Source: L. R. Ford, "Solution of a Ranking Problem from Binary Comparisons", 1957.
+
+    Args:
+        votes: The votes.
+        anchor: An item: find those whose lead over this one is decided.
+
+    Returns:
+        The items of that part, or of the part of `anchor`; none where a part is a single item, or where without
+        `anchor` two parts are the largest.
+
+    Example:
+        >>> votes = [Vote("a", "b"), Vote("b", "c"), Vote("c", "b")]  # "a" never lost
+        >>> sorted(identified_items(votes)), identified_items(votes, anchor="a")
+        (['b', 'c'], set())
+    """
+    items = list(dict.fromkeys(item for vote in votes for item in (vote.winner, vote.loser)))
+    parts = _parts(votes, items, directed=True)
+    sizes = np.bincount(parts)
+    if anchor is not None:
+        part = parts[items.index(anchor)] if anchor in items else -1
+    else:
+        part = int(sizes.argmax()) if (sizes == sizes.max()).sum() == 1 else -1
+    if part < 0 or sizes[part] < 2:
+        return set()
+    return {item for item, own in zip(items, parts, strict=True) if own == part}
+
+
+def _check_vote(vote: Vote, number: int, columns: str = "") -> None:
+    # A side that is missing comes as None, or from a table as nan, which is unlike itself.
+    for side, item in (("loser", vote.loser), ("winner", vote.winner)):
+        if not isinstance(item, Hashable):
+            raise ValueError(
+                f"The {side} of vote {number} is a {type(item).__name__}. Name items by texts or numbers."
+            )
+        if item is None or item != item:
+            raise ValueError(
+                f"Vote {number} names no `{side}`{columns}. A vote names both items themselves; a tie has both sides, "
+                "in either order, and `tie: true`."
+            )
+    if not isinstance(vote.tie, bool | np.bool_):
+        raise ValueError(
+            f"`tie` of vote {number} must be true or false, got {vote.tie!r}. Ranks, and numbers or words for a side, "
+            "are no votes: name the winner first and the loser second."
+        )
+    if vote.winner == vote.loser:
+        raise ValueError(f"Vote {number} compares {_short(vote.winner)} with itself. Leave it out.")
 
 
 def _parts(votes: Sequence[Vote], items: Sequence[Hashable], directed: bool) -> NDArray[np.int32]:

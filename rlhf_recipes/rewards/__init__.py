@@ -4,9 +4,11 @@ from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.rewards.checked import checked
 from rlhf_recipes.rewards.classifier import ClassifierReward
 from rlhf_recipes.rewards.ensemble import EnsembleReward
+from rlhf_recipes.rewards.math_answers import math_reward
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
 from rlhf_recipes.rewards.tokens import TokenClassifierReward, token_spans
 from rlhf_recipes.rewards.truncation import TruncatedReward, truncate
+from rlhf_recipes.rewards.verifier import check_verifier, refuse_if_bought
 
 __all__ = [
     "AdapterReward",
@@ -16,7 +18,10 @@ __all__ = [
     "RemoteReward",
     "TokenClassifierReward",
     "TruncatedReward",
+    "check_verifier",
     "checked",
+    "math_reward",
+    "refuse_if_bought",
     "token_spans",
     "truncate",
 ]

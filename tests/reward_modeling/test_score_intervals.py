@@ -82,10 +82,34 @@ class TestBootstrapScores:
         return [*lost, Vote("a", "b", tie=True, group=group)]
 
     def test_groups_may_leave_items_out(self):
-        votes = [vote for name in "bcd" for vote in votes_of_ranking(["a", name], [1, 2], group=name)]
+        votes = [
+            vote for name in "bcd" for order in ([1, 2], [2, 1]) for vote in votes_of_ranking(["a", name], order, name)
+        ]
         intervals = bootstrap_scores(votes, bradley_terry, resamples=50)
         assert all(interval.low <= interval.score <= interval.high for interval in intervals.values())
         assert list(intervals) == ["a", "b", "c", "d"]
+
+    @pytest.mark.parametrize("method", [bradley_terry, elo])
+    def test_an_item_without_a_loss_or_a_win_has_no_interval(self, method):
+        # "new" won its only votes and "old" lost them all: no draw holds another outcome, whatever the method.
+        votes = votes_between([1, 2, 4], 60, random.Random(0))
+        votes += [Vote("new", item) for item in range(3)] + [Vote(item, "old") for item in range(3)]
+        found = bootstrap_scores(votes, method, resamples=50)
+        assert {item for item, interval in found.items() if interval.low is None} == {"new", "old"}
+        assert str(found["new"]).endswith("(not identified)")
+        assert found["new"].score == method(votes)["new"]
+        assert all(interval.high is None for item, interval in found.items() if item in ("new", "old"))
+
+    def test_a_group_that_never_loses_is_not_identified_beside_the_others(self):
+        # a and b beat each other, so do c and d; but no one of the second two ever beats one of the first.
+        votes = [Vote("a", "b"), Vote("b", "a"), Vote("c", "d"), Vote("d", "c"), Vote("a", "c"), Vote("b", "d")] * 5
+        assert all(interval.low is None for interval in bootstrap_scores(votes, bradley_terry, resamples=20).values())
+        leads = bootstrap_scores(votes, bradley_terry, relative_to="a", resamples=20)
+        assert {item for item, interval in leads.items() if interval.low is not None} == {"a", "b"}
+
+    def test_a_tie_is_half_a_loss(self):
+        votes = [Vote("a", "b"), Vote("a", "b", tie=True)] * 10
+        assert bootstrap_scores(votes, bradley_terry, resamples=50)["a"].low is not None
 
     @pytest.mark.slow
     def test_covers_the_truth(self):

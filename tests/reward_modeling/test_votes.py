@@ -1,11 +1,19 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_recipes.reward_modeling.votes import Vote, check_undefeated, check_votes, read_votes, votes_of_ranking
+from rlhf_recipes.reward_modeling.votes import (
+    Vote,
+    check_undefeated,
+    check_votes,
+    identified_items,
+    read_votes,
+    votes_of_ranking,
+)
 
 
 class TestVotesOfRanking:
@@ -25,6 +33,7 @@ class TestVotesOfRanking:
 
     def test_numpy_ranks(self):
         assert votes_of_ranking(["a", "b"], np.array([2, 1])) == [Vote("b", "a")]
+        assert votes_of_ranking(["a", "b"], np.array([2, 2]))[0].tie is True
 
     @pytest.mark.parametrize(
         ("items", "ranks", "message"),
@@ -54,7 +63,12 @@ class TestReadVotes:
             ({"winner": "b"}, "Vote 1 names no `loser`"),
             ({"winner": None, "loser": "b"}, "Vote 1 names no `winner`"),
             ({"winner": "a", "loser": "b", "tie": "yes"}, "`tie` of vote 1 must be true or false, got 'yes'"),
+            ({"winner": "a", "loser": "b", "tie": None}, "`tie` of vote 1 must be true or false, got None"),
+            ({"winner": "a", "loser": "b", "tie": 1}, "`tie` of vote 1 must be true or false, got 1"),
             ({"winner": "a", "loser": "a"}, "Vote 1 compares 'a' with itself"),
+            ({"winner": math.nan, "loser": "b"}, "Vote 1 names no `winner`"),
+            ({"winner": ["a"], "loser": "b"}, "The winner of vote 1 is a list"),
+            ({"model_a": "a", "model_b": "b", "winner": "model_a"}, "Vote 1 names no `loser`; its columns are"),
         ],
     )
     def test_bad_rows_are_named(self, row, message):
@@ -73,7 +87,12 @@ class TestCheckVotes:
         ("votes", "items", "message"),
         [
             ([], None, "no votes"),
-            ([Vote("a", "a")], None, "compares 'a' with itself"),
+            ([Vote("b", "a"), Vote("a", "a")], None, "Vote 1 compares 'a' with itself"),
+            ([Vote("b", "a"), Vote("a", "b", 1)], None, "`tie` of vote 1 must be true or false, got 1. Ranks"),
+            ([Vote("a", "b", 0)], None, "`tie` of vote 0 must be true or false, got 0"),
+            ([Vote("a", "b", "no")], None, "`tie` of vote 0 must be true or false, got 'no'"),
+            ([Vote("a", None)], None, "Vote 0 names no `loser`"),
+            ([Vote(math.nan, "a")], None, "Vote 0 names no `winner`"),
             ([Vote("a", "b")], ["a", "b", "a"], "lists an item twice"),
             ([Vote("a", "b")], ["a"], "1 items of the votes are not in `items`, such as 'b'"),
             ([Vote("a", "b")], ["a", "b", "c"], "1 of 3 items were never compared, such as 'c'"),
@@ -115,3 +134,21 @@ class TestCheckUndefeated:
         else:
             with pytest.raises(ValueError, match="never lose"):
                 check_undefeated(votes, items)
+
+
+class TestIdentifiedItems:
+    @pytest.mark.parametrize(
+        ("votes", "anchor", "expected"),
+        [
+            ("ab", None, ""),
+            ("ab ba", None, "ab"),
+            ("ab bc ca da", None, "abc"),
+            ("ab bc ca ad", None, "abc"),
+            ("ab ba cd dc ac", None, ""),
+            ("ab ba cd dc ac", "d", "cd"),
+            ("ab bc ca da", "d", ""),
+            ("ab", "z", ""),
+        ],
+    )
+    def test_by_hand(self, votes, anchor, expected):
+        assert identified_items([Vote(*pair) for pair in votes.split()], anchor) == set(expected)
