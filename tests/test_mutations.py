@@ -119,6 +119,12 @@ BUGS = [
     Bug(STATISTICS, "kept.square().sum()", "kept.sum().square()", "test_masked_moments_are_sums"),
     Bug(STATISTICS, "if not center:", "if center:", "TestWhiten.test_numbers"),
     Bug(STATISTICS, "torch.rsqrt(variance + 1e-8)", "1.0 / (variance + 1e-8)", "TestWhiten.test_numbers"),
+    Bug(
+        STATISTICS,
+        "moments[2] / (moments[2] - 1)",
+        "moments[2] / (moments[2] + 1)",
+        "TestWhiten.test_unbiased_numbers",
+    ),
     Bug(STATISTICS, "(returns - values).detach()", "(returns + values).detach()", "TestExplainedVariance.test_scale"),
     Bug(ADVANTAGES, "gamma * next_value - values[:, t]", "next_value - values[:, t]", "TestGae.test_discount_numbers"),
     Bug(ADVANTAGES, "delta + gamma * lam * advantage", "delta + gamma * advantage", "TestGae.test_numbers"),
@@ -241,6 +247,8 @@ BUGS = [
         JUDGING, "=(shown_first - shown_second)", "=(shown_first + shown_second)", "TestJudgeInBothOrders.test_numbers"
     ),
     Bug(KL, "return (probabilities * (", "return (ref_logps.exp() * (", "TestFullKL.test_numbers"),
+    Bug(KL, 'sums if per == "completion" else', "sums if True else", "test_steered_kl_by_hand"),
+    Bug(KL, "per_completion > 5 * target and", "", "test_a_target_in_the_other_unit_is_seen"),
     Bug(KL, "if swap else", "if not swap else", "TestChunkedFullKL.test_numbers"),
     Bug(KL, "error * n / self.horizon", "error / self.horizon", "TestAdaptiveKLController.test_numbers"),
     Bug(KL, "self.target - 1, -0.2", "self.target - 1, -2.0", "TestAdaptiveKLController.test_numbers"),

@@ -104,7 +104,13 @@ class PPOConfig(GRPOConfig):
     kl_controller: Literal["fixed", "adaptive"] = field(
         default="fixed", metadata={"help": "A constant `kl_coef`, or one that steers the KL towards `kl_target`."}
     )
-    kl_target: float = field(default=6.0, metadata={"help": "For `adaptive`: nats per completion."})
+    kl_target: float = field(
+        default=6.0, metadata={"help": "For `adaptive`: KL to hold, in nats per `kl_target_per`."}
+    )
+    kl_target_per: Literal["completion", "token"] = field(
+        default="completion",
+        metadata={"help": "Whose KL `kl_target` is: a completion's, summed over its tokens, or a token's, as verl's."},
+    )
     kl_horizon: int = field(
         default=10_000, metadata={"help": "For `adaptive`: completions over which `kl_coef` adapts."}
     )
@@ -130,6 +136,9 @@ class PPOConfig(GRPOConfig):
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Whether to whiten the advantages over all tokens of a rollout."}
     )
+    whiten_unbiased: bool = field(
+        default=False, metadata={"help": "Whether both take n - 1 tokens in their variance, as TRL 1.12 and verl do."}
+    )
     # 5. Losses
     importance_sampling_level: Literal["token", "sequence", "sequence_product"] = field(
         default="token",
@@ -147,7 +156,9 @@ class PPOConfig(GRPOConfig):
     )
     target_kl: float | None = field(
         default=None,
-        metadata={"help": "Drop the rest of a rollout's updates when the KL to the old policy exceeds this, in nats."},
+        metadata={
+            "help": "Drop the rest of a rollout's updates when the KL to the old policy exceeds this; nats per token."
+        },
     )
     ratio_threshold: float | None = field(
         default=None, metadata={"help": "Drop an update whose mean ratio of new to old policy exceeds this."}

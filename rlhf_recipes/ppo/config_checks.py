@@ -56,6 +56,7 @@ _POSITIVE = (
     *("gae_lambda_alpha", "target_kl", "ratio_threshold", "critic_learning_rate", "ptx_batch_size", "ptx_max_length"),
     *("critic_layers", "adapter_tolerance"),
 )
+_MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field for a token's
 
 
 def check_ranges(config: PPOConfig) -> None:
@@ -141,6 +142,26 @@ def _kl_contradictions(config: PPOConfig) -> dict[str, bool]:
         "`kl_coef` negative. Raise it to more than a fifth of a rollout": (
             adaptive and (config.generation_batch_size or 0) >= 5 * config.kl_horizon
         ),
+        "`kl_target_per: token` is the unit of `kl_target`, which `kl_controller: fixed` does not read. Set it to "
+        "`adaptive`, or remove it": config.kl_target_per == "token" and not adaptive,
+        **_unlikely_units(config),
+    }
+
+
+def _unlikely_units(config: PPOConfig) -> dict[str, bool]:
+    longest = config.max_completion_length or 1
+    per_token = f"divided by `max_completion_length` ({longest}) that is"
+    target, limit = config.kl_target, config.target_kl or 0.0
+    return {
+        f"`kl_target` is {target} nats for each token, with `kl_target_per: token`: a text at that distance from the "
+        f"reference is another one altogether. If it was meant for a whole completion, remove `kl_target_per`; "
+        f"{per_token} {target / longest:.2g}. Targets per token are about 0.01 to 0.1": (
+            config.kl_target_per == "token" and target > _MOST_NATS_PER_TOKEN
+        ),
+        f"`target_kl` is {limit} nats for each token, between the policies before and after the updates on a rollout, "
+        f"and would stop none: usual are 0.01 to 0.1. If it was meant for a whole completion, {per_token} "
+        f"{limit / longest:.2g}; if it was meant as the KL to the reference that is to be held, its names are "
+        "`kl_target` and `kl_controller: adaptive`": limit > _MOST_NATS_PER_TOKEN,
     }
 
 
@@ -166,6 +187,9 @@ def _bandit_contradictions(config: PPOConfig) -> dict[str, bool]:
 def _other_contradictions(config: PPOConfig) -> dict[str, bool]:
     longest = config.max_completion_length or 0
     return {
+        "`whiten_unbiased` is about whitening, but `whiten_advantages` and `whiten_rewards` are false. Remove it": (
+            config.whiten_unbiased and not (config.whiten_advantages or config.whiten_rewards)
+        ),
         "`reward_placement: redistributed` pays differences of the reward adapter's own scores, which `score_scaling` "
         "and `score_clip` would only change on the last token. Remove these, or choose another placement": (
             config.reward_placement == "redistributed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,12 @@ from rlhf_recipes.ppo.prompts import PromptRules, check_rows
 from rlhf_recipes.ppo.resumable import ResumableTrainer
 from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.ppo.roles_table import roles_table
+from rlhf_recipes.shaping import looks_like_per_token
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.step_metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 
 def process_seed(seed: int, rank: int) -> int:
@@ -46,6 +50,7 @@ class PPOEngine(ResumableTrainer):
     prompt_rules: PromptRules
     step_metrics: dict[str, StepMetrics]
     _logs: dict[str, Any]
+    _told_of_unit = False
 
     @property
     def half_precision(self) -> bool:
@@ -170,12 +175,14 @@ class PPOEngine(ResumableTrainer):
             check_finite("norm of the gradient", norm, join(self._buffered_inputs), self.args.output_dir, rank)
 
     # 3. Metrics, and what follows from them
-    def _log_rollout(self, metrics: dict[str, Tensor], mean_advantages: Tensor) -> None:
+    def _log_rollout(self, metrics: dict[str, Tensor], mean_advantages: Tensor, kl: Tensor) -> None:
         metrics["kl_coef"] = mean_advantages.new_tensor(self.kl_controller.value)
         means = self._log_means(metrics)
         if self.model.training:
             self.kl_coef = self.kl_controller.value
-            self.kl_controller.update(means["kl"], len(mean_advantages) * self.accelerator.num_processes)
+            steered = self.accelerator.gather(kl).mean().item()
+            self.kl_controller.update(steered, len(mean_advantages) * self.accelerator.num_processes)
+            self._check_kl_unit(means)
             self.updates.begin_rollout(means["critic/explained_variance"], self.state.global_step)
         self._metrics[self.mode].pop("frac_reward_zero_std", None)  # about groups
         # TRL's table shows the group's advantages; PPO's are per token, so it gets their mean over each completion
@@ -183,6 +190,19 @@ class PPOEngine(ResumableTrainer):
         for _ in advantages:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(advantages)
+
+    def _check_kl_unit(self, means: dict[str, float]) -> None:
+        """Say once that `kl_target` fits the KL of a token, where it is compared with that of a completion."""
+        args, kl, per_token = self.args, means["kl"], means["kl_per_token"]
+        adaptive = args.kl_controller == "adaptive" and args.kl_target_per == "completion"
+        if adaptive and not self._told_of_unit and looks_like_per_token(args.kl_target, kl, per_token):
+            self._told_of_unit = True
+            logger.warning(
+                "`kl_target` is %g nats per completion, but completions are %.3g nats from the reference, %.3g for "
+                "each of their tokens. If it was meant for a token, set `kl_target_per: token`, or multiply it with the "
+                "usual length; else `kl_coef` goes on rising until completions as a whole are that near.",
+                *(args.kl_target, kl, per_token),
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the metrics of the micro-batches since the last log."""

@@ -39,7 +39,7 @@ _NEXT_ROLLOUT = (
     *("score_scaling", "subtract_reference_mean", "score_clip", "missing_eos_penalty", "missing_eos_mode"),
     *("length_penalty", "overlong_buffer", "overlong_penalty", "ngram_penalty", "gamma", "gae_lambda"),
     *("gae_lambda_alpha", "critic_lambda", "whiten_rewards", "whiten_advantages"),
-    *("kl_coef", "kl_controller", "kl_target", "kl_horizon"),
+    *("whiten_unbiased", "kl_coef", "kl_controller", "kl_target", "kl_target_per", "kl_horizon"),
 )
 _RATES = ("learning_rate", "critic_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _ADAM = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -37,7 +37,7 @@ from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
-from rlhf_recipes.shaping import Completions, ScoreTransform
+from rlhf_recipes.shaping import Completions, ScoreTransform, steered_kl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -226,6 +226,7 @@ class PPOTrainer(PPOEngine):
                 "rlhf_reward": (scores - self.kl_controller.value * kl.sum(dim=1)).mean(),
             },
             advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1),
+            steered_kl(kl, mask, self.args.kl_target_per),
         )
         if self.args.whiten_advantages:
             advantages = self._whiten(advantages, mask)
@@ -239,7 +240,7 @@ class PPOTrainer(PPOEngine):
 
     def _whiten(self, values: Tensor, mask: Tensor, center: bool = True) -> Tensor:
         moments = self.accelerator.reduce(torch.stack(masked_moments(values, mask)), reduction="sum")
-        return whiten(values, mask, center, moments)
+        return whiten(values, mask, center, moments, self.args.whiten_unbiased)
 
     # 3. The loss of one micro-batch.
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,15 @@
 """Token rewards: transforms of the score, where it is paid, and the KL penalty to the reference."""
 
 from rlhf_recipes.shaping.dense import align_rewards, place_attention, place_differences, potential_shaping
-from rlhf_recipes.shaping.kl import AdaptiveKLController, FixedKLController, chunked_full_kl, full_kl, kl_estimate
+from rlhf_recipes.shaping.kl import (
+    AdaptiveKLController,
+    FixedKLController,
+    chunked_full_kl,
+    full_kl,
+    kl_estimate,
+    looks_like_per_token,
+    steered_kl,
+)
 from rlhf_recipes.shaping.normalization import ClipScores, ScaleScores, SubtractReferenceMean
 from rlhf_recipes.shaping.penalties import LengthPenalty, MissingEos, OverlongPenalty, RepetitionPenalty
 from rlhf_recipes.shaping.placement import place_discounted, place_every_token, place_terminal, place_uniform
@@ -31,6 +39,7 @@ __all__ = [
     "full_kl",
     "kl_estimate",
     "load_transforms_state",
+    "looks_like_per_token",
     "place_attention",
     "place_differences",
     "place_discounted",
@@ -38,5 +47,6 @@ __all__ = [
     "place_terminal",
     "place_uniform",
     "potential_shaping",
+    "steered_kl",
     "transforms_state",
 ]

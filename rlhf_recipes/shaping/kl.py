@@ -142,6 +142,45 @@ def chunked_full_kl(
     return torch.cat([checkpoint(kl_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
+def steered_kl(kl: Tensor, mask: Tensor, per: Literal["completion", "token"] = "completion") -> Tensor:
+    """Sum up the KL of each completion in the unit in which a controller compares its mean with its target.
+
+    Args:
+        kl: KL to the reference per token in nats, shape `(B, T)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        per: `"completion"`: the sum over its tokens. `"token"`: their mean, so that each completion weighs the same.
+
+    Returns:
+        Nats per completion, or per token of each, shape `(B,)`; 0 for a completion without a counted token.
+
+    Example:
+        >>> import torch
+        >>> kl, mask = torch.tensor([[0.5, 0.25], [1.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+        >>> steered_kl(kl, mask).tolist(), steered_kl(kl, mask, per="token").tolist()
+        ([0.75, 1.0], [0.375, 1.0])
+    """
+    sums = kl.masked_fill(~mask.bool(), 0.0).sum(dim=1)
+    return sums if per == "completion" else sums / mask.bool().sum(dim=1).clamp(min=1)
+
+
+def looks_like_per_token(target: float, per_completion: float, per_token: float) -> bool:
+    """Whether a target for the KL of a completion is far below it, and close to the KL of a token.
+
+    Args:
+        target: In nats per completion.
+        per_completion: Mean KL of a rollout's completions, in nats.
+        per_token: Mean KL of its tokens, in nats.
+
+    Returns:
+        True if the KL of a completion is more than five times the target, and that of a token within half and twice.
+
+    Example:
+        >>> looks_like_per_token(0.1, per_completion=3.6, per_token=0.12), looks_like_per_token(6.0, 3.6, 0.12)
+        (True, False)
+    """
+    return per_completion > 5 * target and target / 2 < per_token < 2 * target
+
+
 @dataclass(frozen=True)
 class FixedKLController:
     """A KL coefficient that stays what it is.
@@ -195,7 +234,8 @@ class AdaptiveKLController:
 
     Args:
         init: Weight of the KL penalty at the start, in units of reward per nat; above 0, because 0 would stay 0.
-        target: The KL to hold, in nats per sequence.
+        target: The KL to hold, in the unit of the KL that `update` gets: nats per sequence, or per token (verl's unit,
+            `kl_target_per: token`). A target in the other unit is wrong by the length of the texts.
         horizon: In this many completions the weight changes by about 20 % at most. Must be more than a fifth of a
             rollout.
 
@@ -224,7 +264,7 @@ class AdaptiveKLController:
         """Move the coefficient after a rollout.
 
         Args:
-            kl: Mean KL of the rollout's completions, in nats per sequence: the sum over their tokens.
+            kl: Mean of the rollout's `steered_kl`, in the target's unit.
             n: Number of completions in the rollout, over all processes.
 
         Raises:

@@ -48,6 +48,32 @@ def test_values_that_are_refused(make_config, field, value, message):
         make_config(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"target_kl": 6.0, "max_completion_length": 60},
+            r"6.0 nats for each token.*divided by .*\(60\) that is 0.1;",
+        ),
+        ({"target_kl": 6.0}, "`kl_target` and `kl_controller: adaptive`"),
+        (
+            {"kl_controller": "adaptive", "kl_target_per": "token"},
+            r"`kl_target` is 6.0 nats for each token.* is 0.75\.",
+        ),
+        ({"kl_target_per": "token", "kl_target": 0.1}, "`kl_controller: fixed` does not read"),
+        ({"whiten_unbiased": True, "whiten_advantages": False}, "`whiten_unbiased` is about whitening"),
+    ],
+)
+def test_a_kl_in_the_unit_of_the_other_is_refused(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**fields)
+
+
+def test_usual_targets_are_accepted(make_config):
+    assert make_config(target_kl=1.0, kl_controller="adaptive", kl_target_per="token", kl_target=1.0).target_kl == 1.0
+    assert make_config(whiten_unbiased=True, whiten_rewards=True, whiten_advantages=False).whiten_unbiased
+
+
 def test_a_rollout_of_one_completion_is_refused(make_config):
     with pytest.raises(ValueError, match="rollout of one completion"):
         make_config(per_device_train_batch_size=1, gradient_accumulation_steps=1)

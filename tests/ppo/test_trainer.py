@@ -352,6 +352,21 @@ def test_whitened_advantages_have_mean_0_and_variance_1(make_trainer):
     assert_close(whiten(batch["advantages"], batch["completion_mask"]), batch["advantages"], atol=1e-4, rtol=1e-3)
 
 
+def test_unbiased_whitening_reaches_advantages_and_rewards(make_trainer):
+    """Smaller by sqrt(1 - 1 / n) over the n tokens of the rollout, all of them alike."""
+    plain, unbiased = (rollout(make_trainer(whiten_unbiased=choice)) for choice in (False, True))
+    tokens = plain["completion_mask"].sum()
+    assert_close(unbiased["advantages"], plain["advantages"] * (1 - 1 / tokens).sqrt(), rtol=1e-5, atol=1e-6)
+    fields = {"whiten_rewards": True, "whiten_advantages": False, "gae_lambda": 1.0}
+    spreads = []
+    for choice in (False, True):
+        batch = rollout(make_trainer(whiten_unbiased=choice, **fields))
+        after = torch.nn.functional.pad(batch["returns"][:, 1:], (0, 1))
+        rewards = (batch["returns"] - after)[batch["completion_mask"].bool()]  # gamma and lambda are 1
+        spreads.append(rewards.std(correction=int(choice)).item())
+    assert spreads == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
 def test_the_rollout_carries_no_gradients(make_trainer):
     batch = rollout(make_trainer())
     assert not any(value.requires_grad for value in batch.values() if isinstance(value, torch.Tensor))

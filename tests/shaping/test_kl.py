@@ -14,7 +14,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_recipes.shaping.kl import AdaptiveKLController, FixedKLController, chunked_full_kl, full_kl, kl_estimate
+from rlhf_recipes.shaping.kl import (
+    AdaptiveKLController,
+    FixedKLController,
+    chunked_full_kl,
+    full_kl,
+    kl_estimate,
+    looks_like_per_token,
+    steered_kl,
+)
 from rlhf_recipes.shaping.placement import place_terminal
 
 ESTIMATORS = ["k1", "k2", "k3"]
@@ -308,6 +316,24 @@ class TestFixedKLController:
     def test_a_negative_weight_is_refused(self, value):
         with pytest.raises(ValueError, match="must be 0 or above, got"):
             FixedKLController(value)
+
+
+def test_steered_kl_by_hand():
+    """Each completion weighs the same in the unit of a token, however long it is; padding counts in neither."""
+    kl = torch.tensor([[0.3, -0.1, 0.1], [0.5, -0.24, math.nan], [7.0, 7.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+    assert_close(steered_kl(kl, mask), torch.tensor([0.3, 0.26, 0.0]))
+    assert_close(steered_kl(kl, mask, "token"), torch.tensor([0.1, 0.13, 0.0]))
+
+
+def test_a_target_in_the_other_unit_is_seen():
+    """Verl's 0.1 nats per token, taken for completions of 36 tokens; not where it is only missed, or met."""
+    assert looks_like_per_token(0.1, per_completion=3.6, per_token=0.1)
+    assert looks_like_per_token(0.1, per_completion=2.0, per_token=0.06)
+    assert not looks_like_per_token(0.1, per_completion=0.1, per_token=0.1)  # completions of one token
+    assert not looks_like_per_token(0.1, per_completion=1.5, per_token=0.04)
+    assert not looks_like_per_token(0.1, per_completion=9.0, per_token=0.25)
+    assert not looks_like_per_token(6.0, per_completion=40.0, per_token=1.0)
 
 
 class TestAdaptiveKLController:

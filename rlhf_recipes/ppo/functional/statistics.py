@@ -105,18 +105,24 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def whiten(
-    values: Tensor, mask: Tensor, center: bool = True, moments: tuple[Tensor, Tensor, Tensor] | Tensor | None = None
+    values: Tensor,
+    mask: Tensor,
+    center: bool = True,
+    moments: tuple[Tensor, Tensor, Tensor] | Tensor | None = None,
+    unbiased: bool = False,
 ) -> Tensor:
     """Scale the counted tokens to variance 1 and, if `center`, shift them to mean 0.
 
     `(x - mean) / sqrt(var + 1e-8)` with the population variance over all counted tokens of the batch, as the code of
-    https://huggingface.co/papers/1909.08593 does for advantages and, without centering, for rewards.
+    https://huggingface.co/papers/1909.08593 does for advantages and, without centering, for rewards. With `unbiased`
+    the variance is the sample's, divided by `n - 1` in place of `n`: results are smaller by `sqrt(1 - 1 / n)`.
 
     Args:
         values: Any quantity per token, shape `(B, T)`.
         mask: 1 where a token counts, shape `(B, T)`.
         center: Whether to shift the mean to 0. If not, the mean stays what it was.
         moments: `masked_moments` summed over all processes, when `values` is only one process's part of the batch.
+        unbiased: Whether to divide by `n - 1`. A single counted token has no variance then either.
 
     Returns:
         The whitened values, shape `(B, T)`, 0 where `mask` is 0.
@@ -129,7 +135,10 @@ def whiten(
         [[-1.0, 1.0, 0.0]]
     """
     check_shapes(mask, values=values)
-    mean, variance = _mean_and_variance(masked_moments(values, mask) if moments is None else moments)
+    moments = masked_moments(values, mask) if moments is None else moments
+    mean, variance = _mean_and_variance(moments)
+    if unbiased:
+        variance = variance * moments[2] / (moments[2] - 1).clamp(min=1)
     whitened = (counted(values, mask).double() - mean) * torch.rsqrt(variance + 1e-8)
     if not center:
         whitened = whitened + mean

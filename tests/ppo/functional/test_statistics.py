@@ -107,9 +107,33 @@ class TestWhiten:
         expected = 2**-12 / math.sqrt(2**-24 + 1e-8)
         assert_close(whiten(values, torch.ones(1, 2)), torch.tensor([[-expected, expected]]))
 
-    def test_constants_become_zero(self):
+    def test_unbiased_numbers(self):
+        """Of 1, 2, 3, 4 the sample's variance is 5/3; what is masked is not counted among the n."""
+        values, mask = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
+        scale = math.sqrt(3 / 5)
+        expected = torch.tensor([[-1.5, -0.5, 0.0], [0.5, 1.5, 0.0]]) * scale
+        assert_close(whiten(values, mask, unbiased=True), expected, rtol=0, atol=1e-6)
+        around_mean = (expected + 2.5).masked_fill(mask == 0, 0.0)
+        assert_close(whiten(values, mask, center=False, unbiased=True), around_mean, rtol=0, atol=1e-6)
+
+    @given(seed=SEEDS)
+    @fuzz
+    def test_unbiased_has_the_sample_variance_1_in_parts_too(self, seed):
+        values, mask = random_batch(seed, 1)
+        values = 10 + 3 * values
+        moments = [sum(each) for each in zip(*(masked_moments(values[i::2], mask[i::2]) for i in (0, 1)), strict=True)]
+        whole = whiten(values, mask, unbiased=True)
+        assert_close(whiten(values[::2], mask[::2], moments=tuple(moments), unbiased=True), whole[::2])
+        counted = whole[mask.bool()]
+        if counted.numel() > 1:
+            assert_close(counted.var(), counted.new_ones(()), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("unbiased", [False, True])
+    def test_constants_become_zero(self, unbiased):
         for shape in [(3, 50), (1, 1)]:
-            assert_close(whiten(torch.full(shape, 0.1), torch.ones(shape)), torch.zeros(shape))
+            found = whiten(torch.full(shape, 0.1), torch.ones(shape), unbiased=unbiased)
+            assert_close(found, torch.zeros(shape))
+        assert_close(whiten(torch.ones(1, 3), torch.zeros(1, 3), unbiased=unbiased), torch.zeros(1, 3))
 
     def test_rounding_never_makes_a_negative_variance(self):
         values, ones = torch.full((1, 1000), 3e7 / 7), torch.ones(1, 1000)  # E[x^2] - E[x]^2 is -0.004
