@@ -199,8 +199,8 @@ class PPOEngine(ResumableTrainer):
             self._told_of_unit = True
             logger.warning(
                 "`kl_target` is %g nats per completion, but completions are %.3g nats from the reference, %.3g for "
-                "each of their tokens. If it was meant for a token, set `kl_target_per: token`, or multiply it with the "
-                "usual length; else `kl_coef` goes on rising until completions as a whole are that near.",
+                "each of their tokens. If it was meant for a token, set `kl_target_per: token`, or multiply it with "
+                "the usual length; else `kl_coef` goes on rising until completions as a whole are that near.",
                 *(args.kl_target, kl, per_token),
             )
 
