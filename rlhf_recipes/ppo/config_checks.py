@@ -153,13 +153,13 @@ def _unlikely_units(config: PPOConfig) -> dict[str, bool]:
     per_token = f"divided by `max_completion_length` ({longest}) that is"
     target, limit = config.kl_target, config.target_kl or 0.0
     return {
-        f"`kl_target` is {target} nats for each token, with `kl_target_per: token`: a text at that distance from the "
-        f"reference is another one altogether. If it was meant for a whole completion, remove `kl_target_per`; "
+        f"`kl_target` is {target} nats for each token, with `kl_target_per: token`: a policy so far from its "
+        f"reference writes other texts altogether. If it was meant for a whole completion, remove `kl_target_per`; "
         f"{per_token} {target / longest:.2g}. Targets per token are about 0.01 to 0.1": (
             config.kl_target_per == "token" and target > _MOST_NATS_PER_TOKEN
         ),
         f"`target_kl` is {limit} nats for each token, between the policies before and after the updates on a rollout, "
-        f"and would stop none: usual are 0.01 to 0.1. If it was meant for a whole completion, {per_token} "
+        f"and would stop none of them: usual are 0.01 to 0.1. If it was meant for a whole completion, {per_token} "
         f"{limit / longest:.2g}; if it was meant as the KL to the reference that is to be held, its names are "
         "`kl_target` and `kl_controller: adaptive`": limit > _MOST_NATS_PER_TOKEN,
     }

@@ -17,7 +17,8 @@ class UpdateControl:
     """Sum up the micro-batches of an optimizer step, over all processes, and decide about it.
 
     Args:
-        args: `target_kl`, `ratio_threshold`, the critic's warm-up, and TRL's adaptive entropy.
+        args: `target_kl` (nats per token, mean over the tokens of a step), `ratio_threshold`, the critic's
+            warm-up, and TRL's adaptive entropy.
         accelerator: Adds up the processes.
 
     Attributes:
