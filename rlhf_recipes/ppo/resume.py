@@ -51,8 +51,9 @@ _NEXT_STEP = (
 )
 _AT_THE_START = ("critic_init", "critic_warmup_steps", "critic_warmup_explained_variance")
 _LENGTH = ("max_steps", "num_train_epochs")  # it is usual to go on for longer, so that nothing is said of it
+_AT_LOADING = ("adapter_tolerance",)  # held where the adapters are loaded, before the checkpoint is
 OF_THE_OPTIMIZER = (*_RATES, *_ADAM, *_LENGTH)
-_TRACKED = (*_LENGTH, *_SIZES, *_REFUSED, *_OF_A_ROLLOUT, *_NEXT_ROLLOUT, *_NEXT_STEP, *_AT_THE_START)
+_TRACKED = (*_LENGTH, *_SIZES, *_REFUSED, *_OF_A_ROLLOUT, *_NEXT_ROLLOUT, *_NEXT_STEP, *_AT_THE_START, *_AT_LOADING)
 
 
 def settings_of(args: PPOConfig, processes: int) -> dict[str, Any]:
