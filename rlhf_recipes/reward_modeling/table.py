@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from rlhf_recipes.data.chat_templates import encode_prompt, options_of
 from rlhf_recipes.data.preferences import check_preferences
 from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.schema import JUDGEMENTS, place_of, quoted
@@ -138,7 +140,7 @@ def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list
     A token that holds the end of the prompt and the start of the completion counts as the completion's.
 
     Args:
-        dataset: Prepared rows with `prompt`.
+        dataset: Prepared rows with `prompt`, and maybe the `tools` and `chat_template_kwargs` of chats.
         tokenizer: The tokenizer of the token ids; its chat template is used for chats.
 
     Returns:
@@ -154,7 +156,7 @@ def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list
                 f"Row {index} has no `prompt`, so that the tokens of the completion cannot be told from it. Give "
                 "`prompt`, or use `readout: last`."
             )
-        ids = _prompt_ids(row["prompt"], tokenizer)
+        ids = encode_prompt(tokenizer, row["prompt"], **options_of(row))
         lengths.append([_shared(ids, sequence) for sequence in sequences_of(row)])
         for sequence, length in zip(sequences_of(row), lengths[-1], strict=True):
             if length == 0 or length == len(sequence):
@@ -244,14 +246,6 @@ def _join(prompt: Any, completion: Any) -> Any:
     return completion if prompt is None else prompt + completion
 
 
-def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
-    chat: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(chat["input_ids"])
-
-
 def _shared(prompt: list[int], sequence: list[int]) -> int:
     pairs = enumerate(zip(prompt, sequence, strict=False))
     return next((index for index, (left, right) in pairs if left != right), min(len(prompt), len(sequence)))
@@ -263,7 +257,9 @@ def _labels_of_steps(row: Row, k: int, tokenizer: PreTrainedTokenizerBase) -> li
     text: Any = _join(row["prompt"], row["completions"][k])
     is_chat = not isinstance(text, str)
     if is_chat:
-        text = tokenizer.apply_chat_template(text, tokenize=False)
+        tools, more = row.get("tools"), row.get("chat_template_kwargs") or {}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        text = tokenizer.apply_chat_template(text, tokenize=False, tools=tools or None, **more)
     start = text.rfind("".join(steps))
     encoded: Any = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not is_chat)
     shared = _shared(encoded["input_ids"], ids)

@@ -67,6 +67,8 @@ def encode(
     finished: bool = True,
     end_ids: Collection[int] = (),
     sampled: bool = False,
+    tools: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[int], int]:
     """Encode a prompt and a completion as a reward model was trained on them.
 
@@ -80,6 +82,8 @@ def encode(
         sampled: Whether a policy sampled the completion, after the generation prompt: then a chat's single answer is
             read as it stands, and not written into the template once more.
         end_ids: Ids that end an answer in the reward model's chat template, beside its tokenizer's end token.
+        tools: Tools that a decoder's chat template may name, or their JSON.
+        template_kwargs: Further arguments of that template.
 
     Returns:
         The token ids, and the position of the completion's first token.
@@ -96,7 +100,8 @@ def encode(
         if sampled and len(completion) == 1 and isinstance(completion[0].get("content"), str) and prompt:
             before, after = encode_sampled(tokenizer, list(prompt), completion[0]["content"], ends, finished=finished)
             return [*before, *after], min(len(before), len(before) + len(after) - 1)
-        answer = encode_answer(tokenizer, list(prompt), completion, ends, finished=finished)
+        options = {"tools": tools, "template_kwargs": template_kwargs}
+        answer = encode_answer(tokenizer, list(prompt), completion, ends, finished=finished, **options)
         ids = [*answer.prompt_ids, *answer.ids]
         return ids, min(len(answer.prompt_ids), len(ids) - 1)
     prompt_ids: Any = tokenizer(text=prompt)["input_ids"]

@@ -1,11 +1,15 @@
 """Margins and labels of rows, checked before any of them is trained on."""
 
+import copy
+import json
 import math
 
 import pytest
 from datasets import Dataset
 
+from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.reward_modeling import PreferenceConfig, check_rows
+from rlhf_recipes.reward_modeling.table import prompt_lengths, token_labels
 
 PAIR = {"prompt": "Hi", "chosen": " good", "rejected": " bad"}
 GROUP = {"prompt": "Hi", "completions": [" good", " bad"]}
@@ -79,3 +83,25 @@ def test_margins_of_a_table_are_there_for_all_decided_pairs_or_for_none(config):
         check_rows(part, config(), "train")
     for use in ("scale", "ignore"):
         assert len(check_rows(part, config(margin_use=use), "train")) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tools": json.dumps([{"name": "so"}])}, {"chat_template_kwargs": {"slowly": True}}],
+    ids=["nothing", "tools", "template"],
+)
+def test_prompts_and_steps_are_found_in_chats_as_their_rows_render_them(tiny_tokenizer, options):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name + ' very ' }}{% endfor %}{% if slowly %}slow {% endif %}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+        "{% if not add_generation_prompt %}<eos>{% endif %}"
+    )
+    prompt, answer = [{"role": "user", "content": "the film was"}], [{"role": "assistant", "content": "good and warm"}]
+    row = {"prompt": prompt, "completions": [answer], "steps": [["good and", " warm"]], "step_labels": [[1.0, 0.0]]}
+    row |= options
+    seen = encode_answer(tokenizer, prompt, answer, {tokenizer.eos_token_id}, **options_of(row))
+    rows = Dataset.from_list([row | {"completion_ids": [[*seen.prompt_ids, *seen.ids]]}])
+    assert prompt_lengths(rows, tokenizer) == [[len(seen.prompt_ids)]]
+    assert len(seen.prompt_ids) == 3 + {"tools": 2, "chat_template_kwargs": 1}.get(next(iter(options), ""), 0)
+    assert token_labels(rows, tokenizer, "bce")[0][0][len(seen.prompt_ids) :] == [1.0, 1.0, 0.0, 0.0]

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from rlhf_recipes.data.chat_templates import options_of
 from rlhf_recipes.reward_modeling.baselines import fit_tfidf, margin_accuracy, winners_and_losers
 from rlhf_recipes.reward_modeling.certificate.functional.accuracy import (
     accuracy_advantage,
@@ -187,7 +188,7 @@ def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column
     if missing:
         raise ValueError(f"Samples need the columns `prompt` and `completion`, found {samples.column_names}.")
     rows = samples.to_list()
-    encoded = [scorer.encode(row["prompt"], row["completion"]) for row in rows]
+    encoded = [scorer.encode(row["prompt"], row["completion"], **options_of(row)) for row in rows]
     kept = [index for index, text in enumerate(encoded) if scorer.fits(text)]
     if not kept:
         raise ValueError(f"None of the {len(rows)} samples fits into {scorer.max_length} tokens. Raise `max_length`.")

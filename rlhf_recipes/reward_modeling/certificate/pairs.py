@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_recipes.data.chat_templates import options_of
 from rlhf_recipes.data.preferences import to_pairs
 from rlhf_recipes.reward_modeling.certificate.scoring import Encoded, Scorer
 
@@ -125,5 +126,7 @@ def _chosen_first(index: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_side(scorer: Scorer, pair: dict[str, Any], side: str) -> Encoded:
-    ids = pair[f"{side}_ids"]
-    return scorer.encode(pair["prompt"], pair[side]) if ids is None else scorer.encoded(ids, pair["prompt"])
+    ids, options = pair[f"{side}_ids"], options_of(pair)
+    if ids is None:
+        return scorer.encode(pair["prompt"], pair[side], **options)
+    return scorer.encoded(ids, pair["prompt"], **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_recipes.data.chat_templates import options_of
 from rlhf_recipes.reward_modeling.certificate.functional.sensitivity import (
     change_completion,
     polite,
@@ -42,13 +43,16 @@ def probe(scorer: Scorer, pairs: Pairs, rows: int, seed: int) -> dict[str, Any]:
     drawn = random.Random(seed).sample(pairs.rows, min(rows, len(pairs.rows)))
     prompts, chosen = [row["prompt"] for row in drawn], [row["chosen"] for row in drawn]
     keys = [prompt_key(prompt) for prompt in prompts]
-    plain = _encode(scorer, prompts, chosen)
+    options = [options_of(row) for row in drawn]
+    plain = _encode(scorer, prompts, chosen, options)
     compared: dict[str, tuple[list[Encoded], list[Encoded]]] = {}
     for name, change in _CHANGES.items():
-        compared[name] = plain, _encode(scorer, prompts, [change_completion(text, change) for text in chosen])
+        changed = [change_completion(text, change) for text in chosen]
+        compared[name] = plain, _encode(scorer, prompts, changed, options)
     others = swapped_prompts(prompts, seed)
     if others is not None:
-        swapped = _encode(scorer, others, chosen)
+        of_other = dict(zip(keys, options, strict=True))
+        swapped = _encode(scorer, others, chosen, [of_other[prompt_key(prompt)] for prompt in others])
         of_prompt = dict(zip(keys, plain, strict=True))
         compared["prompt_swap"] = plain, swapped
         compared["completion_swap"] = [of_prompt[prompt_key(prompt)] for prompt in others], swapped
@@ -64,8 +68,11 @@ def probe(scorer: Scorer, pairs: Pairs, rows: int, seed: int) -> dict[str, Any]:
     return results
 
 
-def _encode(scorer: Scorer, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Encoded]:
-    return [scorer.encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+def _encode(
+    scorer: Scorer, prompts: Sequence[Any], completions: Sequence[Any], options: Sequence[dict[str, Any]]
+) -> list[Encoded]:
+    rows = zip(prompts, completions, options, strict=True)
+    return [scorer.encode(prompt, text, **own) for prompt, text, own in rows]
 
 
 def _key(text: Encoded) -> tuple[tuple[int, ...], int]:

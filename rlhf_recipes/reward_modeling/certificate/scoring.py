@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, base_of, is_adapter, read_config
 from rlhf_recipes.models.loading import load_new_classifier
@@ -59,10 +60,13 @@ class Scorer:
         readout: Which of the head's numbers count, with the gain and bias of the normalisation.
         max_length: Most tokens of prompt and completion; `None` takes the model's context.
         batch_size: Texts per forward pass.
+        end_ids: Ids that end an answer in the chat template, beside those that the model and the tokenizer name.
 
     Raises:
         ValueError: If the tokenizer has no padding token.
     """
+
+    end_ids: Collection[int] = ()
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Scorer:
         readout: Readout | None = None,
         max_length: int | None = None,
         batch_size: int = 32,
+        end_ids: Collection[int] = (),
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("The reward model's tokenizer has no padding token. Set `pad_token` and save it again.")
@@ -82,26 +87,32 @@ class Scorer:
         self.encoder = is_encoder(self._base)
         if not self.encoder:
             read_in_float32(self._base)
+            self.end_ids = {*end_ids, *end_token_ids(self._base, tokenizer)}
         limits = (max_length, context_length(self._base), tokenizer.model_max_length)
         self.max_length, self.batch_size = min(limit for limit in limits if limit is not None), batch_size
 
-    def encode(self, prompt: Any, completion: Any) -> Encoded:
-        """Tokenize a prompt (text or chat) with a finished completion of the same kind, as in training."""
-        ids, start = encode(self.tokenizer, prompt, completion, encoder=self.encoder)
-        return Encoded(ids, start, len(ids) - (start or self._prompt_length(prompt)))
+    def encode(self, prompt: Any, completion: Any, **options: Any) -> Encoded:
+        """Tokenize a prompt (text or chat) with a finished completion of the same kind, as in training.
 
-    def encoded(self, ids: Sequence[int], prompt: Any) -> Encoded:
-        """Take the token ids of a whole sequence as they are."""
-        length = min(self._prompt_length(prompt), len(ids) - 1)
+        Args:
+            prompt: The prompt.
+            completion: The completion.
+            **options: What the row says of its chat template, as of `options_of`.
+        """
+        ids, start = encode(self.tokenizer, prompt, completion, encoder=self.encoder, end_ids=self.end_ids, **options)
+        return Encoded(ids, start, len(ids) - (start or self._prompt_length(prompt, **options)))
+
+    def encoded(self, ids: Sequence[int], prompt: Any, **options: Any) -> Encoded:
+        """Take the token ids of a whole sequence as they are; `prompt` and `options` are those of `encode`."""
+        length = min(self._prompt_length(prompt, **options), len(ids) - 1)
         return Encoded(list(ids), length, len(ids) - length)
 
-    def _prompt_length(self, prompt: Any) -> int:
+    def _prompt_length(self, prompt: Any, **options: Any) -> int:
         if not prompt:
             return 0
-        if isinstance(prompt, str):
-            return len(self.tokenizer(prompt, add_special_tokens=not self.encoder)["input_ids"])
-        rendered: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        return len(rendered)
+        if self.encoder and isinstance(prompt, str):
+            return len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return len(encode_prompt(self.tokenizer, prompt, **({} if self.encoder else options)))
 
     def fits(self, text: Encoded) -> bool:
         """Tell whether the model can read the whole of a text."""
@@ -198,7 +209,8 @@ def load_scorer(
     adapted = PeftModel.from_pretrained(base, reward_adapter, config=config)
     own = Path(reward_adapter, "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(reward_adapter if own else model_name_or_path)
-    return Scorer(adapted, tokenizer, Readout.load(reward_adapter), max_length, batch_size)
+    ends = end_token_ids(reward_adapter, tokenizer)  # those of the stage, whatever its base has become since
+    return Scorer(adapted, tokenizer, Readout.load(reward_adapter), max_length, batch_size, ends)
 
 
 def _check_adapter(folder: str) -> None:

@@ -1,5 +1,6 @@
 """Reward models by path: adapters and whole models, decoders and encoders, read at the last token or at all."""
 
+import copy
 import shutil
 
 import pytest
@@ -14,13 +15,20 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 
 from rlhf_recipes.models import Roles, load_causal_lm, load_policy, load_sequence_classifier
 from rlhf_recipes.reward_modeling.certificate import certify, load_scorer
+from rlhf_recipes.reward_modeling.certificate.pairs import score_pairs
 from rlhf_recipes.reward_modeling.readout import Readout
 
+USER, ANSWER = {"role": "user", "content": "the film was"}, {"role": "assistant", "content": "good"}
+TEMPLATE = (
+    "{% if slowly %}slow {% endif %}{% for m in messages %}{{ m.content + ' ' }}"
+    "{% if m.role == 'assistant' %}{{ '<unk> very ' }}{% endif %}{% endfor %}"
+)
 PROMPT, COMPLETIONS = "the film was", [" good", " very bad and slow", " warm but dull"]
 
 
@@ -132,6 +140,52 @@ def test_lengths_are_those_of_the_completions(decoder_path, encoder_path):
         lengths = [scorer.encode(PROMPT, completion).length for completion in COMPLETIONS]
         assert [length - lengths[0] for length in lengths] == [0, 3, 2]
     assert load_scorer(decoder_path).encode(PROMPT, " good").length == 2
+
+
+class TestChats:
+    """Templates whose turns close with a token that only a generation_config.json names, as Gemma's and Phi-3's."""
+
+    @pytest.fixture
+    def closing(self, tiny_model_path, reward_adapter, tiny_tokenizer, tmp_path):
+        """Name `<unk>` as an end in the generation_config.json of the base or of the adapter, and load the scorer."""
+
+        def load(where):
+            folders = {"base": tmp_path / "base", "reward": tmp_path / "reward"}
+            shutil.copytree(tiny_model_path, folders["base"])
+            shutil.copytree(reward_adapter, folders["reward"])
+            (folders["base"] / "generation_config.json").unlink(missing_ok=True)
+            config = folders["reward"] / "adapter_config.json"
+            config.write_text(config.read_text().replace(str(tiny_model_path), str(folders["base"])))
+            tokenizer = copy.deepcopy(tiny_tokenizer)
+            tokenizer.chat_template = TEMPLATE
+            for folder in folders.values():
+                tokenizer.save_pretrained(folder)
+            if where is not None:
+                ends = [tokenizer.eos_token_id, tokenizer.unk_token_id]
+                GenerationConfig(eos_token_id=ends).save_pretrained(folders[where])
+            return load_scorer(str(folders["base"]), str(folders["reward"]))
+
+        return load
+
+    @pytest.mark.parametrize(
+        ("where", "last"), [("base", "<unk>"), ("reward", "<unk>"), (None, "<eos>")], ids=["base", "reward", "neither"]
+    )
+    def test_the_score_is_read_at_the_token_that_ends_the_answer(self, closing, where, last):
+        scorer = closing(where)
+        words = scorer.tokenizer.convert_ids_to_tokens(scorer.encode([USER], [ANSWER]).ids)
+        assert words == ["the", "film", "was", "good", last]
+
+    def test_a_row_says_how_its_chat_is_rendered(self, closing):
+        scorer = closing("base")
+        plain = scorer.encode([USER], [ANSWER])
+        other = scorer.encode([USER], [ANSWER], tools="[]", template_kwargs={"slowly": True})
+        assert (plain.start, other.start, plain.length, other.length) == (3, 4, 2, 2)
+        assert scorer.encoded(other.ids, [USER], template_kwargs={"slowly": True}).start == 4
+        rows = {"prompt": [[USER]] * 2, "chosen": [[ANSWER]] * 2, "rejected": [[dict(ANSWER, content="bad")]] * 2}
+        more = {"chat_template_kwargs": [{"slowly": True}, {"slowly": False}]}
+        scored = score_pairs(scorer, Dataset.from_dict(rows | more)).chosen
+        assert_close(torch.tensor(scored), torch.tensor(scorer.score([other, plain])), rtol=0, atol=1e-6)
+        assert abs(scored[0] - scored[1]) > 1e-4
 
 
 class TestBadInput:
