@@ -5,6 +5,7 @@ A chat is a list of `{"role": ..., "content": ...}` messages.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -142,7 +143,7 @@ def split_dialogue(value: Any) -> tuple[Any, Any]:
 
 
 def check_kind(value: Any, column: str) -> None:
-    """Check that a value is text, a chat or missing, and no chat that was written as text.
+    """Check that a value is text, a chat whose messages say something, or missing, and no chat written as text.
 
     Args:
         value: The value.
@@ -162,6 +163,8 @@ def check_kind(value: Any, column: str) -> None:
     )
     if not (value is None or isinstance(value, str) or is_chat):
         raise BadRow(f"`{column}` is neither text nor a chat (a list of messages with `role` and `content`)")
+    if is_chat and any(message["content"] is None and not message.get("tool_calls") for message in value or []):
+        raise BadRow(f"`{column}` has a message whose `content` is null. Give its text, or leave the message out")
     if isinstance(value, str) and column != "text" and _is_written_chat(value):
         raise BadRow(
             f"`{column}` is a chat that was written as text. Read it back into a list of messages before, with "
@@ -175,6 +178,33 @@ def _is_written_chat(text: str) -> bool:
         return False
     keys = set(_KEYS.findall(text))
     return {"role", "content"} <= keys or {"from", "value"} <= keys
+
+
+def read_tools(value: Any) -> Any:
+    """Read what a row of chats gives as the tools that its template may name.
+
+    Args:
+        value: The column `tools`: JSON, a list, or nothing.
+
+    Returns:
+        The value as it is; null where it is blank text, which is no JSON.
+
+    Raises:
+        BadRow: If it is text, but not the JSON of a list.
+
+    Example:
+        >>> read_tools(""), read_tools("[]")
+        (None, '[]')
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value) if value.strip() else None
+    except json.JSONDecodeError:
+        found = value
+    if not (found is None or isinstance(found, list)):
+        raise BadRow("`tools` is text, but not the JSON of a list. Give such a list, or null where there are no tools")
+    return None if found is None else value
 
 
 def filled(value: Any, name: str) -> Any:

@@ -23,6 +23,7 @@ from rlhf_recipes.data.dialogues import (
     Row,
     check_kind,
     filled,
+    read_tools,
     split_dialogue,
     split_pair,
     split_row,
@@ -274,19 +275,27 @@ def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: boo
     kept: list[int] = []
     rows: list[Row] = []
     bad = BadRows()
-    tokens = [column for column in ("chosen_ids", "rejected_ids") if column in dataset.column_names]
-    for index, row in enumerate(dataset.select_columns([*used, *tokens]).with_format(None)):
+    more = [column for column in ("chosen_ids", "rejected_ids", "tools") if column in dataset.column_names]
+    tools: list[Any] = []
+    for index, row in enumerate(dataset.select_columns([*used, *more]).with_format(None)):
         try:
+            named = row.pop("tools", None)
             row = read_conversation(row)
             for column in [name for name in row if name in _SOURCES]:
                 check_kind(row[column], column)
-            rows.append(convert(row))
+            converted = convert(row)
+            is_chat = any(isinstance(value, list) for value in converted.values())
+            tools.append(read_tools(named) if is_chat else named)
         except BadRow as problem:
             bad.add(str(problem), f"row {index}")
         else:
+            rows.append(converted)
             kept.append(index)
     bad.settle(len(dataset), len(rows), drop_bad_rows, harmless={two_prompts()})
     converted = Dataset.from_dict({column: [row[column] for row in rows] for column in rows[0]})
+    if "tools" in more:
+        converted = converted.add_column("tools", tools, feature=dataset.features["tools"])
+        used.append("tools")
     others = dataset.remove_columns(used)
     if not others.column_names:
         return converted

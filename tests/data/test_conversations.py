@@ -190,3 +190,57 @@ def test_a_text_to_train_on_may_be_anything():
     check_kind(json.dumps([HI]), "text")
     with pytest.raises(BadRow, match="written as text"):
         check_kind(json.dumps([HI]), "completion")
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+NULL = {"role": "user", "content": None}
+CHATS = {
+    "prompt": (to_prompts, {}),
+    "messages": (to_completions, {}),
+    "completion": (to_completions, {"completion": [HELLO]}),
+    "pair": (to_preferences, {"chosen": [HELLO], "rejected": [NO]}),
+    "table": (to_preference_table, {"completions": [[HELLO], [NO]], "ranks": [1, 2]}),
+    "helpsteer3": (to_preference_table, {"response1": "a", "response2": "b", "overall_preference": 1}),
+}
+
+
+def chats(kind, *prompts, **columns):
+    name = {"helpsteer3": "context", "messages": "messages"}.get(kind, "prompt")
+    ends = [HELLO] if kind == "messages" else []
+    return Dataset.from_list([{name: [*prompt, *ends]} | CHATS[kind][1] | columns for prompt in prompts])
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_message_without_content_is_refused_with_its_row(kind):
+    reader, _ = CHATS[kind]
+    rows = chats(kind, [HI], [SYSTEM, NULL], [HI, HELLO, HI])
+    with pytest.raises(ValueError, match=r"has a message whose `content` is null. Give its text.* \(first: row 1\)"):
+        reader(rows)
+    assert len(reader(rows, drop_bad_rows=True)) == 2
+    assert len(reader(chats(kind, [HI, CALL, HI]))) == 1, "a call of a tool needs no text"
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_blank_tools_are_no_tools(kind, blank):
+    reader, _ = CHATS[kind]
+    rows = chats(kind, [HI], [HI, HELLO, HI], tools=blank)
+    assert reader(rows)["tools"][:] == [None, None]
+    for tools in ('[{"name": "look"}]', "null", None, [{"name": "look"}]):
+        assert reader(chats(kind, [HI], tools=tools))["tools"][0] in (tools, None)
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("tools", ["look", "{", '{"name": "look"}', "1"])
+def test_tools_that_are_no_json_list_are_refused_with_their_row(kind, tools):
+    reader, _ = CHATS[kind]
+    rows = chats(kind, [HI], [HI])
+    rows = rows.add_column("tools", [None, tools])
+    with pytest.raises(ValueError, match=r"`tools` is text, but not the JSON of a list.* \(first: row 1\)"):
+        reader(rows)
+    assert reader(rows, drop_bad_rows=True)["tools"][:] == [None]
+
+
+def test_tools_beside_plain_text_are_any_column():
+    rows = row(prompt="Hi", completion=" Hello!", tools="hammer")
+    assert to_completions(rows)["tools"][:] == ["hammer"]

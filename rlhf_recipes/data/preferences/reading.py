@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from rlhf_recipes.data.bad_rows import BadRows
 from rlhf_recipes.data.conversations import as_chat
-from rlhf_recipes.data.dialogues import BadRow, Row, as_answer
+from rlhf_recipes.data.dialogues import BadRow, Row, as_answer, read_tools
 from rlhf_recipes.data.preferences.checks import check_row
 from rlhf_recipes.data.preferences.schema import PROVENANCE, TABLE_COLUMNS, make_table, place_of, quoted
 
@@ -68,6 +68,8 @@ def read(
                 raise BadRow("`row` or `line` is not the number of a row or a line")
             converted = _with_chats(convert(row)) | origin
             check_row(converted)
+            if "tools" in others and isinstance(converted["prompt"], list):
+                row["tools"] = read_tools(row["tools"])
         except BadRow as problem:
             bad.add(str(problem), place_of(origin))
         else:
