@@ -5,14 +5,17 @@ accelerate launch recipes/sft.py --config recipes/quickstart/sft.yaml [--learnin
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 
 from rlhf_recipes.checkpoints import check_output_dir, is_finished, load_finished
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_completions
 from rlhf_recipes.data.chat_templates import check_completions, end_token_ids
+from rlhf_recipes.data.instructions import instructions_as_chats
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
 from rlhf_recipes.models import (
@@ -37,7 +40,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     # 1. Rows and base model. The loss is on the completions; `text` and `messages` rows count as a whole.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
-    rows = load_splits(data_args, to_completions)
+    rows = load_splits(data_args, partial(to_rows, chat_template=tokenizer.chat_template))
     model = load_causal_lm(
         model_args.model_name_or_path,
         quantization_config=quantization_config(model_args),
@@ -81,6 +84,11 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         Path(training_args.output_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     log_outputs(run, training_args.output_dir)
     trainer.end()
+
+
+def to_rows(dataset: Dataset, *, chat_template: str | None = None, drop_bad_rows: bool = False) -> Dataset:
+    """Completions to imitate: those of the rows, or the better ones of preferences."""
+    return to_completions(instructions_as_chats(dataset, chat_template), drop_bad_rows=drop_bad_rows)
 
 
 if __name__ == "__main__":

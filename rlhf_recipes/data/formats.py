@@ -29,6 +29,8 @@ from rlhf_recipes.data.dialogues import (
     split_row,
     two_prompts,
 )
+from rlhf_recipes.data.instructions import only_prompts
+from rlhf_recipes.data.preferences import are_preferences, best_completions, to_preference_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +42,9 @@ def to_prompts(dataset: Dataset, *, prompt_words: int | None = None, drop_bad_ro
     """Make rows with a column `prompt`, for PPO.
 
     The prompt is the column `prompt`; or what precedes the last assistant turn of `chosen`, `messages` or
-    `conversations` (also where `prompt` repeats a part of that chat as text); or the first words of `text`, for the
-    policy to continue (https://huggingface.co/papers/1909.08593, section 3.1).
+    `conversations` (also where `prompt` repeats a part of that chat as text); or that of HelpSteer3, UltraFeedback,
+    Nectar and RewardBench 2, as the reward stage reads it; or the first words of `text`, for the policy to continue
+    (https://huggingface.co/papers/1909.08593, section 3.1).
 
     Args:
         dataset: Prompt, completion, preference, `messages`, `conversations` or `text` rows.
@@ -59,6 +62,7 @@ def to_prompts(dataset: Dataset, *, prompt_words: int | None = None, drop_bad_ro
         >>> to_prompts(rows, prompt_words=3)[:]
         {'prompt': ['a long film', 'short'], 'label': [0, 1]}
     """
+    dataset = only_prompts(dataset)
     columns = _columns(dataset, ["prompt"], ["chosen"], ["messages"], ["conversations"], ["text"])
     if (columns == ["text"]) != (prompt_words is not None):
         raise ValueError(
@@ -115,11 +119,12 @@ def to_preferences(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
 def to_completions(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
     """Make rows for supervised fine-tuning: `prompt` and `completion`, or `messages`, or `text`.
 
-    Of preference rows, `chosen` is the completion.
+    Of preference rows, `chosen` is the completion; of the other kinds that `to_preference_table` knows it is the best
+    one of each row of its table, and the first one where several share the best place.
 
     Args:
         dataset: Completion, `messages`, preference, `conversations` or `text` rows; the first of these that the
-            columns allow.
+            columns allow. Otherwise preferences of any other kind.
         drop_bad_rows: Whether to leave out rows with an empty prompt, completion or text, instead of refusing the
             dataset.
 
@@ -134,7 +139,12 @@ def to_completions(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
         >>> to_completions(rows)[0]
         {'prompt': 'Hi', 'completion': ' Hello!'}
     """
-    kind = _columns(dataset, ["prompt", "completion"], ["messages"], ["chosen"], ["conversations"], ["text"])[-1]
+    kinds = [["prompt", "completion"], ["messages"], ["chosen"], ["conversations"], ["text"]]
+    names = set(dataset.column_names)
+    of_these = any(names.issuperset(kind) for kind in kinds) and not {"chosen", "num_correct"} <= names
+    if not of_these and are_preferences(names):
+        dataset = best_completions(to_preference_table(dataset, drop_bad_rows=drop_bad_rows))
+    kind = _columns(dataset, *kinds)[-1]
     kind = "messages" if kind == "conversations" else kind
 
     def convert(row: Row) -> Row:

@@ -13,6 +13,8 @@ _SETS = (
     {"response_0", "response_1"},
     {"chosen", "rejected", "num_correct"},
 )
+_ASKED = {"context": ("response1", "response2", "overall_preference"), "instruction": ("completions",)}
+_ASSISTANT = "\n\nAssistant:"
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
@@ -40,6 +42,46 @@ def instructions_as_chats(dataset: Dataset, chat_template: Any) -> Dataset:
         return dataset
     prompts = [_messages(text) for text in dataset["prompt"]]
     return dataset.remove_columns("prompt").add_column("prompt", prompts)
+
+
+def only_prompts(dataset: Dataset) -> Dataset:
+    r"""Leave the prompts of HelpSteer3, UltraFeedback, Nectar and RewardBench 2 as the reward stage reads them.
+
+    Args:
+        dataset: Rows of any kind.
+
+    Returns:
+        The rows, with the column `prompt` (those of HelpSteer3 call it `context`, those of UltraFeedback
+        `instruction`), without the space that ends a prompt of Nectar and begins its answers, and without the lists of
+        right and wrong answers of RewardBench 2. Other rows stay as they are.
+
+    Example:
+        >>> answers = [{"answer": "Hello!", "rank": 1.0}]
+        >>> rows = Dataset.from_list([{"prompt": "\n\nHuman: Hi\n\nAssistant: ", "answers": answers}])
+        >>> only_prompts(rows)["prompt"][0]
+        '\n\nHuman: Hi\n\nAssistant:'
+    """
+    names = set(dataset.column_names)
+    for name, answers in _ASKED.items():
+        if {name, *answers} <= names and "prompt" not in names:
+            return dataset.rename_column(name, "prompt")
+    if {"prompt", "answers"} <= names:
+        prompts = [without_space(prompt) for prompt in dataset["prompt"]]
+        return dataset.remove_columns("prompt").add_column("prompt", prompts)
+    if {"prompt", "chosen", "rejected", "num_correct"} <= names:
+        return dataset.remove_columns(["chosen", "rejected"])
+    return dataset
+
+
+def without_space(prompt: Any) -> Any:
+    r"""Leave out the spaces after the last "\n\nAssistant:" of a dialogue in text: they begin its answers.
+
+    Example:
+        >>> without_space("\n\nHuman: Hi\n\nAssistant: "), without_space("Hi ")
+        ('\n\nHuman: Hi\n\nAssistant:', 'Hi ')
+    """
+    shorter = prompt.rstrip(" ") if isinstance(prompt, str) else ""
+    return shorter if shorter.endswith(_ASSISTANT) else prompt
 
 
 def _messages(text: str | None) -> list[dict[str, str]] | None:

@@ -1,6 +1,6 @@
 """Preferences of every kind in one typed table: pairs, ties, grades, rankings, choices, ratings, labels of steps."""
 
-from rlhf_recipes.data.preferences.expansion import compared_pairs, to_pairs
+from rlhf_recipes.data.preferences.expansion import best_completions, compared_pairs, to_pairs
 from rlhf_recipes.data.preferences.grades import (
     HELPSTEER2_MARGINS,
     LLAMA2_LARGE_MARGINS,
@@ -14,7 +14,12 @@ from rlhf_recipes.data.preferences.helpsteer import from_helpsteer2
 from rlhf_recipes.data.preferences.label_studio import from_label_studio
 from rlhf_recipes.data.preferences.nectar import from_nectar
 from rlhf_recipes.data.preferences.pairs import LABEL_WORDS, from_labelled_pairs, from_pairs
-from rlhf_recipes.data.preferences.recognition import check_preferences, load_preferences, to_preference_table
+from rlhf_recipes.data.preferences.recognition import (
+    are_preferences,
+    check_preferences,
+    load_preferences,
+    to_preference_table,
+)
 from rlhf_recipes.data.preferences.reward_bench import from_reward_bench
 from rlhf_recipes.data.preferences.safe_rlhf import from_safe_rlhf
 from rlhf_recipes.data.preferences.schema import preference_features
@@ -27,6 +32,8 @@ __all__ = [
     "LABEL_WORDS",
     "LLAMA2_LARGE_MARGINS",
     "LLAMA2_SMALL_MARGINS",
+    "are_preferences",
+    "best_completions",
     "check_preferences",
     "compared_pairs",
     "from_choices",

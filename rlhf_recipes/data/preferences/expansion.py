@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 
-from datasets import Dataset, Value
+from datasets import Dataset, Value, concatenate_datasets
 
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.data.preferences.checks import compare, same
@@ -87,6 +87,46 @@ def compared_pairs(table: Dataset) -> Dataset:
             *(len(silent), len(table), place_of(table[silent[0]])),
         )
     return to_pairs(table.select(comparing))
+
+
+def best_completions(table: Dataset) -> Dataset:
+    """Make a row of each prompt with its best completion, to imitate it.
+
+    Args:
+        table: A preference table.
+
+    Returns:
+        `prompt`, `completion` (the first one of those that share the best place), and the columns that are not those
+        of a table.
+
+    Raises:
+        ValueError: If a row says nothing about which completion is best (labels of steps or tokens only).
+
+    Example:
+        >>> from rlhf_recipes.data.preferences.schema import make_table
+        >>> table = make_table([{"prompt": "Hi", "completions": ["No.", "Hello!"], "ratings": [1, 4], "row": 0}])
+        >>> best_completions(table)[0]
+        {'prompt': 'Hi', 'completion': 'Hello!'}
+    """
+    others = table.select_columns([name for name in table.column_names if name not in TABLE_COLUMNS])
+    best = [row["completions"][_best(row)] for row in table.with_format(None)]
+    made = table.select_columns("prompt").add_column("completion", best, feature=table.features["completions"].feature)
+    return concatenate_datasets([made, others], axis=1) if others.column_names else made
+
+
+def _best(row: Row) -> int:
+    if row.get("label") is not None:
+        return int(row["label"] < 0.5)
+    if row.get("best") is not None:
+        return int(row["best"])
+    if row.get("ranks") is not None:
+        return int(row["ranks"].index(min(row["ranks"])))
+    if row.get("ratings") is not None:
+        return int(row["ratings"].index(max(row["ratings"])))
+    raise ValueError(
+        f"{place_of(row).capitalize()} has labels of steps or tokens only, which do not say which completion is to be "
+        "imitated. Give rows with `prompt` and `completion`."
+    )
 
 
 def _compares(row: Row) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
+from rlhf_recipes.data.instructions import without_space
 from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.reading import Rows, read
 
@@ -44,8 +45,8 @@ def from_nectar(rows: Rows, *, drop_bad_rows: bool = False, source: str | None =
         if not all(is_number(one["rank"]) for one in answers):
             raise BadRow("`answers` has a `rank` that is not a number")
         texts, ranks = [one["answer"] for one in answers], [one["rank"] for one in answers]
-        if isinstance(prompt, str) and prompt.rstrip(" ").endswith("\n\nAssistant:"):
-            prompt = prompt.rstrip(" ")
+        prompt = without_space(prompt)
+        if isinstance(prompt, str) and prompt.endswith("\n\nAssistant:"):
             texts = [f" {text.lstrip(' ')}" if isinstance(text, str) and text.strip() else text for text in texts]
         places = sorted(set(ranks))
         return {"prompt": prompt, "completions": texts, "ranks": [places.index(rank) + 1 for rank in ranks]}

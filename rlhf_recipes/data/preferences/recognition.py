@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -146,6 +146,16 @@ def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str 
             f"{_kinds()}. Rename or remove the columns that do not belong to it, or call its reader."
         )
     return fitting[0].read(rows, drop_bad_rows=drop_bad_rows, source=source)
+
+
+def are_preferences(names: Collection[str]) -> bool:
+    """Say whether `to_preference_table` knows what kind of preferences rows with these columns hold.
+
+    Example:
+        >>> are_preferences(["prompt", "answers"]), are_preferences(["prompt", "completion"])
+        (True, False)
+    """
+    return len({kind.read for kind in _fitting(set(names))}) == 1
 
 
 def _fitting(names: Set[str]) -> list[_Kind]:
