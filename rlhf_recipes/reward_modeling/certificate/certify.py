@@ -26,7 +26,14 @@ from rlhf_recipes.reward_modeling.certificate.functional.length import correlati
 from rlhf_recipes.reward_modeling.certificate.functional.resampling import mean_summary
 from rlhf_recipes.reward_modeling.certificate.functional.samples import best_of_n, describe, score_spread
 from rlhf_recipes.reward_modeling.certificate.functional.verdict import judge
-from rlhf_recipes.reward_modeling.certificate.pairs import Pairs, pair_rows, prompt_key, score_pairs
+from rlhf_recipes.reward_modeling.certificate.pairs import (
+    Pairs,
+    check_texts,
+    pair_key,
+    pair_rows,
+    prompt_key,
+    score_pairs,
+)
 from rlhf_recipes.reward_modeling.certificate.probes import probe
 from rlhf_recipes.reward_modeling.certificate.scoring import DivergedError, Scorer
 
@@ -82,7 +89,8 @@ def certify(
     try:  # other texts than those of the pairs
         found["probes"] = probe(scorer, pairs, probe_rows, seed)
         if train is not None and len(train):
-            found["train_gap"] = _gap(pairs, score_pairs(scorer, _draw(train, train_rows, seed)))
+            gap, measures["data"]["shared"] = _gap(pairs, score_pairs(scorer, _draw(train, train_rows, seed)))
+            found["train_gap"] = gap
         if samples is not None:
             found |= _sample_measures(scorer, pairs, samples, gold_column)
     except DivergedError as error:
@@ -146,14 +154,25 @@ def _is_number(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
-def _gap(pairs: Pairs, train: Pairs) -> dict[str, Any] | None:
+def _gap(pairs: Pairs, train: Pairs) -> tuple[dict[str, Any] | None, int]:
+    """Measure the gap on training pairs that are no held-out pairs, and count those that are."""
     if not np.isfinite(train.differences).all():
         raise DivergedError(np.concatenate([train.chosen, train.rejected]))
-    held_out, seen = pairs.decided, train.decided
+    known = set(map(pair_key, pairs.rows))
+    both = np.array([pair_key(row) in known for row in train.rows])
+    shared = int(both.sum())
+    if shared:
+        logger.warning(
+            "%d of %d training pairs that were drawn are held-out pairs, too: what is measured on them may be learned "
+            "by heart. They do not count for the gap between training and held-out accuracy.",
+            *(shared, len(both)),
+        )
+    held_out, seen = pairs.decided, train.decided & ~both
     if not seen.any():
-        return None
+        return None, shared
     prompts, train_prompts = np.array(pairs.prompts), np.array(train.prompts)
-    return accuracy_gap(train.differences[seen], train_prompts[seen], pairs.differences[held_out], prompts[held_out])
+    sides = (train.differences[seen], train_prompts[seen], pairs.differences[held_out], prompts[held_out])
+    return accuracy_gap(*sides), shared
 
 
 def _baselines(pairs: Pairs, train: Dataset | None) -> dict[str, Any]:
@@ -188,6 +207,8 @@ def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column
     if missing:
         raise ValueError(f"Samples need the columns `prompt` and `completion`, found {samples.column_names}.")
     rows = samples.to_list()
+    for index, row in enumerate(rows):
+        check_texts(row, ("prompt", "completion"), f"Sample {index}")
     encoded = [scorer.encode(row["prompt"], row["completion"], **options_of(row)) for row in rows]
     kept = [index for index, text in enumerate(encoded) if scorer.fits(text)]
     if not kept:

@@ -10,10 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_recipes.data.chat_templates import options_of
+from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.preferences import to_pairs
+from rlhf_recipes.data.preferences.schema import quoted
 from rlhf_recipes.reward_modeling.certificate.scoring import Encoded, Scorer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
 
 
@@ -70,7 +74,8 @@ def score_pairs(scorer: Scorer, rows: Dataset) -> Pairs:
         The scores, with what is needed beside them.
 
     Raises:
-        ValueError: If no row fits into the model, or a label is no probability.
+        ValueError: If a column is missing, a row cannot be scored, none fits into the model, or a label is no
+            probability.
     """
     pairs = pair_rows(rows)
     encoded = [[_encode_side(scorer, pair, side) for side in ("chosen", "rejected")] for pair in pairs]
@@ -100,8 +105,58 @@ def pair_rows(rows: Dataset) -> list[dict[str, Any]]:
         >>> row["chosen"], row["rejected"], row["label"]
         ('Hello!', 'No.', 0.75)
     """
-    pairs = to_pairs(rows) if "completions" in rows.column_names else rows
-    return [_chosen_first(index, row) for index, row in enumerate(pairs.to_list())]
+    names = set(rows.column_names)
+    if "completions" in names:
+        return [_chosen_first(index, row) for index, row in enumerate(to_pairs(rows).to_list())]
+    if missing := [side for side in ("prompt", "chosen", "rejected") if side not in names]:
+        raise ValueError(
+            f"Pairs need the columns `prompt`, `chosen` and `rejected`; {quoted(missing)} is missing, found "
+            f"{quoted(rows.column_names) or 'none'}. Convert whole dialogues with `to_preferences`, and preferences "
+            "of any other kind with `to_preference_table`."
+        )
+    pairs = rows.to_list()
+    for index, row in enumerate(pairs):
+        check_texts(row, ("prompt", "chosen", "rejected"), f"Row {index}")
+    return [_chosen_first(index, row) for index, row in enumerate(pairs)]
+
+
+def check_texts(row: dict[str, Any], columns: Sequence[str], place: str) -> None:
+    """Check the prompt and the completions of a row, before any of them is scored.
+
+    Args:
+        row: Values by column.
+        columns: Those of the prompt and the completions.
+        place: What the error calls the row.
+
+    Raises:
+        ValueError: If they are not all text or all chats.
+
+    Example:
+        >>> check_texts({"prompt": "Hi", "completion": None}, ("prompt", "completion"), "Sample 2")
+        Traceback (most recent call last):
+        ...
+        ValueError: Sample 2 cannot be scored: `completion` is null. Correct it, or leave it out.
+    """
+    try:
+        for column in columns:
+            if row[column] is None:
+                raise BadRow(f"`{column}` is null")
+            check_kind(row[column], column)
+        if len({isinstance(row[column], list) for column in columns}) > 1:
+            raise BadRow(f"{quoted(columns)} are not all text or all chats")
+    except BadRow as problem:
+        raise ValueError(f"{place} cannot be scored: {problem}. Correct it, or leave it out.") from problem
+
+
+def pair_key(row: dict[str, Any]) -> tuple[str, ...]:
+    """Name a pair, whichever of its completions won, so that equal ones have equal names.
+
+    Example:
+        >>> pair_key({"prompt": "Hi", "chosen": "b", "rejected": "a"})
+        ('Hi', '"a"', '"b"')
+    """
+    sides = (json.dumps(row[side], sort_keys=True) for side in ("chosen", "rejected"))
+    return prompt_key(row["prompt"]), *sorted(sides)
 
 
 def prompt_key(prompt: Any) -> str:

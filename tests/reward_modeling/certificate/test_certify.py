@@ -314,3 +314,81 @@ class TestRows:
         assert certificate["verdict"]["verdict"] == "not fit"
         assert (certificate["best_of_n"] is None) == (count == 1)
         assert f"{count} pairs" in page(certificate, "Few rows")
+
+
+class TestPairsInBothSplits:
+    def test_nothing_but_held_out_pairs_gives_no_gap(self, rule_scorer, pairs, caplog):
+        turned = {"chosen": pairs["rejected"][:], "rejected": pairs["chosen"][:], "label": [0.0] * len(pairs)}
+        for train in (pairs, Dataset.from_dict({"prompt": pairs["prompt"][:]} | turned)):
+            caplog.clear()
+            certificate = certify(rule_scorer(), pairs, train=train)
+            assert certificate["train_gap"] is None
+            assert certificate["data"]["shared"] == 300
+            assert "train/validation gap: the training pairs that were drawn are held-out" in texts(
+                certificate, "not checked"
+            )
+            assert "300 of 300 training pairs that were drawn are held-out pairs, too" in caplog.text
+
+    def test_the_others_make_the_gap(self, rule_scorer, pairs, train_pairs):
+        columns = ["prompt", "chosen", "rejected"]
+        mixed = Dataset.from_list(
+            train_pairs.select_columns(columns).to_list() + pairs.select_columns(columns).to_list()
+        )
+        found = certify(rule_scorer(), pairs, train=mixed, train_rows=1000)
+        alone = certify(rule_scorer(), pairs, train=train_pairs, train_rows=1000)
+        shared = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in pairs}
+        both = sum((row["prompt"], *sorted((row["chosen"], row["rejected"]))) in shared for row in mixed)
+        assert found["data"]["shared"] == both >= 300
+        assert alone["data"]["shared"] == both - 300
+        assert found["train_gap"] == alone["train_gap"]
+        assert f"{both} training pairs are held-out pairs, too" in texts(found, "good", "care", "not checked")
+
+
+class TestRowsThatCannotBeScored:
+    @pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+    @pytest.mark.parametrize(
+        ("value", "problem"),
+        [
+            (None, "`{side}` is null"),
+            ([{"role": "user", "content": "x"}], "are not all text or all chats"),
+            ('[{"role": "user", "content": "x"}]', "`{side}` is a chat that was written as text"),
+        ],
+        ids=["null", "mixed", "written chat"],
+    )
+    def test_a_pair(self, rule_scorer, pairs, train_pairs, side, value, problem):
+        rows = pairs.select(range(20)).to_list()
+        if isinstance(value, list):  # a column of a dataset has one type
+            rows = [row | {side: value} for row in rows]
+        else:
+            rows[3][side] = value
+        place = "Row 0" if isinstance(value, list) else "Row 3"
+        for splits in ({"test": rows}, {"test": pairs.to_list(), "train": rows}):
+            splits = {name: Dataset.from_list(split) for name, split in splits.items()}
+            with pytest.raises(ValueError, match=f"{place} cannot be scored: .*{problem.format(side=side)}"):
+                certify(rule_scorer(), **splits)
+
+    def test_a_message_without_content(self, rule_scorer):
+        chat = [{"role": "user", "content": None}]
+        answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        with pytest.raises(ValueError, match="Row 0 cannot be scored: `prompt` has a message whose `content` is null"):
+            certify(rule_scorer(), Dataset.from_list([{"prompt": chat} | answers]))
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": "a", "chosen": "b"},
+            {"prompt": "a", "response": "b", "helpfulness": 1},
+            {"chosen": "a", "rejected": "b"},
+        ],
+    )
+    def test_columns_that_are_missing(self, rule_scorer, row):
+        with pytest.raises(
+            ValueError, match="Pairs need the columns `prompt`, `chosen` and `rejected`; .* is missing"
+        ):
+            certify(rule_scorer(), Dataset.from_list([row]))
+
+    def test_a_sample(self, rule_scorer, pairs, samples):
+        rows = samples.to_list()
+        rows[2]["completion"] = None
+        with pytest.raises(ValueError, match="Sample 2 cannot be scored: `completion` is null"):
+            certify(rule_scorer(), pairs, samples=Dataset.from_list(rows))

@@ -102,11 +102,13 @@ def _calibration(measures: Mapping[str, Any]) -> Iterator[Reason]:
 
 def _gap(measures: Mapping[str, Any]) -> Iterator[Reason]:
     """Did it learn its pairs by heart?"""
-    found = measures.get("train_gap")
+    found, shared = measures.get("train_gap"), (measures.get("data") or {}).get("shared")
     if not found:
-        yield Reason("not checked", "gap", "train/validation gap: no training rows were given")
+        why = "the training pairs that were drawn are held-out pairs, too" if shared else "no training rows were given"
+        yield Reason("not checked", "gap", f"train/validation gap: {why}")
         return
     text = f"Training accuracy is {stated(found.get('train') or {})}, {stated(found, signed=True)} over held-out"
+    text += f" ({shared} training pairs are held-out pairs, too, and do not count)" if shared else ""
     ends = known_interval(found)
     if ends is None:
         yield unchecked("gap", text)
