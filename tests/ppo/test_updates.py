@@ -17,16 +17,18 @@ SIX_STEPS |= {"num_iterations": 3, "critic_learning_rate": 1e-3}
 
 
 class Steps(TrainerCallback):
-    """Keep weights and Adam's moments after every optimizer step."""
+    """Keep weights and Adam's moments after every optimizer step, those of the critic in the policy's tree too."""
 
     def __init__(self):
-        self.weights, self.moments = [], []
+        self.weights, self.moments, self.network = [], [], None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
+        model = self.network
         self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         self.moments.append({})
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        model = self.network
         names = {p: name for name, p in model.named_parameters()}
         self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         self.moments.append({names[p]: s["exp_avg"].clone() for p, s in optimizer.state.items()})
@@ -45,6 +47,7 @@ class Steps(TrainerCallback):
 def watched(make_trainer, **fields):
     steps = Steps()
     trainer = make_trainer(**SIX_STEPS | fields, callbacks=[steps])
+    steps.network = trainer.model
     trainer.train()
     return trainer, steps
 
