@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
+from rlhf_recipes.config import validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
 from rlhf_recipes.ppo.config_checks import check_contradictions, check_ranges, check_unused
 
@@ -26,8 +27,8 @@ class PPOConfig(GRPOConfig):
     https://huggingface.co/papers/1909.08593, section 2.
 
     Raises:
-        ValueError: If a value is out of range, fields contradict each other, or a field of
-            GRPO that PPO does not honour was changed.
+        ValueError: If a value has the wrong type, is no word that its field knows or is out of range, fields
+            contradict each other, or a field of GRPO that PPO does not honour was changed.
 
     Example:
         >>> config = PPOConfig("outputs/ppo", kl_coef=0.1, bf16=False, use_cpu=True)
@@ -231,6 +232,7 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         """Check the values and hand TRL's checks a group size that they accept."""
+        validate_fields(self)
         check_ranges(self)
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter takes part in every loss. The critic runs outside of the wrapped forward pass,

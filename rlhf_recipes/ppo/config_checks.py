@@ -52,9 +52,17 @@ _NOT_NEGATIVE = (
     *("missing_eos_penalty", "length_penalty", "overlong_penalty", "ngram_penalty"),
 )
 _POSITIVE = (
+    "temperature",
     *("value_clip", "score_clip", "overlong_buffer", "placement_gamma", "kl_target", "kl_horizon"),
     *("gae_lambda_alpha", "target_kl", "ratio_threshold", "critic_learning_rate", "ptx_batch_size", "ptx_max_length"),
     *("critic_layers", "adapter_tolerance"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("steps_per_generation", "generation_batch_size", "num_generations", "num_generations_eval", "num_iterations"),
+)
+# Mappings, which TRL also takes as the text of a JSON object.
+_MAPPINGS = (
+    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 _MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field for a token's
 
@@ -71,13 +79,17 @@ def check_ranges(config: PPOConfig) -> None:
             raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
     for name in _NOT_NEGATIVE:
         value = getattr(config, name)
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
     for name in _POSITIVE:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             off = " or null to turn it off," if getattr(type(config), name, 0) is None else ""
             raise ValueError(f"`{name}` must be positive,{off} got {value}.")
+    for name in _MAPPINGS:
+        value = getattr(config, name)
+        if isinstance(value, str) and not value.startswith("{"):
+            raise ValueError(f"`{name}` must be a mapping, or one as JSON, got {value!r}.")
     if config.max_completion_length is None or config.max_completion_length < 1:
         raise ValueError(
             f"`max_completion_length` must be at least 1, got {config.max_completion_length}: a completion that never "

@@ -7,6 +7,8 @@ from typing import Literal
 
 from trl import ModelConfig, RewardConfig
 
+from rlhf_recipes.config import validate_fields
+
 Objective = Literal["pairwise", "ranking", "plackett_luce", "best_of_k", "regression", "token"]
 
 # What is compared, so that a constant may be added to all scores; the others have targets in reward units.
@@ -46,7 +48,7 @@ class PreferenceConfig(RewardConfig):
     """TRL's reward configuration with a choice of losses. The defaults train exactly what TRL trains.
 
     Raises:
-        ValueError: If a value is out of range, has no effect, or contradicts another; it names the fields and the fix.
+        ValueError: If a value has the wrong type, is out of range, has no effect, or contradicts another; it names the fields and the fix.
 
     Example:
         >>> PreferenceConfig(objective="ranking", label_noise=0.1, use_cpu=True, bf16=False).ties
@@ -81,6 +83,7 @@ class PreferenceConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         """Check what TRL does not know of."""
+        validate_fields(self)
         super().__post_init__()
         if not 0.0 <= self.label_noise < 1.0:
             raise ValueError(f"`label_noise` must lie in [0, 1), got {self.label_noise}.")

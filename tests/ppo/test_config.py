@@ -4,6 +4,9 @@ import json
 import pickle
 
 import pytest
+from transformers import SchedulerType
+from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from rlhf_recipes.models.roles import checkpoint_contexts
 
@@ -72,6 +75,50 @@ def test_a_kl_in_the_unit_of_the_other_is_refused(make_config, fields, message):
 def test_usual_targets_are_accepted(make_config):
     assert make_config(target_kl=1.0, kl_controller="adaptive", kl_target_per="token", kl_target=1.0).target_kl == 1.0
     assert make_config(whiten_unbiased=True, whiten_rewards=True, whiten_advantages=False).whiten_unbiased
+
+
+WRONG_KINDS = {
+    "kl_placement": ("rewards", "'reward' or 'loss'"),
+    "kl_anchor": ("ref", "'reference' or 'old'"),
+    "kl_controller": ("Adaptive", "'fixed' or 'adaptive'"),
+    "kl_estimator": ("k9", "'k1' or 'k2'"),
+    "advantage_estimator": ("GAE", "'gae' or 'bandit'"),
+    "critic_init": ("foo", "'reward' or 'policy'"),
+    "whiten_advantages": ("no", "true or false"),
+    "num_iterations": (2.5, "a whole number"),
+    "max_completion_length": (6.5, "a whole number"),
+    "critic_layers": (1.5, "a whole number"),
+    "gamma": ("1", "a number"),
+    "value_clip": (True, "a number"),
+    "reward_weights": (1.0, "a list of items"),
+    "generation_kwargs": ([1], "a mapping"),
+    "chat_template_kwargs": ("x", "a mapping, or one as JSON, got 'x'"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_KINDS)
+def test_words_and_kinds_that_a_field_does_not_know_are_refused(make_config, field):
+    """Also from Python, where no parser has looked at them: a misspelt `kl_placement` would turn the penalty off."""
+    value, allowed = WRONG_KINDS[field]
+    with pytest.raises(ValueError, match=f"`{field}` must be .*{allowed}"):
+        make_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["temperature", "num_generations", "num_iterations", "per_device_train_batch_size", "steps_per_generation"],
+)
+def test_sizes_start_at_one(make_config, field):
+    with pytest.raises(ValueError, match=f"`{field}` must be positive,.* got 0"):
+        make_config(**{field: 0})
+
+
+def test_what_transformers_takes_beside_plain_values_is_taken(make_config, tmp_path):
+    """Members of its enumerations, paths, and mappings as JSON."""
+    words = {"eval_strategy": IntervalStrategy.NO, "optim": OptimizerNames.ADAMW_TORCH, "warmup_steps": 1}
+    words |= {"lr_scheduler_type": SchedulerType.CONSTANT, "generation_kwargs": '{"use_cache": true}'}
+    config = make_config(output_dir=tmp_path, **words)
+    assert (config.generation_kwargs, config.optim) == ({"use_cache": True}, "adamw_torch")
 
 
 def test_a_rollout_of_one_completion_is_refused(make_config):
