@@ -56,9 +56,14 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
 
     Raises:
         FileNotFoundError: If the folder holds no adapter.
-        ValueError: If the adapter belongs to another base, or computes something else on this one.
+        ValueError: If the adapter is a reward model's, belongs to another base, or computes something else on this one.
     """
     config, weights = read_adapter(adapter, base)
+    if config.task_type not in (None, "CAUSAL_LM") or HEAD_KEY in weights:
+        raise ValueError(
+            f"The adapter in {str(adapter)!r} is a reward model's or a critic's (task type {config.task_type}), and "
+            "its score head would be lost. As the policy (`model`, `sft_adapter`), give the SFT stage's output folder."
+        )
     config.inference_mode = False
     model = get_peft_model(base, config, adapter_name=POLICY)
     set_weights(model, weights, POLICY, adapter)

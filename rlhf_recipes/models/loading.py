@@ -160,10 +160,19 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
         The model, on the accelerator of this process, or on the CPU.
 
     Raises:
-        ValueError: If the model has absolute positions and takes no `position_ids`.
+        ValueError: If the files lack weights, which would start at random (those of a classifier have no output head),
+            or the model has absolute positions and takes no `position_ids`.
         FileNotFoundError: If a local folder does not exist.
     """
-    model, _ = _load(AutoModelForCausalLM, path, **options)
+    model, missing, left_over = _load(AutoModelForCausalLM, path, **options)
+    scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
+    if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
+        found = f"lack {len(missing)} of its weights, {min(missing)!r} among them" if missing else f"hold {min(scores)!r}"
+        raise ValueError(
+            f"{path!r} is no trained language model: its files {found}"
+            f"{', and are those of a classifier' if scores else ''}. As `model` (`model_name_or_path`), give a model "
+            "that writes text."
+        )
     complete_arguments(model)
     return model
 
@@ -187,7 +196,7 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
             has no classifier of this family.
     """
     try:
-        model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+        model, missing, _ = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -223,7 +232,8 @@ def upcast_trainable(model: torch.nn.Module) -> None:
 
 def _load(
     auto_class: Any, path: str | None, *, dtype: str | torch.dtype = "float32", **options: Any
-) -> tuple[PreTrainedModel, set[str]]:
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """Load a model, and name the weights that its files lack, and those that they hold for another kind of model."""
     _check_path(path)
     options = {key: value for key, value in options.items() if value is not None}
     state = PartialState()
@@ -238,7 +248,7 @@ def _load(
     keep_4bit_differentiable(model)
     if getattr(model, "is_quantized", False):
         _let_go_of_the_file(model)
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
 
 
 def _let_go_of_the_file(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import BEMACallback, SyncRefModelCallback
 
 from rlhf_recipes.ppo.config import PPOConfig
@@ -40,15 +40,29 @@ def check_given(args: Any, train_dataset: Any, eval_dataset: Any, processing_cla
         _check_peft_config(peft_config)
 
 
-def check_adapter(model: Any) -> None:
-    """Check that the adapter of a policy that is given as a `PeftModel` is LoRA's.
+def check_policy(model: Any) -> None:
+    """Check that a policy writes text, and that its adapter, if it is given as a `PeftModel`, is LoRA's.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is no model, or its adapter is another one.
+        ValueError: If it is a classifier.
     """
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
+    own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if own.get_output_embeddings() is None:
+        raise ValueError(
+            f"`model` is a {type(own).__name__}, which has no output head to write text with. Give a causal language "
+            "model (`AutoModelForCausalLM`), or the folder of one."
+        )
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
             _check_lora(config, f"The adapter {name!r} of `model`")
+            if config.task_type not in (None, "CAUSAL_LM"):
+                raise ValueError(
+                    f"The adapter {name!r} of `model` has the task type {config.task_type}. A policy writes text: "
+                    "give one that was made with `task_type='CAUSAL_LM'`."
+                )
 
 
 def check_callbacks(callbacks: list[TrainerCallback], trains_whole_model: bool) -> None:

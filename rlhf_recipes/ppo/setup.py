@@ -22,7 +22,7 @@ from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
-from rlhf_recipes.ppo.given import check_adapter, check_reward_list, unused_tokenizer
+from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 from rlhf_recipes.rewards.encoding import is_encoder
@@ -55,7 +55,8 @@ def build_policy(
         bare base.
 
     Raises:
-        ValueError: If `model` and `peft_config` do not fit together, or 4-bit weights are repacked.
+        ValueError: If `model` is a classifier, `model` and `peft_config` do not fit together, or 4-bit weights are
+            repacked.
         TypeError: If `model` is none of these.
     """
     options = _loading_options(model, args, quantization_config)
@@ -64,10 +65,9 @@ def build_policy(
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 
-    check_adapter(model)
-    if isinstance(model, PreTrainedModel | PeftModel):
-        keep_4bit_differentiable(model)
-        warn_of_ignored_settings(model)
+    check_policy(model)
+    keep_4bit_differentiable(model)
+    warn_of_ignored_settings(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("The model already has an adapter, which is trained further. Leave `peft_config` out.")
@@ -78,8 +78,6 @@ def build_policy(
         roles = Roles(model)
         roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a path, a `PreTrainedModel` or a `PeftModel`, got {type(model).__name__}.")
     complete_arguments(model)
     pack(model)
     if peft_config is not None:

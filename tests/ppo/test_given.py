@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import GRPOConfig
 
 from rlhf_recipes import PPOTrainer
@@ -77,3 +77,20 @@ def test_a_policy_with_another_adapter_than_lora(prompts, tiny_model_path, make_
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path), IA3Config(**CAUSAL))
     with pytest.raises(TypeError, match="The adapter 'default' of `model` is a IA3Config"):
         given(train_dataset=prompts, model=model, args=make_config())
+
+
+def test_a_classifier_is_no_policy(make_trainer, tiny_model_path, reward_adapter, tmp_path):
+    """It would be trained with an output head that starts at random, or without the head that it has."""
+    peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    classifier.save_pretrained(tmp_path / "untied")
+    with pytest.raises(ValueError, match="is no trained language model: its files lack 1 .*'lm_head.weight'.*`model`"):
+        make_trainer(model=str(tmp_path / "untied"), peft_config=peft_config)
+    with pytest.raises(ValueError, match="`model` is a LlamaForSequenceClassification, which has no output head"):
+        make_trainer(model=classifier, peft_config=peft_config)
+    with pytest.raises(ValueError, match="is a reward model's or a critic's .task type SEQ_CLS.*`model`"):
+        make_trainer(model=str(reward_adapter))
+    classifier.config.tie_word_embeddings = True
+    classifier.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match="its files hold 'score.weight', and are those of a classifier"):
+        make_trainer(model=str(tmp_path / "tied"), peft_config=peft_config)
