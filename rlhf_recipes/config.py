@@ -17,6 +17,7 @@ import yaml
 
 # Fields of TRL and transformers that take more than their annotation says.
 _ALSO_TAKES = {"resume_from_checkpoint": (bool,), "scale_rewards": (bool,), "lora_target_modules": (str,)}
+_NULL_OF_THE_PARSER = ("debug",)  # for which it gives null in place of the default, an empty text
 _NULL = ("null", "Null", "NULL", "~")  # YAML 1.2's
 _NULL_MEANS = {"report_to": "none"}  # transformers would make a list of one None
 _OPTION = re.compile(r"--?[A-Za-z]")
@@ -97,6 +98,8 @@ def validate_fields(config: Any) -> None:
     """
     for name, annotation in _annotations(type(config)).items():
         value = getattr(config, name)
+        if value is None and name in _NULL_OF_THE_PARSER:
+            continue
         if isinstance(value, _PLAIN) and not _fits(value, annotation, name):
             raise ValueError(_complaint(name, annotation, value))
 
