@@ -10,13 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_recipes.models.resumed import fingerprint
 from rlhf_recipes.ppo.critic import MODEL
 from rlhf_recipes.ppo.setup import FROZEN
 
 _STATE = "ppo_state.json"
+_OF_AN_ADAPTER = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
+_OF_AN_ADAPTER |= {"modules_to_save"}
 _NOT_POLICY = (FROZEN, MODEL)  # submodules of a policy that are other roles
 
 
@@ -66,6 +70,17 @@ def load_ppo_state(
 
 def _rollout(folder: Path, rank: int) -> Path:
     return folder / f"rollout_{rank}.safetensors"
+
+
+def reference_fingerprint(trainer: Any) -> str | None:
+    """What tells the reference apart from others; `None` for the bare base of an adapter, which has a name."""
+    if trainer.trains_whole_model:
+        named = trainer.roles.model.get_base_model().named_parameters()
+        return fingerprint(value for name, value in named if not _OF_AN_ADAPTER.intersection(name.split(".")))
+    if trainer.reference is None:
+        return None
+    weights = get_peft_model_state_dict(trainer.roles.model, adapter_name=trainer.reference)
+    return fingerprint(weights[name] for name in sorted(weights))
 
 
 def policy_alone(policy: Any) -> Any:

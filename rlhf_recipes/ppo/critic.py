@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.adapters import POLICY, is_adapter
 from rlhf_recipes.models.arguments import positions_follow_mask
 from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
+from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import check_top_layers
 from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
@@ -215,6 +216,15 @@ class Critic:
         else:
             self._roles.save_scalar_role(CRITIC, self._adapter, folder)
             Readout(bias=self._bias).save(folder)
+
+    def check_saved(self, folder: str | Path) -> None:
+        """Check that an adapter that `save` wrote is one as this critic has it.
+
+        Raises:
+            ValueError: If its weights would compute something else here.
+        """
+        if self._model is None and not self._on_whole_policy and is_adapter(folder):
+            check_same_adapter(folder, self._roles.model, self._adapter, what="this run's critic")
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote."""

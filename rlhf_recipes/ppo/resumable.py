@@ -14,11 +14,13 @@ from trl import GRPOTrainer
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import encode_prompt
 from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo.checkpoint import (
     load_ppo_state,
     load_whole_model,
     policy_alone,
+    reference_fingerprint,
     save_ppo_state,
     save_whole_model,
 )
@@ -53,6 +55,7 @@ class ResumableTrainer(GRPOTrainer):
     model: Any
     processing_class: PreTrainedTokenizerBase
     optimizer_given = False  # whether the optimizer brought its own rates
+    reference: str | None
     _step: int
     _buffered_inputs: Any
     _train_sampler: Any = None
@@ -122,6 +125,7 @@ class ResumableTrainer(GRPOTrainer):
             "transforms": transforms_state(self.token_rewards.transforms),
             "updates": self.updates.state_dict(),
             "settings": settings_of(self.args, self.accelerator.num_processes),
+            "reference": reference_fingerprint(self),
         }
         within_rollout = self._step % self._steps_per_rollout != 0
         rollout = self._buffered_inputs if within_rollout else None
@@ -162,6 +166,18 @@ class ResumableTrainer(GRPOTrainer):
                 f"{checkpoint!r} was saved within a rollout, but the rollout of process "
                 f"{self.accelerator.process_index} is not in it. Resume from an earlier checkpoint, with as many "
                 "processes as it was saved by."
+            )
+        self._check_models(checkpoint, state)
+
+    def _check_models(self, checkpoint: str, state: dict[str, Any]) -> None:
+        """Refuse another adapter, base, critic or reference than those that the checkpoint was made with."""
+        check_same_adapter(checkpoint, self.model, what="this run's policy")
+        self.critic.check_saved(Path(checkpoint) / "critic")
+        ours = reference_fingerprint(self)
+        if state.get("reference", ours) != ours:  # a checkpoint of an earlier version says nothing of it
+            raise ValueError(
+                f"The run of {checkpoint!r} started from another `model` than this one, which is its reference: the KL "
+                "would be that to another policy. Resume with the `model` of that run."
             )
 
     def _settings(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,11 +1,14 @@
 """Runs that are resumed with other settings: each is honoured, or refused by its name; and runs that are over."""
 
+import json
 import logging
 import shutil
 from dataclasses import fields
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from rlhf_recipes import PPOConfig
@@ -38,6 +41,10 @@ def resumed(make_trainer, saved, step, **changes):
     trainer = without_chance(make_trainer(**SIZES | {"output_dir": str(saved.parent / "resumed")} | changes))
     trainer.train(resume_from_checkpoint=str(saved / f"checkpoint-{step}"))
     return trainer
+
+
+def len_of(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
 
 
 def peaks(trainer):
@@ -145,6 +152,46 @@ def test_every_tracked_setting_is_one(make_config):
     assert set(resume.settings_of(config, 1)) - {"processes"} <= {field.name for field in fields(PPOConfig)}
     own = {field.name for field in fields(PPOConfig)} - {field.name for field in fields(PPOConfig.__bases__[0])}
     assert own <= set(resume._TRACKED), "a field of PPO's own: say in resume.py what a resumed run does with it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 32}, "is not this run's policy, which has `lora_alpha` 32 .the checkpoint's: 8."),
+        ({"use_rslora": True}, "`use_rslora` True .the checkpoint's: None."),
+        ({"r": 4}, "`r` 4 .the checkpoint's: 8."),
+        ({"target_modules": ["q_proj"]}, r"`target_modules` \['q_proj'\] .the checkpoint's: "),
+        ({"alpha_pattern": {"q_proj": 32}}, "`alpha_pattern` {'q_proj': 32} .the checkpoint's: None."),
+        (None, "holds an adapter .*, but this run trains a whole model"),
+    ],
+)
+def test_another_adapter_than_that_of_the_checkpoint_is_refused(make_trainer, saved, tiny_model_path, changes, message):
+    """The same weights would be another policy."""
+    fields = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+    peft_config = None if changes is None else LoraConfig(**fields | changes)
+    trainer = make_trainer(model=tiny_model_path, peft_config=peft_config, **SIZES)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-4"))
+
+
+def test_another_start_base_or_critic_is_refused(make_trainer, saved, tiny_model_path, sft_adapter, tmp_path):
+    """The reference is what the run started from: with another one the KL would be another."""
+    other = shutil.copytree(sft_adapter, tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, other / "adapter_model.safetensors")
+    checkpoint = str(saved / "checkpoint-4")
+    with pytest.raises(ValueError, match="started from another `model` than this one, which is its reference"):
+        make_trainer(model=str(other), **SIZES).train(resume_from_checkpoint=checkpoint)
+    fields = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+    base = shutil.copytree(tiny_model_path, tmp_path / "base")
+    elsewhere = make_trainer(model=str(base), peft_config=LoraConfig(**fields), reward_funcs=len_of, **SIZES)
+    with pytest.raises(ValueError, match="but the base of `model` is '.*/base'. Resume with the base"):
+        elsewhere.train(resume_from_checkpoint=checkpoint)
+    folder = shutil.copytree(saved / "checkpoint-4", tmp_path / "checkpoint-4")
+    config = json.loads((folder / "critic" / "adapter_config.json").read_text())
+    (folder / "critic" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))
+    with pytest.raises(ValueError, match="is not this run's critic, which has `lora_alpha` 8 .the checkpoint's: 16."):
+        make_trainer(**SIZES).train(resume_from_checkpoint=str(folder))
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(make_trainer, tmp_path):
