@@ -56,7 +56,8 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
 
     Raises:
         FileNotFoundError: If the folder holds no adapter.
-        ValueError: If the adapter is a reward model's, belongs to another base, or computes something else on this one.
+        ValueError: If the adapter is a reward model's, belongs to another base, or computes something else on this
+            one.
     """
     config, weights = read_adapter(adapter, base)
     if config.task_type not in (None, "CAUSAL_LM") or HEAD_KEY in weights:

@@ -167,7 +167,9 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
     model, missing, left_over = _load(AutoModelForCausalLM, path, **options)
     scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
     if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
-        found = f"lack {len(missing)} of its weights, {min(missing)!r} among them" if missing else f"hold {min(scores)!r}"
+        found = (
+            f"lack {len(missing)} of its weights, {min(missing)!r} among them" if missing else f"hold {min(scores)!r}"
+        )
         raise ValueError(
             f"{path!r} is no trained language model: its files {found}"
             f"{', and are those of a classifier' if scores else ''}. As `model` (`model_name_or_path`), give a model "
@@ -193,10 +195,17 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
 
     Raises:
         ValueError: If they are more than a head: LoRA would freeze them at random, and not save them. If transformers
-            has no classifier of this family.
+            has no classifier of this family, or the saved one has several outputs.
     """
     try:
         model, missing, _ = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights of {path!r} do not fit a classifier with one output: it was trained with several labels, or "
+            "its files are not those of its config.json. Give a reward model with `num_labels=1`."
+        ) from None
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise

@@ -42,7 +42,9 @@ def check_same_adapter(checkpoint: str | Path, model: Any, adapter: str = POLICY
     here, saved = isinstance(model, PeftModel), is_adapter(checkpoint)
     if here != saved:
         kinds = {True: "an adapter (`peft_config`, `use_peft`)", False: "a whole model"}
-        raise ValueError(f"{str(checkpoint)!r} holds {kinds[saved]}, but this run trains {kinds[here]}. Train the same.")
+        raise ValueError(
+            f"{str(checkpoint)!r} holds {kinds[saved]}, but this run trains {kinds[here]}. Train the same."
+        )
     if not here:
         return
     old, new = PeftConfig.from_pretrained(str(checkpoint)), model.peft_config[adapter]

@@ -112,7 +112,7 @@ def reward_tokenizers(given: Any, reward_funcs: Any) -> list[PreTrainedTokenizer
         [None, None]
     """
     rewards = len(reward_funcs) if isinstance(reward_funcs, list | tuple) else 1
-    tokenizers = given if isinstance(given, list) else [None] * rewards if given is None else [given]
+    tokenizers = list(given) if isinstance(given, list | tuple) else [None] * rewards if given is None else [given]
     if len(tokenizers) != rewards:
         raise ValueError(
             f"`reward_processing_classes` has {len(tokenizers)} entries, and `reward_funcs` {rewards}. Give one for "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
@@ -25,7 +25,6 @@ from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
-from rlhf_recipes.rewards.encoding import is_encoder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -185,6 +184,8 @@ def _build(
         members = [
             _adapter_reward(member, f"{role}_{number}", roles, tokenizer, args)
             if isinstance(member, str | Path)
+            else _reward_of_model(member, role, roles, tokenizer, args, None)
+            if isinstance(member, nn.Module)
             else checked(member)
             for number, member in enumerate(reward.members)
         ]
@@ -192,13 +193,7 @@ def _build(
     if isinstance(reward, str | Path):
         return _reward_of_path(reward, role, roles, tokenizer, args, own)
     if isinstance(reward, nn.Module):
-        keep_4bit_differentiable(reward)
-        if is_encoder(reward):
-            raise ValueError(
-                f"The reward model is an encoder ({type(reward).__name__}). TRL would score texts without the special "
-                "tokens that it was trained on. Give its folder, or `ClassifierReward(model, tokenizer)`."
-            )
-        return reward
+        return _reward_of_model(reward, role, roles, tokenizer, args, own)
     if isinstance(reward, ClassifierReward):
         check_one_base(roles.model, [reward.model])
         return reward
@@ -224,10 +219,44 @@ def _reward_of_path(
             "base in memory. Give the folder of a reward adapter on it."
         )
     model, own_tokenizer = load_reward_model(path, args.adapter_tolerance, trust_remote_code=args.trust_remote_code)
-    own_tokenizer = given or own_tokenizer
-    ends = end_token_ids(roles.model, tokenizer)
-    size = args.per_device_train_batch_size
-    return ClassifierReward(model, own_tokenizer, Path(path).name, size, Readout.load(path), ends)
+    ends, size = end_token_ids(roles.model, tokenizer), args.per_device_train_batch_size
+    return ClassifierReward(model, given or own_tokenizer, Path(path).name, size, Readout.load(path), ends)
+
+
+def _reward_of_model(
+    model: Any,
+    role: str,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    given: PreTrainedTokenizerBase | None,
+) -> ClassifierReward:
+    """A reward model that is loaded already, read as it would be if its folder were given.
+
+    TRL would score texts without special tokens: an encoder would not see its own, and no decoder an end token.
+    """
+    check_one_base(roles.model, [model])
+    own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    number = role.removeprefix("reward_")
+    if not (hasattr(own, "score") or hasattr(own, "classifier")):
+        raise ValueError(
+            f"`reward_funcs[{number}]` is a {type(own).__name__}, which has no score head. Give a trained "
+            "`AutoModelForSequenceClassification` with `num_labels=1`, or the folder of one."
+        )
+    name = base_name(model)
+    if given is None:
+        try:
+            given = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError):
+            raise ValueError(
+                f"`reward_funcs[{number}]` is a {type(own).__name__} whose tokenizer is not found at {name!r}. Give it "
+                "in `reward_processing_classes`, or give `ClassifierReward(model, tokenizer)`."
+            ) from None
+    if not getattr(own, "is_quantized", False):
+        model.to(roles.model.device)
+    ends, size = end_token_ids(roles.model, tokenizer), args.per_device_train_batch_size
+    readout = Readout() if isinstance(model, PeftModel) else Readout.load(name)
+    return ClassifierReward(model, given, Path(name).name or "classifier", size, readout, ends)
 
 
 def _adapter_reward(

@@ -165,7 +165,9 @@ def test_every_tracked_setting_is_one(make_config):
         (None, "holds an adapter .*, but this run trains a whole model"),
     ],
 )
-def test_another_adapter_than_that_of_the_checkpoint_is_refused(make_trainer, saved, tiny_model_path, changes, message):
+def test_another_adapter_than_that_of_the_checkpoint_is_refused(
+    make_trainer, saved, tiny_model_path, changes, message
+):
     """The same weights would be another policy."""
     fields = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
     peft_config = None if changes is None else LoraConfig(**fields | changes)

@@ -9,10 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_recipes.models import load_reward_model
 from rlhf_recipes.ppo._trl import rewards as call_rewards
 from rlhf_recipes.reward_modeling.readout import Readout
-from rlhf_recipes.rewards import ClassifierReward, EnsembleReward
+from rlhf_recipes.rewards import EnsembleReward
 from tests.ppo.support import answer, logged, rollout, unpadded, without_chance
 
 
@@ -204,13 +203,45 @@ def test_an_encoder_whose_context_is_too_short_names_the_row(make_trainer, bert_
         call_rewards(trainer, rows, ["good", text], [[7], long])
 
 
-def test_encoders_without_their_tokenizer_are_refused(make_trainer, bert_path):
-    model, tokenizer = load_reward_model(bert_path)
+def scores_of(make_trainer, reward, **arguments):
+    """Scores that a trainer gives to one finished and one unfinished completion."""
+    trainer = make_trainer(reward_funcs=reward, critic_init="policy", **arguments)
+    rows = [{"prompt": "the film"}, {"prompt": "the film"}]
+    return call_rewards(trainer, rows, ["good", "was bad"], [[7, 1], [7, 8]])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_loaded_model_scores_as_its_folder_does(make_trainer, bert_path, gpt2_path, tmp_path, kind):
+    """With its special tokens and end token, its gain and bias, and its own tokenizer or the one that is given."""
+    source = bert_path if kind == "encoder" else gpt2_path
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+    torch.nn.init.normal_((model.classifier if kind == "encoder" else model.score).weight)
+    folder = tmp_path / "reward"
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    Readout("last", 0.25, -0.5).save(folder)
+    expected = scores_of(make_trainer, str(folder))
+    load = AutoModelForSequenceClassification.from_pretrained
+    assert_close(scores_of(make_trainer, load(folder)), expected, atol=0, rtol=0)
+    model.config._name_or_path = ""  # made in memory: no tokenizer, and the raw score
+    given = scores_of(make_trainer, model, reward_processing_classes=(tokenizer,))
+    assert_close(0.25 * given - 0.5, expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"`reward_funcs\[0\]` is a \w+ whose tokenizer is not found at ''"):
+        scores_of(make_trainer, model)
+
+
+def test_models_that_give_no_single_score_are_refused(make_trainer, gpt2_path, tmp_path):
+    with pytest.raises(ValueError, match=r"`reward_funcs\[0\]` is a GPT2LMHeadModel, which has no score head"):
+        scores_of(make_trainer, AutoModelForCausalLM.from_pretrained(gpt2_path))
+    two = AutoModelForSequenceClassification.from_pretrained(gpt2_path, num_labels=2)
+    with pytest.raises(ValueError, match="has 2 outputs. Load it with `num_labels=1`"):
+        scores_of(make_trainer, two)
+    two.save_pretrained(tmp_path / "two")
     with pytest.raises(
-        ValueError, match=r"is an encoder .*Give its folder, or `ClassifierReward\(model, tokenizer\)`"
+        ValueError, match="do not fit a classifier with one output: it was trained with several labels"
     ):
-        make_trainer(reward_funcs=model, critic_init="policy")
-    make_trainer(reward_funcs=ClassifierReward(model, tokenizer), critic_init="policy")
+        scores_of(make_trainer, str(tmp_path / "two"))
 
 
 def test_a_decoder_with_another_base_reads_the_end_token(make_trainer, reward_adapter, gpt2_path, tmp_path):
