@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from rlhf_recipes.config import validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
-from rlhf_recipes.ppo.config_checks import check_contradictions, check_ranges, check_unused
+from rlhf_recipes.ppo.config_checks import check_contradictions, check_mappings, check_ranges, check_unused
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +233,7 @@ class PPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the values and hand TRL's checks a group size that they accept."""
         validate_fields(self)
+        check_mappings(self)
         check_ranges(self)
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter takes part in every loss. The critic runs outside of the wrapped forward pass,

@@ -67,6 +67,18 @@ _MAPPINGS = (
 _MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field for a token's
 
 
+def check_mappings(config: PPOConfig) -> None:
+    """Refuse text where a mapping is expected, other than JSON.
+
+    Raises:
+        ValueError: With the field's name and the value.
+    """
+    for name in _MAPPINGS:
+        value = getattr(config, name)
+        if isinstance(value, str) and not value.startswith("{"):
+            raise ValueError(f"`{name}` must be a mapping, or one as JSON, got {value!r}.")
+
+
 def check_ranges(config: PPOConfig) -> None:
     """Refuse values out of range.
 
@@ -86,10 +98,6 @@ def check_ranges(config: PPOConfig) -> None:
         if value is not None and not value > 0:
             off = " or null to turn it off," if getattr(type(config), name, 0) is None else ""
             raise ValueError(f"`{name}` must be positive,{off} got {value}.")
-    for name in _MAPPINGS:
-        value = getattr(config, name)
-        if isinstance(value, str) and not value.startswith("{"):
-            raise ValueError(f"`{name}` must be a mapping, or one as JSON, got {value!r}.")
     if config.max_completion_length is None or config.max_completion_length < 1:
         raise ValueError(
             f"`max_completion_length` must be at least 1, got {config.max_completion_length}: a completion that never "

@@ -18,6 +18,7 @@ from rlhf_recipes.models.adapters import POLICY, is_adapter
 from rlhf_recipes.models.arguments import positions_follow_mask
 from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
+from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import check_top_layers
@@ -52,7 +53,8 @@ class Critic:
         roles: The roles on the shared base.
         args: The configuration: `critic` and `critic_init`.
         reward_role: The reward adapter to start from.
-        model: For `critic="model"`: a sequence classifier with one output and the policy's tokenizer, or its path.
+        model: For `critic="model"`: a sequence classifier with one output and the policy's tokenizer, or the path of
+            one, or of an adapter of one.
 
     Raises:
         ValueError: If what the critic is to start from is not there.
@@ -64,7 +66,7 @@ class Critic:
         roles: Roles,
         args: PPOConfig,
         reward_role: str | None = None,
-        model: str | PreTrainedModel | None = None,
+        model: str | Path | PreTrainedModel | None = None,
     ) -> None:
         self.kind, self.layers = args.critic, args.critic_layers
         self._checked = False  # whether the upper layers alone were compared with the whole network
@@ -78,7 +80,7 @@ class Critic:
                 "with `critic: model`, and only then."
             )
         if model is not None:
-            self._model = _classifier(model, args.critic_init == "policy", args.trust_remote_code)
+            self._model = _classifier(model, policy, args)
             policy.add_module(MODEL, self._model)
         elif self.kind == "head":
             roles.add_head(CRITIC)
@@ -238,17 +240,33 @@ class Critic:
             self._bias = Readout.load(folder).bias
 
 
-def _classifier(model: str | PreTrainedModel, zero_head: bool, trust_remote_code: bool) -> PreTrainedModel:
-    if isinstance(model, str):
-        model = load_sequence_classifier(model, trust_remote_code=trust_remote_code)
+def _classifier(given: str | Path | PreTrainedModel, policy: Any, args: PPOConfig) -> PreTrainedModel:
+    model: Any = _loaded(str(given), args) if isinstance(given, str | Path) else given
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(
             f"`critic_model` is a {type(model).__name__}, which has no score head of one output that reads each "
             "position. Give a decoder with `AutoModelForSequenceClassification` and `num_labels=1`."
         )
+    known, needed = (each.get_input_embeddings().weight.size(0) for each in (model, policy))
+    if known < needed:
+        raise ValueError(
+            f"The embeddings of `critic_model` end at {known - 1}, and those of the policy, whose tokens it reads, at "
+            f"{needed - 1}. Give a critic with the policy's tokenizer, or call `resize_token_embeddings({needed})`."
+        )
     positions_follow_mask(model)
     pack(model)
-    if zero_head:
+    if args.critic_init == "policy":
         nn.init.zeros_(head.weight)
-    return model.requires_grad_(True)
+    trained: PreTrainedModel = model.requires_grad_(True)
+    return trained
+
+
+def _loaded(path: str, args: PPOConfig) -> PreTrainedModel | PeftModel:
+    """Load a classifier, with the adapter of a reward adapter's folder merged into it."""
+    try:
+        if is_adapter(path):
+            return load_reward_model(path, args.adapter_tolerance, trust_remote_code=args.trust_remote_code)[0]
+        return load_sequence_classifier(path, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(f"`critic_model` {path!r} cannot be loaded: {error}") from error

@@ -27,7 +27,11 @@ def check_given(args: Any, train_dataset: Any, eval_dataset: Any, processing_cla
             "PPO honours, and PPO's own: `PPOConfig(output_dir, ...)`."
         )
     check_is_dataset(train_dataset, "train_dataset")
+    if isinstance(eval_dataset, dict) and not eval_dataset:
+        raise ValueError("`eval_dataset` is an empty dictionary, so that nothing would be evaluated. Leave it out.")
     named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    if other := [key for key in named if not isinstance(key, str)]:
+        raise TypeError(f"The names of `eval_dataset` must be text, got {other[0]!r} ({type(other[0]).__name__}).")
     for key, rows in named.items():
         if rows is not None or key:
             check_is_dataset(rows, f"eval_dataset[{key!r}]" if key else "eval_dataset")

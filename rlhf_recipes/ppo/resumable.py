@@ -176,8 +176,8 @@ class ResumableTrainer(GRPOTrainer):
         ours = reference_fingerprint(self)
         if state.get("reference", ours) != ours:  # a checkpoint of an earlier version says nothing of it
             raise ValueError(
-                f"The run of {checkpoint!r} started from another `model` than this one, which is its reference: the KL "
-                "would be that to another policy. Resume with the `model` of that run."
+                f"The run of {checkpoint!r} started from another `model` than this one, which is its reference: the "
+                "KL would be that to another policy. Resume with the `model` of that run."
             )
 
     def _settings(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,11 +24,13 @@ _SIZES = (
 _ORDER = "the prompts would come in another order"
 _OPTIMIZER = "the checkpoint holds the state of another optimizer"
 _CRITIC = "the checkpoint holds another critic"
+_MOMENTS = "the checkpoint holds the moments of other scores"
 _REFUSED = {
     "seed": _ORDER,
     "shuffle_dataset": _ORDER,
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), _OPTIMIZER),
     **dict.fromkeys(("critic", "critic_layers"), _CRITIC),
+    **dict.fromkeys(("score_scaling", "subtract_reference_mean"), _MOMENTS),
 }
 _OTHER_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # with a state of their own
 # What the tensors of a rollout are made for.
@@ -36,7 +38,7 @@ _OF_A_ROLLOUT = ("kl_placement", "kl_estimator", "kl_anchor", "loss_aggregation"
 _NEXT_ROLLOUT = (
     *("temperature", "max_completion_length", "mask_truncated_completions", "generation_kwargs"),
     *("chat_template_kwargs", "reward_weights", "reward_placement", "placement_gamma", "attention_weight"),
-    *("score_scaling", "subtract_reference_mean", "score_clip", "missing_eos_penalty", "missing_eos_mode"),
+    *("score_clip", "missing_eos_penalty", "missing_eos_mode"),
     *("length_penalty", "overlong_buffer", "overlong_penalty", "ngram_penalty", "gamma", "gae_lambda"),
     *("gae_lambda_alpha", "critic_lambda", "whiten_rewards", "whiten_advantages"),
     *("whiten_unbiased", "kl_coef", "kl_controller", "kl_target", "kl_target_per", "kl_horizon"),
@@ -45,7 +47,14 @@ _RATES = ("learning_rate", "critic_learning_rate", "lr_scheduler_type", "lr_sche
 _ADAM = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _NEXT_STEP = (
     *(*_RATES, *_ADAM, "max_grad_norm", "bf16", "fp16", "epsilon", "epsilon_high", "delta", "entropy_coef"),
-    *("use_adaptive_entropy", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+    *(
+        "disable_dropout",
+        "use_adaptive_entropy",
+        "entropy_target",
+        "entropy_coef_delta",
+        "entropy_coef_min",
+        "entropy_coef_max",
+    ),
     *("importance_sampling_level", "target_kl", "ratio_threshold", "vf_coef", "value_clip"),
     *("ptx_coef", "ptx_batch_size", "ptx_max_length"),
 )

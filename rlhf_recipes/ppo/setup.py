@@ -156,7 +156,7 @@ def build_rewards(
     check_one_base(roles.model, functions)
     for index, function in enumerate(functions):
         before = [getattr(other, "__name__", None) for other in functions[:index]]
-        if isinstance(function, AdapterReward | ClassifierReward | EnsembleReward) and function.__name__ in before:
+        if function.__name__ in before:  # two functions of one name would be averaged in the logs
             function.__name__ = f"{function.__name__}_{index}"
     adapters = sum(isinstance(function, AdapterReward) for function in functions)
     if args.reward_placement in ("redistributed", "attention") and not adapters:
@@ -249,8 +249,8 @@ def _reward_of_model(
             given = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         except (OSError, ValueError):
             raise ValueError(
-                f"`reward_funcs[{number}]` is a {type(own).__name__} whose tokenizer is not found at {name!r}. Give it "
-                "in `reward_processing_classes`, or give `ClassifierReward(model, tokenizer)`."
+                f"`reward_funcs[{number}]` is a {type(own).__name__} whose tokenizer is not found at {name!r}. Give "
+                "it in `reward_processing_classes`, or give `ClassifierReward(model, tokenizer)`."
             ) from None
     if not getattr(own, "is_quantized", False):
         model.to(roles.model.device)

@@ -48,7 +48,8 @@ class PreferenceConfig(RewardConfig):
     """TRL's reward configuration with a choice of losses. The defaults train exactly what TRL trains.
 
     Raises:
-        ValueError: If a value has the wrong type, is out of range, has no effect, or contradicts another; it names the fields and the fix.
+        ValueError: If a value has the wrong type, is out of range, has no effect, or contradicts another; it names the
+            fields and the fix.
 
     Example:
         >>> PreferenceConfig(objective="ranking", label_noise=0.1, use_cpu=True, bf16=False).ties

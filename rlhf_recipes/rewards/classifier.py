@@ -38,8 +38,8 @@ class ClassifierReward:
             token. `None`: what the trainer says (`PPOTrainer` does); with another one, all are finished.
 
     Raises:
-        ValueError: If the model has more than one output, an encoder is to be read per token, or 4-bit weights are
-            repacked (`keep_4bit_differentiable`).
+        ValueError: If the model has more than one output, its embeddings do not hold all tokens, an encoder is to
+            be read per token, or 4-bit weights are repacked (`keep_4bit_differentiable`).
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -72,6 +72,7 @@ class ClassifierReward:
                 f"The reward model is an encoder ({type(own).__name__}), which has one score per text, but its "
                 f"`readout` is {readout.readout!r}. Set it to 'last' in its reward_model.json."
             )
+        _check_vocabulary(own, tokenizer, name)
         self.__name__ = name
         self.model = own.eval().requires_grad_(False)
         self._tokenizer, self._batch_size, self._readout = tokenizer, batch_size, readout
@@ -150,3 +151,14 @@ class ClassifierReward:
         numbers: Tensor = head(hidden)[..., 0].float()
         tails = [row[start : len(own)] for row, (own, start) in zip(numbers, rows, strict=True)]
         return [float(tail[-1] if self._readout is None else self._readout.score(tail)) for tail in tails]
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    embeddings = model.get_input_embeddings().weight.size(0)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= embeddings:
+        raise ValueError(
+            f"The tokenizer of the reward model {name!r} has the token {token!r} with the number {number}, and the "
+            f"embeddings of the model end at {embeddings - 1}. Give the model's own tokenizer (`tokenizer`, "
+            "`reward_processing_classes`), or call `model.resize_token_embeddings(len(tokenizer))` before it is trained."
+        )

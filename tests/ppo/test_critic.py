@@ -198,6 +198,22 @@ def test_a_critic_model_that_cannot_be_one_is_refused(make_trainer, tiny_model_p
     two = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=2)
     with pytest.raises(ValueError, match=r"no score head of one output .* `num_labels=1`"):
         make_trainer(critic="model", critic_model=two)
+    with pytest.raises(FileNotFoundError, match="`critic_model` 'no-such-model' cannot be loaded"):
+        make_trainer(critic="model", critic_model="no-such-model")
+    small = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    small.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match="The embeddings of `critic_model` end at 19, and those of the policy"):
+        make_trainer(critic="model", critic_model=small)
+
+
+def test_a_critic_model_may_be_an_adapter(make_trainer, reward_adapter, tiny_model_path):
+    """It is merged into its base, with its head."""
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
+    expected = PeftModel.from_pretrained(base, reward_adapter).eval()
+    critic = make_trainer(critic="model", critic_model=reward_adapter).critic._model
+    ids = torch.tensor([[6, 7, 8]])
+    with torch.no_grad():
+        assert_close(critic(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_critic_model_by_its_path(make_trainer, own_model, tiny_tokenizer, tmp_path):

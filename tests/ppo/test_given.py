@@ -60,6 +60,7 @@ def test_training_data_of_another_kind(arguments, error, message):
         ({"reward_funcs": torch.nn.Linear}, r"`reward_funcs\[0\]` is .*A class must be instantiated"),
         ({"reward_funcs": torch.nn.Linear(2, 1)}, r"`reward_funcs\[0\]` is Linear.*one of transformers'"),
         ({"model": None}, "`model` must be a path, .*got NoneType"),
+        ({"eval_dataset": {1: TorchRows()}}, "The names of `eval_dataset` must be text, got 1 .int."),
     ],
 )
 def test_arguments_of_another_kind(prompts, tiny_model_path, make_config, arguments, message):

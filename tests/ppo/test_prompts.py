@@ -27,6 +27,7 @@ BAD = [
     (GOOD, {"prompt": "the film was very very good"}, "row 2 has 6 tokens, and the context leaves 5.*`max_completion"),
     (GOOD, {"prompt": "the film <new>"}, "row 2 has the token 42, and the embeddings.*end at 41.*tokenizer"),
     (GOOD_CHATS, {"prompt": []}, "row 2 has no message"),
+    (GOOD_CHATS, {"prompt": chat("the", None)}, "row 2 has a message without text .`content` of message 1 is null"),
     (GOOD_CHATS, {"prompt": chat("the film was very good")}, "row 2 has 8 tokens"),
     (GOOD_CHATS, {"prompt": chat("the <new>")}, "row 2 has the token 42"),
 ]

@@ -79,6 +79,7 @@ REFUSED = [
     ({"optim": "sgd"}, 4, "`optim` sgd .*the state of another optimizer"),
     ({"critic": "head"}, 4, "`critic` head .*another critic"),
     ({"critic_layers": 1}, 4, "`critic_layers` 1 .*another critic"),
+    ({"score_scaling": "running"}, 4, "`score_scaling` running .*moments of other scores"),
     (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
         4,

@@ -1,5 +1,6 @@
 """Every kind of reward model as PPO's reward: normalised, read per token, in an ensemble, as an encoder."""
 
+import copy
 import json
 import shutil
 
@@ -227,6 +228,10 @@ def test_a_loaded_model_scores_as_its_folder_does(make_trainer, bert_path, gpt2_
     model.config._name_or_path = ""  # made in memory: no tokenizer, and the raw score
     given = scores_of(make_trainer, model, reward_processing_classes=(tokenizer,))
     assert_close(0.25 * given - 0.5, expected, atol=1e-6, rtol=1e-6)
+    beyond = copy.deepcopy(tokenizer)
+    beyond.add_tokens(["beyond"])
+    with pytest.raises(ValueError, match=r"has the token 'beyond' .*reward_processing_classes"):
+        scores_of(make_trainer, model, reward_processing_classes=beyond)
     with pytest.raises(ValueError, match=r"`reward_funcs\[0\]` is a \w+ whose tokenizer is not found at ''"):
         scores_of(make_trainer, model)
 
