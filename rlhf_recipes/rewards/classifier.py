@@ -160,5 +160,5 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str)
         raise ValueError(
             f"The tokenizer of the reward model {name!r} has the token {token!r} with the number {number}, and the "
             f"embeddings of the model end at {embeddings - 1}. Give the model's own tokenizer (`tokenizer`, "
-            "`reward_processing_classes`), or call `model.resize_token_embeddings(len(tokenizer))` before it is trained."
+            "`reward_processing_classes`), or call `model.resize_token_embeddings(len(tokenizer))` before training."
         )
