@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
+from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 
 
@@ -65,6 +66,10 @@ class CompletionTrainer(SFTTrainer):
             if self._is_plain():
                 metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_adapter(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

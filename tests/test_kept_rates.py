@@ -17,7 +17,8 @@ def test_other_rates_at_resume_are_named(tiny_model_path, tiny_tokenizer, tiny_t
     def trainer(**fields):
         options = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_steps": 1}
         options |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "output_dir": str(tmp_path)} | fields
-        lora = LoraConfig(task_type="CAUSAL_LM" if stage == "sft" else "SEQ_CLS", target_modules="all-linear", r=4)
+        task = "CAUSAL_LM" if stage == "sft" else "SEQ_CLS"
+        lora = LoraConfig(task_type=task, target_modules="all-linear", r=4, lora_alpha=options.pop("lora_alpha", 8))
         shared = {"processing_class": tiny_tokenizer, "peft_config": lora}
         if stage == "sft":
             rows = Dataset.from_dict({"text": tiny_texts})
@@ -39,3 +40,5 @@ def test_other_rates_at_resume_are_named(tiny_model_path, tiny_tokenizer, tiny_t
         ]
         assert [line.split("`")[1] for line in said] == named
         assert resumed.lr_scheduler.base_lrs == [1e-3, 1e-3]
+    with pytest.raises(ValueError, match="`lora_alpha` 64 .the checkpoint's: 8.: its weights would compute something"):
+        trainer(max_steps=2, lora_alpha=64).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -40,6 +40,8 @@ def check_same_adapter(checkpoint: str | Path, model: Any, adapter: str = POLICY
             LoRA configurations differ; it names these.
     """
     here, saved = isinstance(model, PeftModel), is_adapter(checkpoint)
+    if not here and getattr(model, "_hf_peft_config_loaded", False):  # transformers' own adapters
+        return
     if here != saved:
         kinds = {True: "an adapter (`peft_config`, `use_peft`)", False: "a whole model"}
         raise ValueError(
@@ -49,7 +51,7 @@ def check_same_adapter(checkpoint: str | Path, model: Any, adapter: str = POLICY
         return
     old, new = PeftConfig.from_pretrained(str(checkpoint)), model.peft_config[adapter]
     base = base_name(model)
-    if not same_model(old.base_model_name_or_path, base) and not same_model(base_of(checkpoint), base):
+    if (old.base_model_name_or_path or "") != base and not same_model(base_of(checkpoint), base):
         raise ValueError(
             f"{str(checkpoint)!r} was trained on {base_of(checkpoint)!r}, but the base of `model` is {base!r}. Resume "
             "with the base that it was trained on; if it is the same model at a new place, correct "

@@ -73,8 +73,12 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
     """Check what the trainer gets beside the configuration against it.
 
     Raises:
+        TypeError: If `placement` or `potential` is no function.
         ValueError: With the names and the fix.
     """
+    for name, given in (("placement", placement), ("potential", potential)):
+        if given is not None and not callable(given):
+            raise TypeError(f"`{name}` must be a function, got {given!r}. Words are for `PPOConfig.reward_placement`.")
     bandit = args.advantage_estimator == "bandit"
     if bandit and (placement is not None or potential is not None):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -14,7 +15,9 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import check_is_dataset
 
 
-def check_given(args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any) -> None:
+def check_given(
+    args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any, callbacks: Any = None
+) -> None:
     """Check the kinds of what `PPOTrainer` was given, before anything is loaded.
 
     Raises:
@@ -42,6 +45,7 @@ def check_given(args: Any, train_dataset: Any, eval_dataset: Any, processing_cla
         )
     if peft_config is not None:
         _check_peft_config(peft_config)
+    _check_callback_kinds(callbacks)
 
 
 def check_policy(model: Any) -> None:
@@ -136,6 +140,15 @@ def unused_tokenizer(role: str, reward: str) -> ValueError:
         f"`reward_processing_classes[{role.removeprefix('reward_')}]` is given, but that reward is {reward}. Give "
         "`None` there."
     )
+
+
+def _check_callback_kinds(callbacks: Any) -> None:
+    if not isinstance(callbacks, list | tuple | NoneType):
+        raise TypeError(f"`callbacks` must be a list of callbacks, got {type(callbacks).__name__}. Give `[callback]`.")
+    for index, callback in enumerate(callbacks or []):
+        # A class is made into a callback by transformers
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise TypeError(f"`callbacks[{index}]` must be a `TrainerCallback`, got {type(callback).__name__}.")
 
 
 def _check_peft_config(config: Any) -> None:

@@ -102,6 +102,12 @@ class TokenRewards:
     ) -> None:
         self._args = args
         self._placement = placement
+        for index, transform in enumerate(transforms):
+            if not callable(transform) or not hasattr(transform, "name"):
+                raise TypeError(
+                    f"`score_transforms[{index}]` is {transform!r}. Give a callable from scores and completions to "
+                    "scores, with a `name` for the logs (`rlhf_recipes.shaping.ScoreTransform`)."
+                )
         self.transforms = [*configured_transforms(args), *transforms]
 
     def __call__(

@@ -119,7 +119,7 @@ class PPOTrainer(PPOEngine):
         potential: Callable[..., Any] | None = None,
         ptx_dataset: Dataset | None = None,
     ) -> None:
-        check_given(args, train_dataset, eval_dataset, processing_class, peft_config)
+        check_given(args, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, self.reference = build_policy(model, args, quantization_config, peft_config)

@@ -15,6 +15,7 @@ from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import raw_score, save_with_first_rows
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_of
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
@@ -93,6 +94,10 @@ class PreferenceTrainer(RewardTrainer):
         """Train as TRL does; a checkpoint of the last step is loaded, and no further step is made."""
         path = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return load_finished(self, path) or super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_adapter(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str

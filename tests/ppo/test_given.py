@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import GRPOConfig
 
 from rlhf_recipes import PPOTrainer
@@ -60,6 +60,8 @@ def test_training_data_of_another_kind(arguments, error, message):
         ({"reward_funcs": torch.nn.Linear}, r"`reward_funcs\[0\]` is .*A class must be instantiated"),
         ({"reward_funcs": torch.nn.Linear(2, 1)}, r"`reward_funcs\[0\]` is Linear.*one of transformers'"),
         ({"model": None}, "`model` must be a path, .*got NoneType"),
+        ({"callbacks": ["x"]}, r"`callbacks\[0\]` must be a `TrainerCallback`, got str"),
+        ({"callbacks": TrainerCallback()}, r"`callbacks` must be a list of callbacks, got TrainerCallback"),
         ({"eval_dataset": {1: TorchRows()}}, "The names of `eval_dataset` must be text, got 1 .int."),
     ],
 )
@@ -95,3 +97,20 @@ def test_a_classifier_is_no_policy(make_trainer, tiny_model_path, reward_adapter
     classifier.save_pretrained(tmp_path / "tied")
     with pytest.raises(ValueError, match="its files hold 'score.weight', and are those of a classifier"):
         make_trainer(model=str(tmp_path / "tied"), peft_config=peft_config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"placement": "terminal"}, "`placement` must be a function, got 'terminal'"),
+        ({"score_transforms": [3]}, r"`score_transforms\[0\]` is 3. Give a callable"),
+    ],
+)
+def test_what_is_no_function(make_trainer, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make_trainer(**arguments)
+
+
+def test_rewards_of_one_name_are_told_apart(make_trainer):
+    rewards = [lambda completions, **kwargs: [1.0] * len(completions) for _ in range(2)]
+    assert make_trainer(reward_funcs=rewards).reward_func_names == ["<lambda>", "<lambda>_1"]
