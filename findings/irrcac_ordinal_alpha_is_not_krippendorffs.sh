@@ -11,7 +11,7 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 cd "$tmp"
 python3 -m venv venv
-venv/bin/pip install --quiet --disable-pip-version-check \
+venv/bin/pip install --quiet --no-compile --disable-pip-version-check \
   irrCAC==0.4.4 krippendorff==0.9.0 numpy==1.26.4 scipy==1.12.0 pandas==2.3.3
 venv/bin/python -I - <<'EOF'
 import importlib.metadata as metadata

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # sentence-transformers 6.2.0 (transformers 5.23.0, torch 2.13.0): a reward model (one label) loaded by CrossEncoder.
 # Guess: predict returns the model's score, which is what a head with one output computes.
-# Seen: with one label it applies a sigmoid. Rewards of 3.8, 5.2 and 11.9 become 0.977, 0.995 and 0.99999: the order
-#   survives, the differences do not, and above about 17 all answers are exactly 1. activation_fn=Identity() cures
-#   it.
+# Seen: with one label it applies a sigmoid. Rewards of 7.4, 14.6 and 15.0 become 0.9994, 0.9999995 and 0.9999996:
+#   the order survives, the differences do not, and above about 17 all answers are exactly 1.
+#   activation_fn=Identity() cures it.
 # Hurts: best-of-n and PPO with rewards from there: among good answers the advantage is next to nothing.
 set -euo pipefail
 tmp=$(mktemp -d)

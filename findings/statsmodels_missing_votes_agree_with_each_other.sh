@@ -10,7 +10,7 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 cd "$tmp"
 python3 -m venv venv
-venv/bin/pip install --quiet --disable-pip-version-check \
+venv/bin/pip install --quiet --no-compile --disable-pip-version-check \
   statsmodels==0.15.0 krippendorff==0.9.0 numpy==1.26.4 scipy==1.12.0
 venv/bin/python -I - <<'EOF'
 import krippendorff
