@@ -125,11 +125,7 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise TypeError(f"The adapter in {str(path)!r} is a {config.peft_type}; only LoRA adapters can share a base.")
-    if config.layer_replication:
-        raise ValueError(
-            f"The adapter in {str(path)!r} has `layer_replication`, which would repeat the layers of the base for "
-            "every role that shares it. Train an adapter without it."
-        )
+    check_shareable(config, f"The adapter in {str(path)!r}")
     expected, found = base_name(base), base_of(path)
     if not same_model(expected, found):
         raise ValueError(
@@ -138,6 +134,29 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
             f"{Path(path) / CONFIG}."
         )
     return fuse_lora(config)
+
+
+def check_shareable(config: LoraConfig, what: str) -> None:
+    """Refuse LoRA adapters that change more of a base than their own role may, or that look ahead in a text.
+
+    Raises:
+        ValueError: With the field and the fix.
+
+    Example:
+        >>> check_shareable(LoraConfig(), "The adapter")
+    """
+    reasons = {
+        "layer_replication": "it would repeat the layers of the base for every role that shares it",
+        "alora_invocation_tokens": "it acts from the last occurrence of these tokens on, wherever later text has them",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name):
+            raise ValueError(f"{what} has `{name}`: {reason}. Take an adapter without it.")
+    if config.bias != "none":
+        raise ValueError(
+            f"{what} has `bias: {config.bias}`: it would train the biases of the base, which all roles share. Take "
+            "one with `bias: none`."
+        )
 
 
 def same_model(left: str | None, right: str | None) -> bool:

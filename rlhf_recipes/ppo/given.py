@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import BEMACallback, SyncRefModelCallback
 
+from rlhf_recipes.models.adapters import check_shareable
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import check_is_dataset
 
@@ -168,3 +169,4 @@ def _check_lora(config: PeftConfig, what: str) -> None:
             f"{what} is a {type(config).__name__}. The roles share one base, which only LoRA adapters can: give a "
             "`peft.LoraConfig`."
         )
+    check_shareable(config, what)

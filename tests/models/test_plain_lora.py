@@ -123,10 +123,19 @@ def test_starts_that_cannot_be_computed_again_are_refused(tiny_model_path, tmp_p
         load_policy(load_causal_lm(tiny_model_path), changed_config(adapter, **fields))
 
 
-def test_layers_that_an_adapter_repeats_are_refused(tiny_model_path, tmp_path):
-    adapter = save_adapter(tiny_model_path, tmp_path / "sft", layer_replication=[[0, 2], [1, 2]])
-    with pytest.raises(ValueError, match="has `layer_replication`"):
+@pytest.mark.parametrize(
+    "fields",
+    [{"layer_replication": [[0, 2], [1, 2]]}, {"alora_invocation_tokens": [9]}, {"bias": "lora_only"}],
+    ids=str,
+)
+def test_adapters_that_change_more_than_their_role_are_refused(make_trainer, tiny_model_path, tmp_path, fields):
+    [name] = fields
+    adapter = save_adapter(tiny_model_path, tmp_path / "sft", **fields)
+    with pytest.raises(ValueError, match=rf"The adapter in .* has `{name}"):
         load_policy(load_causal_lm(tiny_model_path), adapter)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **fields)
+    with pytest.raises(ValueError, match=rf"`peft_config` has `{name}"):
+        make_trainer(model=tiny_model_path, peft_config=config, reward_funcs=lengths)
 
 
 @pytest.mark.parametrize("start", [*STARTS, False])
