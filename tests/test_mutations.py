@@ -185,6 +185,12 @@ BUGS = [
     Bug(FRONTIER, "np.exp(min(alpha / beta, 700.0) - 1)", "np.exp(alpha / beta)", "test_numbers_of_both_laws"),
     Bug(FRONTIER, "max(entry[kl], 0.0)) ** 0.5", "abs(entry[kl]))", "test_frontier_reads_what_has_a_kl_and_a_score"),
     Bug(AGREEMENT, "decided & (outcomes != 0.5)", "decided", "test_numbers"),
+    Bug(
+        AGREEMENT,
+        "((ours - theirs) ** 2).mean()",
+        "(ours - theirs).mean()",
+        "TestGradeAgreement.test_ten_is_above_nine",
+    ),
     Bug(METRICS, "policy > reference)", "policy >= 0)", "TestWinRate.test_numbers"),
     Bug(METRICS, "reference_scores).mean())", "reference_scores).sum())", "TestWinRate.test_numbers"),
     Bug(
@@ -218,10 +224,11 @@ BUGS = [
     Bug(VOTES, 'row.get("tie", False)', 'row.get("draw", False)', "TestReadVotes.test_rows"),
     Bug(
         VOTES,
-        "for vote in votes for item in",
-        "for vote in votes[::-1] for item in",
+        "seen = dict.fromkeys(item for vote in votes for item in",
+        "seen = dict.fromkeys(item for vote in votes[::-1] for item in",
         "TestCheckVotes.test_order_of_items",
     ),
+    Bug(VOTES, "sizes[part] < 2", "sizes[part] < 4", "TestIdentifiedItems.test_the_largest_part_that_beat_each_other"),
     Bug(VOTES, "not in beaten]", "in beaten]", "TestCheckUndefeated.test_refuses_undefeated_items"),
     Bug(RANKING, "ELO_PER_NAT / 2))", "ELO_PER_NAT))", "TestWinProbability.test_numbers"),
     Bug(RANKING, "return _sequential(votes,", "return _sequential(votes[::-1],", "TestElo.test_numbers"),

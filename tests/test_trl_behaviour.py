@@ -444,11 +444,12 @@ def test_reward_models_beside_functions_score_as_they_do_alone(make_given, chats
     )
     trainer.train()
     [call] = seen.calls
-    pairs = zip(call["prompts"], call["completions"], strict=True)
-    texts = [(prompt[0]["content"], completion[0]["content"]) for prompt, completion in pairs]
+    texts = []  # what was sampled stands behind the generation prompt as it is, with an end token if it ended
+    for prompt, completion, ids in zip(call["prompts"], call["completions"], call["completion_ids"], strict=True):
+        texts.append((prompt[0]["content"], completion[0]["content"], " <eos>" * (ids[-1] == 1)))
     rendered = [
-        [f"<user> {prompt} <eos> <assistant> {completion} <eos> " for prompt, completion in texts],
-        [f"{prompt} the {completion} the " for prompt, completion in texts],
+        [f"<user> {prompt} <eos> <assistant> {completion}{end}" for prompt, completion, end in texts],
+        [f"{prompt} the {completion}{end}" for prompt, completion, end in texts],
     ]
     for model, rows in zip(models, rendered, strict=True):
         with torch.no_grad():

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from peft import PeftModel
 
 logger = logging.getLogger(__name__)
@@ -98,9 +97,9 @@ def save_with_first_rows(
         numbers_of: `log_probs` or `raw_score`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else trainer.train_dataset
+    rows = trainer.eval_dataset if hasattr(trainer.eval_dataset, "select") else trainer.train_dataset
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # one process alone cannot run it
-    if isinstance(model, PeftModel) and isinstance(rows, Dataset) and not sharded:
+    if isinstance(model, PeftModel) and hasattr(rows, "select") and not sharded:  # no stream
         first = rows.select(range(min(ROWS, len(rows))))
         save_trained_on(folder, model, [ids_of(row) for row in first], numbers_of)
 

@@ -251,12 +251,11 @@ def _refuse(problems: dict[int, str], name: str, rows: int, fix: str) -> None:
 
 
 def _wrong_kind(prompt: Any) -> str | None:
+    for index, message in enumerate(prompt if isinstance(prompt, list) else ()):
+        if isinstance(message, dict) and message.get("content", "") is None and not message.get("tool_calls"):
+            return f"has a message without text (`content` of message {index} is null)"
     try:
         check_kind(prompt, "prompt")
     except BadRow:
         return "is neither text nor a chat (a list of messages with `role` and `content`)"
-    if isinstance(prompt, list):
-        empty = [i for i, each in enumerate(prompt) if each.get("content") is None and not each.get("tool_calls")]
-        if empty:
-            return f"has a message without text (`content` of message {empty[0]} is null)"
     return "is missing" if prompt is None else "has no message" if prompt == [] else None

@@ -237,6 +237,7 @@ def _reward_of_model(
     """
     check_one_base(roles.model, [model])
     own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    keep_4bit_differentiable(own)
     number = role.removeprefix("reward_")
     if not (hasattr(own, "score") or hasattr(own, "classifier")):
         raise ValueError(

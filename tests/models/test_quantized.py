@@ -80,8 +80,8 @@ def policy_with_adapter(load, make_trainer, **_):
 def reward_of_ppo(load, make_config, tiny_tokenizer, **_):
     reward, roles = load(AutoModelForSequenceClassification), Roles(load(AutoModelForCausalLM, lora=True))
     reward.config._name_or_path = "another/base"
-    [model], _ = build_rewards(reward, roles, tiny_tokenizer, make_config(), [None])
-    return model
+    [model], _ = build_rewards(reward, roles, tiny_tokenizer, make_config(), [tiny_tokenizer])
+    return model.model
 
 
 def reward_stage(load, tiny_tokenizer, tmp_path, **_):

@@ -60,6 +60,18 @@ CONTRADICTIONS = [
     ),
     ({"delta": 1.2}, ["delta", "epsilon"], "larger than 1"),
     ({"delta": 1.35, "epsilon_high": 0.4}, ["delta", "epsilon_high"], "larger than 1"),
+    ({"kl_target_per": "token"}, ["kl_target_per", "kl_controller"], "Set it to `adaptive`"),
+    (
+        {"kl_target_per": "token", "kl_controller": "adaptive"},
+        ["kl_target", "kl_target_per"],
+        "remove `kl_target_per`",
+    ),
+    ({"target_kl": 5.0}, ["target_kl", "max_completion_length"], "usual are 0.01 to 0.1"),
+    (
+        {"whiten_unbiased": True, "whiten_advantages": False},
+        ["whiten_unbiased", "whiten_advantages", "whiten_rewards"],
+        "Remove it",
+    ),
     ({"ptx_batch_size": 2}, ["ptx_batch_size", "ptx_coef"], "remove `ptx_batch_size`"),
 ]
 

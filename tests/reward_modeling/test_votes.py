@@ -137,6 +137,12 @@ class TestCheckUndefeated:
 
 
 class TestIdentifiedItems:
+    def test_the_largest_part_that_beat_each_other(self):
+        votes = [Vote("a", "b"), Vote("b", "c"), Vote("c", "b"), Vote("c", "d"), Vote("d", "c")]
+        assert identified_items(votes) == {"b", "c", "d"}
+        assert identified_items([*votes, Vote("e", "a"), Vote("a", "e")]) == {"b", "c", "d"}
+        assert identified_items(votes, anchor="a") == set()
+
     @pytest.mark.parametrize(
         ("votes", "anchor", "expected"),
         [
