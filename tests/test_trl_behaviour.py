@@ -356,6 +356,7 @@ def test_an_evaluation_stream_leaves_the_workers_of_training(make_given, prompts
     assert trainer.args.dataloader_num_workers == 2
 
 
+@pytest.mark.slow
 def test_workers_of_the_data_loader_change_nothing(make):
     seen = []
     for workers in (0, 2):

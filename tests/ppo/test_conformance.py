@@ -145,6 +145,7 @@ def late(trainer, key):
     return sum(values) / len(values)
 
 
+@pytest.mark.slow
 def test_what_holds_the_policy_back(learn):
     """C51: an entropy bonus keeps the entropy up; a larger KL coefficient keeps the KL down, in reward and in loss."""
     free = learn(kl_coef=0.0, max_steps=40)
@@ -155,6 +156,7 @@ def test_what_holds_the_policy_back(learn):
     assert late(in_loss, "kl") < late(free, "kl") / 2
 
 
+@pytest.mark.slow
 def test_the_adaptive_controller_steers_near_its_target(learn):
     """C50: from a coefficient that is much too small, and with a reward that is worth much more KL."""
     fields = {"kl_controller": "adaptive", "kl_target": 2.0, "kl_horizon": 24, "max_steps": 120}

@@ -72,6 +72,7 @@ OTHERS = {
 @pytest.mark.parametrize(
     "fields", [CONTROLS, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["controls", "others"]
 )
+@pytest.mark.slow
 def test_a_whole_training_on_two_processes_equals_one_on_one(fields, sft_adapter, reward_adapter, tmp_path, repo_root):
     """Two rollouts, with whitening, adaptive KL, running scales and an early stop over all processes together."""
     arguments = [str(sft_adapter), str(reward_adapter), str(tmp_path), json.dumps(fields)]

@@ -65,6 +65,7 @@ def state_of(trainer):
     }
 
 
+@pytest.mark.slow
 def test_it_continues_exactly_after_any_step(make_trainer, tiny_texts, tmp_path):
     """C54, with everything that has a state, and evaluations that draw random numbers in between."""
     texts = Dataset.from_list([{"text": text} for text in tiny_texts[:5]])

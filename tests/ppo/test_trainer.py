@@ -314,6 +314,7 @@ def fraction_of_good(completions, **kwargs):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.slow
 def test_it_learns_a_known_reward_and_not_a_shuffled_one(make_trainer, shuffled):
     generator = torch.Generator().manual_seed(0)
 

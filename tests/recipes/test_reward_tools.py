@@ -87,6 +87,7 @@ def test_ppo_with_an_ensemble(load_stage, copies, tiny_model_path, sft_adapter, 
     assert [parent["path"] for parent in parents] == [str(sft_adapter), *copies]
 
 
+@pytest.mark.slow
 def test_ppo_with_a_served_reward(
     load_stage, repo_root, bert_path, tiny_model_path, sft_adapter, tmp_path, tiny_texts, write_rows, monkeypatch
 ):

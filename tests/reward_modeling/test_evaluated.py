@@ -57,6 +57,7 @@ def test_the_size_of_batches_changes_nothing(kind, whole, tiny_model_path, tmp_p
         assert whole[kind]["margin"] == pytest.approx(written["margin"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(whole, tiny_model_path, tmp_path, repo_root):
     """Nine rows leave a last batch that accelerate fills up with rows that were there before."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

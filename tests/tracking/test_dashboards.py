@@ -129,6 +129,7 @@ def test_without_an_account(run_alone, tmp_path):
     assert "argument --entity: must be a name of letters, digits" in odd[2]
 
 
+@pytest.mark.slow
 def test_saving_again_replaces(run_alone, tmp_path, server):
     to_me = ["--entity", "me", "--project"]
     calls = [[*to_me, "rlhf-recipes"], [*to_me, "rlhf-recipes"], [*to_me, "nothing"]]

@@ -10,6 +10,7 @@ from tests.ppo.test_distributed import run
 WORKER = Path(__file__).with_name("hooks_worker.py")
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(sft_adapter, reward_adapter, tmp_path, repo_root):
     found = []
     for processes in (1, 2):
