@@ -458,7 +458,8 @@ def _texts(
             "generation prompt included), and where the answer begins cannot be seen. Use a template that writes a "
             "prompt in the same way with and without an answer."
         )
-    marked = _rendered(tokenizer, [*prompt, *answer[:-1], _with_marker(answer[-1])], **options)
+    if len(answer) > 1:  # else the first message is the last one, and was marked
+        marked = _rendered(tokenizer, [*prompt, *answer[:-1], _with_marker(answer[-1])], **options)
     _, found, closing = marked.rpartition(_MARKER)
     end = len(whole) - len(closing) if found and whole.endswith(closing) else None
     return _Texts(before, whole, start, content, end)

@@ -37,6 +37,7 @@ from rlhf_recipes.ppo.step_metrics import StepMetrics
 from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
+from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.shaping import Completions, ScoreTransform, steered_kl
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class PPOTrainer(PPOEngine):
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
         more = zip(inputs, prompt_ids, ended, strict=True)
         inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
         texts = zip(prompts, completions, completion_ids_list, strict=True)
@@ -203,7 +204,7 @@ class PPOTrainer(PPOEngine):
 
         completions = Completions(
             self._completion_ids,
-            finished=torch.tensor([bool(ids) and ids[-1] in self.eos_token_ids for ids in self._completion_ids]),
+            finished=torch.tensor(which_ended(len(mask), self._completion_ids, self.eos_token_ids, None)),
             max_length=self.args.max_completion_length or 0,
             sum_over_processes=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
             training=training,
