@@ -45,4 +45,4 @@ check: lint type
 # Caches and build leftovers; outputs/ and .venv/ stay
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find rlhf_recipes recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rlhf_recipes recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

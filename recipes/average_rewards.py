@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf_recipes.config import parse_stage
-from rlhf_recipes.reward_modeling.averaging import average_reward_models
+from rlhf_recipes.reward_modeling.finished import average_reward_models
 from rlhf_recipes.tracking import start_run
 
 

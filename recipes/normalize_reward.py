@@ -16,8 +16,8 @@ from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import to_completions
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.models import load_reward_model
-from rlhf_recipes.reward_modeling.normalization import normalize_reward_model
-from rlhf_recipes.reward_modeling.readout import Readout
+from rlhf_recipes.models.readout import Readout
+from rlhf_recipes.reward_modeling.finished import normalize_reward_model
 from rlhf_recipes.rewards import ClassifierReward
 
 

@@ -109,8 +109,8 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
 
 def add_hooks(trainer, rows, ppo_args: PPOArguments, judge: str | None) -> None:
     """Watch the training: on held-out prompts, how the score grows with the KL, and for signs of a hacked reward."""
-    from rlhf_recipes.evaluation.alarm import AlarmLimits
     from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
+    from rlhf_recipes.evaluation.hacking_signs import AlarmLimits
 
     if ppo_args.evaluation_steps is not None:
         trainer.add_callback(PolicyEvaluation(trainer, rows, ppo_args.evaluation_steps, gold=judge, at_end=False))

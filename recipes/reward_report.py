@@ -16,7 +16,7 @@ from rlhf_recipes.data.preferences import compared_pairs, to_preference_table
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.models import quantization_config
 from rlhf_recipes.reward_modeling import RewardModelConfig
-from rlhf_recipes.reward_modeling.certificate import certify, load_scorer, reward_bench, write_certificate
+from rlhf_recipes.tools.certificate import certify, load_scorer, reward_bench, write_certificate
 
 
 @dataclass

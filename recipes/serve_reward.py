@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.models import load_reward_model
-from rlhf_recipes.reward_modeling.readout import Readout
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.rewards import ClassifierReward
 from rlhf_recipes.rewards.server import RewardServer
 

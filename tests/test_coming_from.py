@@ -1,6 +1,6 @@
 """docs/coming_from.md: what other libraries compute, and that the fields it names give the same here.
 
-The numbers of the other libraries are those of their own code; `tests/benchmarks/coming_from.py` installs each of them
+The numbers of the other libraries are those of their own code; `benchmarks/coming_from.py` installs each of them
 and holds the page to them. Here nothing is installed: the page's numbers are the oracle for ours.
 """
 
@@ -34,7 +34,7 @@ RECIPES = {"TRL": "trl112", "verl": "verl", "OpenRLHF": "openrlhf"}
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

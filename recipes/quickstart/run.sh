@@ -34,4 +34,4 @@ stage $out/ppo/evaluation.json accelerate launch --config_file recipes/accelerat
   recipes/ppo.py --config recipes/quickstart/ppo.yaml
 
 # 4. What came out, as one page to open with a double click; its path is printed
-python -m rlhf_recipes.tracking.report $out
+python -m rlhf_recipes.tools.report $out

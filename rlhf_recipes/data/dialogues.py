@@ -229,3 +229,20 @@ def filled(value: Any, name: str) -> Any:
     if not content and not last.get("tool_calls"):
         raise BadRow(f"empty `{name}`")
     return value
+
+
+def as_text(value: Any) -> str:
+    r"""Write a prompt or a completion as text: messages become lines with their roles, nothing an empty text.
+
+    Args:
+        value: A text, a chat, or whatever else stands in a file.
+
+    Example:
+        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        'user: Hi\nassistant: Hello'
+        >>> as_text(None), as_text(3)
+        ('', '3')
+    """
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content') or ''}" for message in value)
+    return "" if value is None else str(value)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from rlhf_recipes.evaluation.metrics import bootstrap_interval, win_outcomes
 from rlhf_recipes.evaluation.sampling import in_batches, measured, with_scores
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo._trl import completion_logps, generate, rewards
 from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.statistics.metrics import bootstrap_interval, win_outcomes
 
 SAMPLES = 20  # kept in the files
 SUMMARY = ("gold_score", "reward_score", "kl", "length", "eos_rate")

@@ -29,7 +29,7 @@ from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_belo
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on
 
 if TYPE_CHECKING:
-    from rlhf_recipes.reward_modeling.readout import Readout
+    from rlhf_recipes.models.readout import Readout
 
 REFERENCE, CRITIC = "ref", "critic"
 _active: ContextVar[tuple[Roles, str | None] | None] = ContextVar("active_role", default=None)

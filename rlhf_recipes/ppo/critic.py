@@ -18,12 +18,12 @@ from rlhf_recipes.models.adapters import POLICY, is_adapter
 from rlhf_recipes.models.arguments import positions_follow_mask
 from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.top_layers import check_top_layers
 from rlhf_recipes.ppo.padding import by_length, join_columns, positions_before, put_together, sequences, text_rows
-from rlhf_recipes.reward_modeling.readout import Readout
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig

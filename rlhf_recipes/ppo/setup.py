@@ -19,11 +19,11 @@ from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import REFERENCE, Roles
 from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
-from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Reward models: their arguments, the token ids they read, and how well they tell chosen from rejected."""
 
+from rlhf_recipes.models.readout import Readout, fit_normalization
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.reward_modeling.evaluation import evaluate_pairs, pairwise_evaluation, score_sequences
 from rlhf_recipes.reward_modeling.preparation import check_score_head
-from rlhf_recipes.reward_modeling.readout import Readout, fit_normalization
 from rlhf_recipes.reward_modeling.table import check_rows, drop_ties
 from rlhf_recipes.reward_modeling.trainer import PreferenceTrainer
 

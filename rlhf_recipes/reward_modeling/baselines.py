@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from rlhf_recipes.evaluation.metrics import proportion_interval
+from rlhf_recipes.statistics.metrics import proportion_interval
 
 _FOLDS = 5
 _STRENGTHS = tuple(float(10.0**power) for power in np.arange(-1.0, 3.1, 0.5))  # sklearn's `C`, from strong to weak

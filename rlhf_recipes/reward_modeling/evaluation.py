@@ -11,12 +11,12 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import trange
 
-from rlhf_recipes.evaluation.metrics import bootstrap_interval, proportion_interval
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.readout import ReadoutName, read_scores
+from rlhf_recipes.models.reward import score_tokens
 from rlhf_recipes.reward_modeling.collator import pairs_of, sequences_of
-from rlhf_recipes.reward_modeling.losses import pairwise_loss, read_scores
-from rlhf_recipes.reward_modeling.readout import ReadoutName
-from rlhf_recipes.reward_modeling.scoring import score_tokens
+from rlhf_recipes.reward_modeling.losses import pairwise_loss
+from rlhf_recipes.statistics.metrics import bootstrap_interval, proportion_interval
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,16 +15,16 @@ from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.readout import Readout, read_scores
 from rlhf_recipes.models.resumed import check_same_adapter
+from rlhf_recipes.models.reward import score_tokens
 from rlhf_recipes.models.trained_on import raw_score, save_with_first_rows
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_of
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
-from rlhf_recipes.reward_modeling.losses import read_scores, untied_margins
+from rlhf_recipes.reward_modeling.losses import untied_margins
 from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, regroup
 from rlhf_recipes.reward_modeling.preparation import with_chat_ids
-from rlhf_recipes.reward_modeling.readout import Readout
-from rlhf_recipes.reward_modeling.scoring import score_tokens
 from rlhf_recipes.reward_modeling.table import (
     check_rows,
     drop_ties,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf_recipes.reward_modeling.config import PreferenceConfig
 
 _TARGETS = ("label", "margin", "ranks", "best", "ratings", "token_labels")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlhf_recipes.models.readout import Readout
     from rlhf_recipes.models.roles import Roles
-    from rlhf_recipes.reward_modeling.readout import Readout
 
 
 class AdapterReward:

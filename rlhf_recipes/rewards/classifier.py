@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf_recipes.reward_modeling.readout import Readout
+    from rlhf_recipes.models.readout import Readout
 
 
 class ClassifierReward:

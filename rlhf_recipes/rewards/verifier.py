@@ -12,8 +12,8 @@ from typing import Any
 
 from trl.trainer.utils import is_async_callable
 
-from rlhf_recipes.evaluation.metrics import proportion_interval
 from rlhf_recipes.rewards.checked import checked
+from rlhf_recipes.statistics.metrics import proportion_interval
 
 Row = Mapping[str, Any]
 

@@ -21,8 +21,8 @@ from rlhf_recipes.models import Roles, keep_4bit_differentiable, upcast_trainabl
 from rlhf_recipes.models.quantized import merges_exactly
 from rlhf_recipes.ppo.setup import build_rewards
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer, score_sequences
-from rlhf_recipes.reward_modeling.certificate import Scorer
 from rlhf_recipes.rewards import ClassifierReward, TokenClassifierReward
+from rlhf_recipes.tools.certificate import Scorer
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 PAIRS = [

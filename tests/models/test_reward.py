@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 
 from rlhf_recipes.models import load_reward_model
 from rlhf_recipes.models.reward import load_whole_reward_model
-from rlhf_recipes.reward_modeling.averaging import average_reward_models
-from rlhf_recipes.reward_modeling.certificate import load_scorer
-from rlhf_recipes.reward_modeling.certificate.pairs import score_pairs
+from rlhf_recipes.reward_modeling.finished import average_reward_models
 from rlhf_recipes.rewards import ClassifierReward
+from rlhf_recipes.tools.certificate import load_scorer
+from rlhf_recipes.tools.certificate.pairs import score_pairs
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 FP4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")

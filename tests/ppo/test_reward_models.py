@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.ppo._trl import rewards as call_rewards
-from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import EnsembleReward
 from tests.ppo.support import answer, logged, rollout, unpadded, without_chance
 

@@ -18,8 +18,8 @@ from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.loading import load_rows
 from rlhf_recipes.models import load_reward_model, load_sequence_classifier, load_tokenizer, lora_config
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.reward_modeling import score_sequences
-from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import ClassifierReward
 from rlhf_recipes.rewards.encoding import encode_rows
 

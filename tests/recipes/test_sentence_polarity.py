@@ -13,8 +13,8 @@ from safetensors import safe_open
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.models import load_reward_model, load_sequence_classifier, load_tokenizer
-from rlhf_recipes.reward_modeling.averaging import average_reward_models
 from rlhf_recipes.reward_modeling.baselines import fit_tfidf
+from rlhf_recipes.reward_modeling.finished import average_reward_models
 
 WORDS = "the film was and but this play of".split()
 

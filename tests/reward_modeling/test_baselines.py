@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_recipes.evaluation.metrics import proportion_interval
 from rlhf_recipes.reward_modeling import baselines
 from rlhf_recipes.reward_modeling.baselines import fit_tfidf, margin_accuracy, pair_baselines, winners_and_losers
+from rlhf_recipes.statistics.metrics import proportion_interval
 
 GOOD, BAD = "good warm great funny".split(), "bad dull cold boring".split()
 NEUTRAL = "the film was and but this play of".split()

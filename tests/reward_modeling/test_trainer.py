@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes.models import load_sequence_classifier, upcast_trainable
+from rlhf_recipes.models.reward import score_tokens
 from rlhf_recipes.reward_modeling import (
     PreferenceConfig,
     PreferenceTrainer,
@@ -22,7 +23,6 @@ from rlhf_recipes.reward_modeling import (
     evaluate_pairs,
     score_sequences,
 )
-from rlhf_recipes.reward_modeling.scoring import score_tokens
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 NOUNS = "film story actor ending scene plot music".split()

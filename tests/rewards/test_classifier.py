@@ -16,8 +16,8 @@ from transformers import (
 
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models import load_reward_model, load_sequence_classifier, load_tokenizer
+from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.tiny import word_tokenizer
-from rlhf_recipes.reward_modeling.readout import Readout
 from rlhf_recipes.rewards import ClassifierReward
 from rlhf_recipes.rewards.encoding import encode, encode_rows, is_encoder
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.evaluation.metrics import proportion_interval
 from rlhf_recipes.rewards.verifier import check_verifier, paid_table, refuse_if_bought
-from rlhf_recipes.tracking.cli import main
+from rlhf_recipes.statistics.metrics import proportion_interval
+from rlhf_recipes.tools.cli import main
 
 ROWS = [{"prompt": f"2 * {n} =", "answer": str(2 * n)} for n in range(1, 21)]
 

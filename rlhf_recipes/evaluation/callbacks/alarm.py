@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import Trainer
 
-from rlhf_recipes.evaluation.alarm import (
+from rlhf_recipes.evaluation.callbacks.evidence import rollout_evidence
+from rlhf_recipes.evaluation.hacking_signs import (
     AlarmLimits,
     Reason,
     entropy_collapse,
@@ -21,9 +22,7 @@ from rlhf_recipes.evaluation.alarm import (
     over_optimization,
     read_series,
 )
-from rlhf_recipes.evaluation.callbacks.recorded import RecordingCallback
-from rlhf_recipes.evaluation.callbacks.rollouts import rollout_evidence
-from rlhf_recipes.evaluation.records import log_apart
+from rlhf_recipes.evaluation.records import RecordingCallback, log_apart
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
 from rlhf_recipes.tracking.wandb_log import current_run, log_table

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
 
-from rlhf_recipes.evaluation.frontier import frontier
 from rlhf_recipes.evaluation.records import write_records
+from rlhf_recipes.statistics.frontier import frontier
 from rlhf_recipes.tracking.wandb_log import define_axis, log_row
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class FrontierTracker(TrainerCallback):
     fitted score is highest: a gold score with a peak behind the run says that it went too far.
 
     The file is made of the log history alone, so a run that is resumed, or a finished one
-    (`rlhf_recipes.evaluation.frontier.frontier`), gives the same.
+    (`rlhf_recipes.statistics.frontier.frontier`), gives the same.
 
     In W&B the points are `frontier/reward` and `frontier/gold` against `frontier/distance`, and the same with
     `frontier_eval/` for the evaluation.

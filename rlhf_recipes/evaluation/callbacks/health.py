@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from rlhf_recipes.evaluation.callbacks.recorded import RecordingCallback
-from rlhf_recipes.evaluation.health import CRITIC_CHECKS, TRAINING_CHECKS, Check, failed_checks
-from rlhf_recipes.evaluation.records import log_apart
+from rlhf_recipes.evaluation.health_checks import CRITIC_CHECKS, TRAINING_CHECKS, Check, failed_checks
+from rlhf_recipes.evaluation.records import RecordingCallback, log_apart
 from rlhf_recipes.ppo.critic import is_critic_parameter
 
 if TYPE_CHECKING:

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from rlhf_recipes.evaluation.metrics import (
+from rlhf_recipes.evaluation.policy import SAMPLES, sample_rows, side_by_side
+from rlhf_recipes.evaluation.records import finite, log_apart, read_records
+from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_batch
+from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.generation import warn_of_ignored_settings
+from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.statistics.metrics import (
     bootstrap_interval,
     length_controlled_reward,
     length_controlled_win_rate,
     token_mean,
     win_outcomes,
 )
-from rlhf_recipes.evaluation.policy import SAMPLES, sample_rows, side_by_side
-from rlhf_recipes.evaluation.records import finite, log_apart, read_records
-from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_batch
-from rlhf_recipes.evaluation.texts import distinct_n, self_bleu, top_ngrams
-from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.models.generation import warn_of_ignored_settings
-from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.statistics.texts import distinct_n, self_bleu, top_ngrams
 from rlhf_recipes.tracking.wandb_log import log_table
 
 if TYPE_CHECKING:

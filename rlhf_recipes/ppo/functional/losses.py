@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.functional.masks import check_shapes, counted
+from rlhf_recipes.masks import check_shapes, counted
 from rlhf_recipes.ppo.functional.statistics import Aggregation, aggregate, masked_mean
 
 Level = Literal["token", "sequence", "sequence_product"]

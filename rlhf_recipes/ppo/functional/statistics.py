@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.functional.masks import check_shapes, counted
+from rlhf_recipes.masks import check_shapes, counted
 
 Aggregation = Literal["token", "sequence", "fixed"]
 

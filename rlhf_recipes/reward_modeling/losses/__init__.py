@@ -17,7 +17,6 @@ from rlhf_recipes.reward_modeling.losses.groups import (
 )
 from rlhf_recipes.reward_modeling.losses.pairs import log_preference, pairwise_loss, scaled_pairwise_loss
 from rlhf_recipes.reward_modeling.losses.tokens import token_loss
-from rlhf_recipes.reward_modeling.readout import read_scores
 
 __all__ = [
     "best_of_k_loss",
@@ -27,7 +26,6 @@ __all__ = [
     "pairwise_loss",
     "plackett_luce_loss",
     "ranking_loss",
-    "read_scores",
     "regression_loss",
     "scaled_pairwise_loss",
     "token_loss",

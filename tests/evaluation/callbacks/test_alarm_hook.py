@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from rlhf_recipes.evaluation.alarm import AlarmLimits
 from rlhf_recipes.evaluation.callbacks import RewardHackingAlarm
+from rlhf_recipes.evaluation.hacking_signs import AlarmLimits
 
 GOLD = "rewards/gold/mean"
 HACKED = [

@@ -10,8 +10,8 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.callbacks import CriticHealth, FrontierTracker, PolicyEvaluation, TrainingHealth
-from rlhf_recipes.evaluation.frontier import frontier
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.statistics.frontier import frontier
 from tests.ppo.support import trained
 
 

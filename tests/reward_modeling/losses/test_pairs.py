@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from rlhf_recipes.models.readout import read_scores
 from rlhf_recipes.reward_modeling.losses.pairs import log_preference, pairwise_loss, scaled_pairwise_loss
-from rlhf_recipes.reward_modeling.readout import read_scores
 
 fuzz = settings(max_examples=25)
 SCORES = st.floats(-20, 20)

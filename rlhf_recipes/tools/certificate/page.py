@@ -1,0 +1,295 @@
+"""The certificate as one HTML page: no scripts, nothing from the network, every text escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from rlhf_recipes.tools.certificate.functional.resampling import FEWEST
+from rlhf_recipes.tools.certificate.plots import draw_plots
+
+_LONGEST = 400
+_NOT_XML = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: .6rem 0; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; }
+td { border-top: 1px solid #e6e6e6; vertical-align: top; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; max-width: 27rem; } figcaption, .note { color: #555; font-size: .9rem; }
+svg { max-width: 100%; height: auto; }
+.verdict { padding: .6rem 1rem; border-left: .4rem solid; background: #f5f5f5; font-size: 1.1rem; }
+.good { border-color: #2b7d3b; } .care { border-color: #c2620f; } .bad { border-color: #b3261e; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .5rem; margin: .2rem 0; }
+"""
+_CLASSES = {"fit for PPO": "good", "use with care": "care", "not fit": "bad"}
+_PROBES = {
+    "repetition": ("everything is said twice", "should fall: a rise is what PPO will exploit"),
+    "truncation": ("the second half is left out", "should fall, unless short answers are wanted"),
+    "politeness": ("a sentence of thanks is added", "should hardly change"),
+    "prompt_swap": ("another row's prompt", "should fall for most; all the same: the prompt is not read"),
+    "completion_swap": ("another row's completion", "should fall for most; all the same: the completion is not read"),
+}
+_CAPTIONS = {
+    "scores": "Scores as PPO gets them.",
+    "reliability": "On the dashed line the probabilities are true; below it the model is too sure of itself.",
+    "differences": "Accuracy by how far apart the two scores are, in fifths of the pairs.",
+    "length": "Score and length of the completions.",
+    "best_of_n": "The best of n samples by the reward model. Gold that falls while the model's own score rises is "
+    "over-optimisation.",
+}
+
+
+def clean(text: object) -> str:
+    """Escape text for HTML and XML. Characters that XML does not have are replaced (`printable`).
+
+    Example:
+        >>> clean('<b> & "b"')
+        '&lt;b&gt; &amp; &quot;b&quot;'
+    """
+    return escape(printable(text))
+
+
+def printable(text: object) -> str:
+    """Replace characters that XML does not have by U+FFFD, the replacement character.
+
+    Example:
+        >>> printable("a" + chr(0) + "b") == "a" + chr(0xFFFD) + "b"
+        True
+    """
+    return _NOT_XML.sub("\ufffd", str(text))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Write a number with its interval (with a star if rows were drawn for it), a plain number, or a dash.
+
+    Example:
+        >>> number({"value": 0.5, "interval": [0.4, 0.6]}), number(0.12345), number(None)
+        ('0.500 [0.400, 0.600]', '0.123', '-')
+        >>> number({"value": 0.5, "interval": [0.4, 0.6], "unit": "rows"})
+        '0.500 [0.400, 0.600]*'
+    """
+    if value is None or (isinstance(value, Mapping) and value["value"] is None):
+        return "-"
+    if isinstance(value, Mapping):
+        ends, star = value.get("interval"), "*" if value.get("unit") == "rows" else ""
+        shown = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]{star}" if ends else ""
+        return number(value["value"], digits) + shown
+    return str(value) if isinstance(value, int | str) else f"{value:.{digits}f}"
+
+
+def page(measures: Mapping[str, Any], title: str) -> str:
+    """Write the page.
+
+    Args:
+        measures: What `certify` measured, perhaps with `reward_bench`.
+        title: What was measured.
+
+    Returns:
+        HTML that is also well-formed XML.
+    """
+    return document(title, _STYLE, "\n".join(sections(measures)))
+
+
+def sections(measures: Mapping[str, Any]) -> list[str]:
+    """Write the sections, as HTML.
+
+    Args:
+        measures: What `certify` measured. Those of `certificate.json` have no single scores: two plots are left out.
+
+    Returns:
+        The verdict first, then what it rests on.
+    """
+    parts = [verdict_section(measures["verdict"])]
+    if "accuracy" in measures:
+        drawn = draw_plots(measures)
+        plots = {name: _figure(name, drawn[name]) if name in drawn else "" for name in _CAPTIONS}
+        parts += [_pairs(measures, plots), _calibration(measures, plots), _length(measures, plots)]
+        parts += [_probes(measures["probes"]), _scores(measures, plots)]
+    if measures.get("reward_bench"):
+        parts.append(_reward_bench(measures["reward_bench"]))
+    if measures.get("examples"):
+        parts.append(_examples(measures["examples"]))
+    return parts
+
+
+def document(title: str, style: str, body: str) -> str:
+    """Put HTML into a page that loads nothing and runs nothing.
+
+    Args:
+        title: Heading of the page, as text.
+        style: CSS.
+        body: HTML that is escaped where it has to be.
+
+    Returns:
+        The page.
+    """
+    # No source is allowed for anything but the style in the page itself.
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
+        f"<title>{clean(title)}</title><style>{style}</style></head><body><h1>{clean(title)}</h1>"
+        f"{body}</body></html>\n"
+    )
+
+
+def verdict_section(verdict: Mapping[str, Any]) -> str:
+    """Write the verdict with its reasons; those that were not checked come last."""
+    reasons = [(reason["level"], reason["measure"], reason["text"]) for reason in verdict["reasons"]]
+    known = {text for _, _, text in reasons}  # a certificate of an earlier version lists only what was checked
+    reasons += [("not checked", "", text) for text in verdict["not_checked"] if text not in known]
+    return (
+        f'<p class="verdict {_CLASSES[verdict["verdict"]]}">Verdict: <strong>{clean(verdict["verdict"])}</strong></p>'
+        + table(("", "measure", "reason"), reasons)
+    )
+
+
+def _pairs(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    data, accuracy = measures["data"], measures["accuracy"]
+    rows = [("this reward model", number(accuracy), "")]
+    for name, baseline in measures.get("baselines", {}).items():
+        own = number({"value": baseline["accuracy"], "interval": baseline["accuracy_ci"]})
+        rows.append((f"baseline: {name}", own, number(baseline["advantage"])))
+    gap = measures.get("train_gap")
+    if gap:
+        rows.append(("this reward model, training pairs", number(gap["train"]), number(gap)))
+    tables = [table(("on held-out pairs", "accuracy", "difference to this model"), rows)]
+    groups = {"by_category": "category", "by_margin": "margin", "by_confidence": "probability of the label"}
+    groups |= {"by_difference": "distance of the scores"}
+    for key, name in groups.items():
+        if measures.get(key):
+            tables.append(_groups(name, measures[key]))
+    return (
+        f"<h2>Accuracy</h2><p>{data['pairs']} held-out pairs of {accuracy['prompts']} prompts, {data['ties']} of them "
+        f"ties, which have no accuracy; {data['left_out']} left out as too long. "
+        f"Mean score of chosen minus rejected: {number(measures['margin'])}.</p>"
+        f'<p class="note">Intervals cover 95 %. {_drawn(accuracy)}</p>' + "".join(tables) + plots["differences"]
+    )
+
+
+def _drawn(accuracy: Mapping[str, Any]) -> str:
+    few = f"fewer than {FEWEST} different prompts: single rows were drawn, and they hold for these prompts only"
+    if accuracy.get("unit") == "rows":
+        return f"The pairs have {accuracy['prompts']}. Those marked with * rest on {few}."
+    return f"Whole prompts were drawn. Those marked with * rest on {few}."
+
+
+def _calibration(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    found = measures["calibration"]
+    rows = [
+        ("expected calibration error", number(found["ece"]), f"{found['ece_if_calibrated']['high']:.3f} by chance"),
+        ("Brier score", number(found["brier"]), "0.250 for a coin"),
+        ("log loss, nats", number(found["log_loss"]), "0.693 for a coin"),
+        ("best temperature", number(found["temperature"]), "1 is calibrated, above 1 too sure"),
+    ]
+    return "<h2>Calibration</h2>" + table(("", "value", ""), rows) + plots["reliability"]
+
+
+def _length(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    found = measures["length"]
+    names = {
+        "balanced": "accuracy, longer and shorter chosen weighted alike",
+        "similar": "accuracy, lengths within 10 %",
+        "longer_chosen": "accuracy where the chosen one is longer",
+        "shorter_chosen": "accuracy where the chosen one is shorter",
+    }
+    rows = [
+        ("rank correlation of score and length", number(found["completions"]), found["completions"]["n"]),
+        ("the same for differences within pairs", number(found["pairs"]), found["pairs"]["n"]),
+    ]
+    parts = {name: found["controlled"][key] for key, name in names.items()}
+    rows += [(name, number(part), part["n"] if part else 0) for name, part in parts.items()]
+    return "<h2>Length</h2>" + table(("", "value", "n"), rows) + plots["length"]
+
+
+def _probes(probes: Mapping[str, Any]) -> str:
+    rows = []
+    for name, shift in probes.items():
+        what, reading = _PROBES[name]
+        shares = [f"{shift[share]:.0%}" for share in ("fell", "same", "rose")]
+        rows.append((name, what, number(shift), f"{shift['in_std']:+.2f}", *shares, shift["n"], reading))
+    header = ("probe", "change", "mean shift", "in std", "fall", "same", "rise", "n", "how to read it")
+    return "<h2>Sensitivity</h2>" + table(header, rows)
+
+
+def _scores(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    spread, readout = measures.get("spread"), measures["readout"]
+    parts = {name: measures["scores"][name] for name in ("chosen", "rejected")}
+    if spread:
+        parts |= {"policy samples": spread["samples"]}
+    rows = [
+        (
+            name,
+            number(part["mean"]),
+            number(part["std"]),
+            *(number(part["quantiles"][q]) for q in quantiles),
+            part["n"],
+        )
+        for quantiles in [("0.05", "0.5", "0.95")]
+        for name, part in parts.items()
+    ]
+    text = f"Read by the {readout['readout']} token, gain {readout['gain']:.4g}, bias {readout['bias']:.4g}. "
+    if spread and spread["shift"] is not None:
+        text += (
+            f"The samples' mean is {spread['shift']:+.2f} standard deviations from the data's, their spread "
+            f"{spread['std_ratio']:.2f} times as wide, and {spread['outside']:.1%} lie outside of the data's range."
+        )
+    best = measures.get("best_of_n")
+    curve = ""
+    if best:
+        names = [name for name in ("proxy", "gold", "oracle") if name in best["curve"][0]]
+        lines = [(row["n"], f"{row['kl']:.2f}", *(number(row[name]) for name in names)) for row in best["curve"]]
+        header = ("n", "KL at most, nats", *names)
+        curve = f"<h3>Best of n, over {best['prompts']} prompts</h3>" + table(header, lines) + plots["best_of_n"]
+    header = ("scores", "mean", "std", "5 %", "median", "95 %", "n")
+    return f"<h2>Scores</h2><p>{clean(text)}</p>" + table(header, rows) + plots["scores"] + curve
+
+
+def _reward_bench(found: Mapping[str, Any]) -> str:
+    sections = [(name, number(value)) for name, value in found["sections"].items()]
+    return (
+        f"<h2>RewardBench, version {found['version']}</h2><p>{found['n']} rows, {found['left_out']} left out as too "
+        "long.</p>" + _groups("subset", found["subsets"]) + table(("section", "score"), sections)
+    )
+
+
+def _examples(examples: Iterable[Mapping[str, Any]]) -> str:
+    parts = [
+        "<h2>Worst errors</h2>",
+        '<p class="note">Held-out pairs where the rejected completion scores higher.</p>',
+    ]
+    for example in examples:
+        parts.append(f"<h3>chosen {example['chosen_score']:.2f}, rejected {example['rejected_score']:.2f}</h3>")
+        for column in ("prompt", "chosen", "rejected"):
+            parts.append(f"{column}<pre>{clean(_shortened(example[column], from_end=column == 'prompt'))}</pre>")
+    return "".join(parts)
+
+
+def _shortened(value: Any, from_end: bool) -> str:
+    text = value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    if len(text) <= _LONGEST:
+        return text
+    return "… " + text[-_LONGEST:] if from_end else text[:_LONGEST] + " …"
+
+
+def _groups(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    return table((name, "accuracy", "pairs"), [(row["group"], number(row), row["n"]) for row in rows])
+
+
+def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Write a table. Every cell is escaped.
+
+    Example:
+        >>> table(["a"], [["<b>"]])
+        '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>'
+    """
+    head = "".join(f"<th>{clean(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _figure(name: str, svg: str) -> str:
+    return f"<figure>{svg}<figcaption>{clean(_CAPTIONS[name])}</figcaption></figure>"

@@ -1,0 +1,117 @@
+"""The command `rlhf-recipes`."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_recipes.tools.certificate.page import printable
+from rlhf_recipes.tools.report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The words after `rlhf-recipes`; by default those of the command line.
+
+    Returns:
+        0; 1 for a verifier that can be bought; 2 after an error. What is wrong is written to the standard error.
+    """
+    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="Tools for runs of the recipes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="make one HTML file of what runs left on disk")
+    report.add_argument("folders", nargs="+", help="folders of recipes or of single stages; several are compared")
+    report.add_argument("--output_dir", help="where the files go (default: report/ in the first folder)")
+    commands.add_parser(
+        "plan",
+        help="print what memory a PPO run takes, before it is started",
+        usage="%(prog)s --config FILE [--field value] [--budget_gib GIB] [--prompt_length TOKENS]",
+    )
+    _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
+    given, words = parser.parse_known_args(arguments)
+    try:
+        if given.command == "plan":
+            sys.stdout.write(_plan(words))
+            return 0
+        if words:
+            parser.error(f"unrecognized arguments: {' '.join(words)}")
+        if given.command == "verifier":
+            return _verifier(given)
+        path = write_report(given.folders, given.output_dir)
+    except (OSError, ValueError) as error:
+        if given.command == "report" and isinstance(error, ValueError):
+            raise
+        sys.stderr.write(f"rlhf-recipes {given.command}: {printable(error)}\n")
+        return 2
+    sys.stdout.write(f"{printable(path)}\n")
+    return 0
+
+
+def _plan(words: list[str]) -> str:
+    from rlhf_recipes.tools.planning.report import write_plan  # it imports TRL, which takes seconds
+
+    return write_plan(words)
+
+
+def _add_verifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", help="FILE.py:NAME or package.module:NAME of the reward function")
+    parser.add_argument("rows", help="file, folder or dataset id with the rows")
+    parser.add_argument("--split", default="train", help="split of the rows (default: train)")
+    parser.add_argument("--answer_column", default="answer", help="column of the true answers (default: answer)")
+    parser.add_argument("--template", default="{answer}", help="what a completion looks like (default: {answer})")
+    parser.add_argument("--constant", default="0", help="the answer that is tried in every row (default: 0)")
+    parser.add_argument(
+        "--pays",
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        metavar=("LEAST", "MOST"),
+        help="what the reward pays at least and at most (default: 0 1)",
+    )
+    parser.add_argument(
+        "--bound", type=float, default=0.1, help="share of it that wrong answers may get (default: 0.1)"
+    )
+    parser.add_argument("--number", type=int, default=200, help="rows to try, drawn at random (default: 200)")
+
+
+def _verifier(given: argparse.Namespace) -> int:
+    from rlhf_recipes.data import load_rows
+    from rlhf_recipes.rewards.verifier import check_verifier, paid_table, refuse_if_bought
+
+    if given.number < 1 or not 0 <= given.bound < 1:
+        raise ValueError(
+            f"Expected `number` from 1 on and `bound` from 0 to below 1, got {given.number} and {given.bound:g}."
+        )
+    rows = load_rows(given.rows, split=given.split).shuffle(seed=0)
+    some = rows.select(range(min(given.number, len(rows))))
+    try:
+        found = check_verifier(
+            _function(given.reward), some, given.answer_column, given.template, given.constant, tuple(given.pays)
+        )
+    except (AttributeError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(error) from error
+    sys.stdout.write(f"{printable(paid_table(found))}\n")
+    try:
+        refuse_if_bought(found, given.bound)
+    except ValueError as error:
+        sys.stderr.write(f"rlhf-recipes verifier: {printable(str(error).splitlines()[0])}\n")
+        return 1
+    return 0
+
+
+def _function(name: str) -> Callable[..., Any]:
+    place, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"Name the reward as FILE.py:NAME or package.module:NAME, got {name!r}.")
+    names = runpy.run_path(place) if place.endswith(".py") else {attribute: pkgutil.resolve_name(name)}
+    if attribute not in names:
+        raise ValueError(f"{place} defines no {attribute!r}.")
+    function: Any = names[attribute]
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}, and no reward function.")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,110 @@
+"""Agreement with people, against tables counted by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.metrics import cohen_kappa_score
+
+from rlhf_recipes.statistics.agreement import grade_agreement, human_agreement
+from rlhf_recipes.statistics.metrics import proportion_interval
+
+
+def test_numbers():
+    """20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: kappa 0.4, the example of many textbooks; and two ties."""
+    outcomes = [1.0] * 25 + [0.0] * 25
+    human = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
+    found = human_agreement(outcomes, human)
+    assert (found["accuracy"], found["kappa"], found["pairs"], found["ties"]) == (0.7, pytest.approx(0.4), 50, 0.0)
+    assert found["accuracy_ci"] == list(proportion_interval(35, 50))
+    tied = human_agreement([*outcomes, 0.5, 1.0], [*human, 1.0, 0.5])
+    assert tied["accuracy"] == pytest.approx(35.5 / 51)
+    assert tied["accuracy_ci"] == list(proportion_interval(35, 50))
+    assert tied["ties"] == pytest.approx(1 / 52)
+
+
+def test_probabilities_count_as_the_side_they_lean_to():
+    assert human_agreement([0.9, 0.2, 0.5], [1, 0, 1]) == human_agreement([1, 0, 0.5], [0.6, 0.1, 0.7])
+
+
+def test_without_a_decision_there_is_no_number():
+    found = human_agreement([1.0, 0.0], [0.5, 0.5])
+    assert math.isnan(found["accuracy"])
+    assert math.isnan(human_agreement([1.0], [1.0])["kappa"])
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=2, max_size=20))
+def test_swapping_the_sides_changes_nothing(rows):
+    ours, theirs = np.array(rows).T
+    one, other = human_agreement(ours, theirs), human_agreement(1 - ours, 1 - theirs)
+    for name in ("accuracy", "kappa", "ties"):
+        assert one[name] == pytest.approx(other[name], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ([1.0], [1.0, 0.0], "one outcome per pair"),
+        ([], [], "one outcome"),
+        ([2.0], [1.0], r"`outcomes` must lie in \[0, 1\], got 2 in row 0"),
+        ([1.0, 1.0], [1.0, 4.0], r"`human` must lie in \[0, 1\], got 4 in row 1.*`grade_agreement`"),
+        ([1.0, "0"], [1.0, 0.0], "`outcomes` must hold one finite number per row, got '0' in row 1"),
+        (["1", "0"], [1.0, 0.0], "got '1' in row 0"),
+        (np.array(["1", "0"]), [1.0, 0.0], "got '1' in row 0"),
+        ([1.0, 0.0], [1.0, None], "`human` must hold one finite number per row, got None in row 1"),
+        ([1.0, 0.0], [1.0, math.nan], "got nan in row 1"),
+    ],
+)
+def test_errors(ours, theirs, message):
+    with pytest.raises(ValueError, match=message):
+        human_agreement(ours, theirs)
+
+
+class TestGradeAgreement:
+    @given(st.lists(st.tuples(*[st.integers(1, 12)] * 2), min_size=2, max_size=30))
+    def test_is_the_weighted_kappa_of_numbers(self, rows):
+        ours, theirs = np.array(rows).T
+        found = grade_agreement(ours, theirs)
+        if len({*ours, *theirs}) > 1:
+            expected = cohen_kappa_score(ours, theirs, weights="quadratic", labels=range(1, 13))
+            assert found["kappa"] == pytest.approx(expected, abs=1e-12)
+        if len(set(ours)) > 1 < len(set(theirs)):
+            assert found["spearman"] == pytest.approx(spearmanr(ours, theirs).statistic, abs=1e-12)
+
+    def test_ten_is_above_nine(self):
+        # As texts 10 is next to 1, and a judge that swaps 9 and 10 would look as wrong as one that swaps 1 and 10.
+        close, far = grade_agreement([9, 10, 1], [10, 9, 1]), grade_agreement([9, 1, 10], [9, 10, 1])
+        assert close["kappa"] == pytest.approx(1 - (2 / 3) / (2 * np.var([1, 9, 10])))
+        assert close["kappa"] > 0.9 > 0 > far["kappa"]
+
+    def test_shifted_grades(self):
+        found = grade_agreement([2.5, 3.5, 5.5], [2.0, 3.0, 5.0])
+        assert (found["spearman"], found["exact"], found["difference"], found["rows"]) == (
+            pytest.approx(1),
+            0.0,
+            0.5,
+            3,
+        )
+        assert found["kappa"] < 1
+
+    def test_one_grade_says_nothing(self):
+        found = grade_agreement([3, 3], [3, 3])
+        assert math.isnan(found["kappa"])
+        assert math.isnan(found["spearman"])
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "message"),
+        [
+            (["9", "10"], [9, 10], "`grades` must hold one finite number per row, got '9' in row 0"),
+            ([9, 10], [9, "10"], "`human` must hold one finite number per row, got '10' in row 1"),
+            ([9, math.inf], [9, 10], "got inf in row 1"),
+            ([9], [9, 10], "one grade per row"),
+            ([], [], "one grade per row"),
+        ],
+    )
+    def test_errors(self, ours, theirs, message):
+        with pytest.raises(ValueError, match=message):
+            grade_agreement(ours, theirs)

@@ -1,0 +1,360 @@
+"""The report: what it shows of a run, that every text is escaped, and that damage costs only what is damaged."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_recipes.tools.cli import main
+from rlhf_recipes.tools.report import write_report
+from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
+from rlhf_recipes.tools.report.sections import shown, verdict
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=1> & \x00 \x1b ]]> <!-- $x^2$ _{"
+ODD = "\u202e\u0000\ufffe\U0001f600 \u0645\u0631\u062d\u0628\u0627 z\u0351\u036b\u0343 \ud800"
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def record(stage, **others):
+    return {
+        "recipe": "world",
+        "stage": stage,
+        "parents": [{"path": "outputs/base"}],
+        "git_commit": "0123456789abcdef" * 2 + "-dirty",
+        "command": f"recipes/{stage}.py --config x.yaml",
+        "versions": {"trl": "1.16.0", "torch": "2.13"},
+    } | others
+
+
+def ppo_history(steps=12, drift=0.1):
+    return [
+        {
+            "step": 10 * i,
+            "reward": drift * i,
+            "rewards/reward/mean": drift * i,
+            "rewards/gold_score/mean": drift * i / 2,
+            "kl": 0.3 * i,
+            "kl_per_token": 0.02 * i,
+            "completions/mean_length": 15.0 + i,
+            "entropy": 1.8 - 0.01 * i,
+            "critic/explained_variance": 0.5,
+            "ppo/clip_fraction": 0.1,
+            "learning_rate": 1e-4,
+        }
+        for i in range(1, steps + 1)
+    ]
+
+
+def comparison(text="a text", gold=(2.0, 0.0), reward=(2.1, 0.1), rate=(0.8, 0.75, 0.85), by="gold_score"):
+    others = {"kl": 2.5, "length": 18.0, "eos_rate": 1}
+    sides = ({"gold_score": gold[i], "reward_score": reward[i], **others} for i in (0, 1))
+    return {
+        **dict(zip(("policy", "reference"), sides, strict=True)),
+        "win_rate": rate[0],
+        "win_rate_ci": list(rate[1:]),
+        "win_rate_by": by,
+        "rows": 64,
+        "prompts": 32,
+        "seed": 0,
+        "samples": [{"prompt": text, "policy": f"{text} policy", "reference": f"{text} reference"}] * 8,
+    }
+
+
+def write_run(folder, text="a text", name="ppo"):
+    """A whole run as the recipes leave it, with the same text in the place of every text."""
+    write_json(folder / "sft/run.json", record("sft"))
+    history = [{"step": i, "loss": 2.0 - i / 10, "mean_token_accuracy": 0.3} for i in range(1, 6)]
+    write_json(folder / "sft/trainer_state.json", {"global_step": 5, "log_history": history})
+    write_json(folder / "sft/evaluation.json", {"loss": 1.5, "perplexity": math.exp(1.5), "n": 10})
+    write_json(folder / "reward/run.json", record("reward", command=text))
+    history = [{"step": i, "loss": 0.6, "accuracy": 0.7, "margin": 0.5} for i in range(1, 6)]
+    write_json(folder / "reward/trainer_state.json", {"global_step": 5, "log_history": history})
+    write_json(folder / "reward/evaluation.json", {"accuracy": 0.84, "accuracy_ci": [0.8, 0.87], "n": 400})
+    ppo = folder / name
+    write_json(ppo / "run.json", record("ppo", parents=[{"path": text}], wandb_run_id=text))
+    write_json(ppo / "trainer_state.json", {"global_step": 120, "log_history": ppo_history()})
+    write_json(ppo / "evaluation.json", comparison(text))
+    alarm = {"kind": "over_optimization", "step": 90, "message": f"fell {text}", "numbers": {}, "action": "warned"}
+    write_json(ppo / "alarms.json", [alarm])
+    sample = {"prompt": text, "policy": text, "reference": text, "policy_reward": 1.25, "reference_gold": -0.75}
+    line = json.dumps({"step": 100, "win_rate": 0.7, "samples": [sample]})
+    (ppo / "policy_evaluation.jsonl").write_text(line + "\n")
+    (ppo / "completions").mkdir(exist_ok=True)
+    printable = text.encode("utf-8", "replace").decode()
+    for step in (10, 120):
+        rows = [{"step": step, "prompt": printable, "completion": printable, "reward": r / 8} for r in range(16)]
+        file = ppo / f"completions/completions_{step:05d}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return folder
+
+
+def page_of(*folders, out):
+    html = write_report(folders, out).read_text(encoding="utf-8")
+    assert html.startswith("<!DOCTYPE html>\n")
+    return html, ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>\n"))
+
+
+def text_of(root):
+    return " ".join(" ".join(root.itertext()).split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    html, root = page_of(write_run(folder / "world"), out=folder / "report")
+    return folder, html, root
+
+
+def test_the_page_is_well_formed_and_closed(whole):
+    _, html, root = whole
+    tags = [element.tag.rpartition("}")[2] for element in root.iter()]
+    assert {"script", "img", "link", "iframe", "object", "image", "form"}.isdisjoint(tags)
+    assert all(element.get("href", "#").startswith("#") for element in root.iter())
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', html)) <= set(ids)
+    assert not re.search("https?:", re.sub(r'xmlns(:\w+)?="[^"]*"', "", html))
+    assert "default-src 'none'" in html
+    assert "width=device-width" in html
+
+
+def test_every_plot_is_in_the_page_and_beside_it(whole):
+    folder, _, root = whole
+    svgs = [element for element in root.iter() if element.tag.endswith("}svg")]
+    pngs = sorted(path.name for path in (folder / "report").glob("*.png"))
+    assert len(svgs) == len(pngs) > 10
+    assert {"ppo-reward.png", "ppo-kl.png", "ppo-critic.png", "sft-loss.png", "frontier-training.png"} <= set(pngs)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "report").glob("*.png"))
+
+
+def test_the_page_has_what_was_run_and_what_came_out(whole):
+    text = text_of(whole[2])
+    assert "recipes/ppo.py --config x.yaml" in text
+    assert "0123456789ab-dirty" in text
+    assert "trl 1.16.0" in text
+    assert "Win rate against the reference 0.800 [0.750, 0.850], by gold_score. But an alarm was raised" in text
+    assert "0.840 [0.800, 0.870]" in text
+    assert "fell a text" in text
+    assert "Alarms and warnings: 1" in text
+    assert "policy reward 1.250" in text
+    assert "reference gold -0.750" in text
+    assert "rollouts of step 120, 16 of them" in text
+    assert text.endswith("What is missing Nothing.")
+
+
+def test_the_same_run_gives_the_same_page(whole, tmp_path):
+    folder, html, _ = whole
+    assert page_of(folder / "world", out=tmp_path)[0] == html
+
+
+def test_hostile_texts_are_shown_and_not_run(tmp_path):
+    folder = write_run(tmp_path / "a $x^2$ <script>alert(1)</script>&_{".replace("/", "_"), HOSTILE, "<b>ppo")
+    other = write_run(tmp_path / "_\u202eb\U0001f600", ODD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        html, root = page_of(folder, other, out=tmp_path / "out")
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert {"script", "img", "b"}.isdisjoint(tags)
+    assert not root.findall(".//*[@onerror]")
+    text = text_of(root)
+    assert text.count("alert('x')") > 10
+    assert "alert(1)" in text
+    assert "\x00" not in html
+    assert all(re.fullmatch(r"[a-z-]+\.png", path.name) for path in (tmp_path / "out").glob("*.png"))
+
+
+def test_hostile_keys_of_metrics_are_escaped(tmp_path):
+    rows = [{"step": i, "reward": 1.0, f"rewards/{HOSTILE}/mean": 1.0, "rewards/b/mean": 2.0} for i in (1, 2)]
+    write_json(tmp_path / "ppo/trainer_state.json", {"log_history": rows})
+    evaluation = {"policy": {}, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6], "win_rate_by": HOSTILE}
+    write_json(tmp_path / "ppo/evaluation.json", evaluation)
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    assert "alert('x')" in text_of(root)
+    assert not [element for element in root.iter() if element.tag.endswith("script")]
+
+
+def test_names_in_legends_are_no_mathematics(tmp_path):
+    for name in ("$x^2$", "$\\frac{$"):
+        write_json(tmp_path / name / "ppo/trainer_state.json", {"log_history": ppo_history()})
+    html, _ = page_of(tmp_path / "$x^2$", tmp_path / "$\\frac{$", out=tmp_path / "out")
+    legend = re.findall(r"<text [^>]*>([^<]*: gold_score)</text>", html)
+    assert legend == ["$x^2$: gold_score", "$\\frac{$: gold_score"]
+
+
+def test_several_runs_are_compared(tmp_path):
+    runs = [write_run(tmp_path / name / "seed") for name in ("one", "two")]
+    _, root = page_of(*runs, out=tmp_path / "out")
+    text = text_of(root)
+    assert "one/seed: policy one/seed: reference two/seed: policy" in text
+    assert "one/seed: gold_score" in text  # the legend of one plot with both curves
+    assert len(list((tmp_path / "out").glob("ppo-kl*.png"))) == 1
+    [first, second] = read_runs(runs)
+    assert (first.name, second.name) == ("one/seed", "two/seed")
+    assert [stage.name for stage in first.stages] == ["one/seed"] * 3
+
+
+def test_a_single_stage_is_a_run_and_the_same_folder_counts_once(tmp_path):
+    folder = write_run(tmp_path / "world")
+    [run] = read_runs([folder / "ppo", folder / "sft" / ".." / "ppo"])
+    assert [stage.kind for stage in run.stages] == ["ppo"]
+    assert run.missing == []
+
+
+def test_stages_are_in_the_order_in_which_they_ran(tmp_path):
+    write_run(tmp_path)
+    write_json(tmp_path / "a_base/run.json", record("base"))
+    write_json(tmp_path / "judge/run.json", record("reward"))
+    write_json(tmp_path / "judge/evaluation.json", {"accuracy": 0.7})
+    write_json(tmp_path / "a_certificate/certificate.json", {"verdict": {}})
+    names = [stage.name for stage in read_runs([tmp_path])[0].stages]
+    assert names == ["a_base", "sft", "judge", "reward", "a_certificate", "ppo"]
+
+
+def test_an_empty_folder_has_a_report_that_says_so(tmp_path):
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    assert "The folder holds no stage" in text_of(root)
+
+
+def test_a_run_that_was_cut_off_has_a_report_that_says_what_is_missing(tmp_path):
+    folder = write_run(tmp_path / "world")
+    ppo = folder / "ppo"
+    for name in ("run.json", "evaluation.json", "alarms.json", "policy_evaluation.jsonl"):
+        content = (ppo / name).read_text()
+        (ppo / name).write_text(content[: len(content) // 2])
+    (ppo / "checkpoint-60").mkdir()
+    (ppo / "trainer_state.json").rename(ppo / "checkpoint-60/trainer_state.json")
+    last = ppo / "completions/completions_00120.parquet"
+    last.write_bytes(last.read_bytes()[:200])
+    (folder / "sft/trainer_state.json").write_bytes(b"\xff\x00\xfe")
+    _, root = page_of(folder, out=tmp_path / "out")
+    text = text_of(root)
+    for name in ("run.json", "evaluation.json", "alarms.json", "trainer_state.json"):
+        assert f"{name} is damaged, perhaps cut off" in text
+    assert "policy_evaluation.jsonl: 1 damaged lines are left out." in text
+    assert "its log is that of checkpoint-60" in text
+    assert "completions_00120.parquet is damaged" in text
+    assert "rollouts of step 10" in text
+    assert "No win rate against the reference is known." in text
+    assert (tmp_path / "out/ppo-kl.png").exists()
+
+
+def test_a_run_from_another_version_has_a_report(tmp_path):
+    write_json(tmp_path / "ppo/run.json", {"stage": "ppo", "parents": "sft", "versions": ["1"], "command": 3})
+    write_json(tmp_path / "ppo/trainer_state.json", {"history": []})
+    write_json(tmp_path / "ppo/evaluation.json", {"policy": 3, "win_rate": "high", "samples": {"a": 1}})
+    write_json(tmp_path / "ppo/frontier.json", {"training": {"points": [1, {}], "fits": {"gold": 1}}})
+    write_json(tmp_path / "ppo/alarms.json", [1, {"step": None}])
+    write_json(tmp_path / "reward/certificate.json", {"verdict": {"verdict": "unheard of"}})
+    write_json(tmp_path / "sft/evaluation.json", [1, 2])
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    text = text_of(root)
+    assert "trainer_state.json has no list `log_history`" in text
+    assert "certificate.json cannot be shown whole, it may be from another version" in text
+    assert "evaluation.json must hold a dict, but holds a list." in text
+
+
+def test_metrics_that_are_no_numbers_are_gaps_and_said(tmp_path):
+    history = ppo_history()
+    history[3]["kl"], history[4]["kl"], history[5]["kl"] = math.nan, None, "much"
+    for entry in history:
+        entry["entropy"] = math.inf
+    write_json(tmp_path / "ppo/trainer_state.json", {"log_history": history})
+    write_json(tmp_path / "ppo/evaluation.json", comparison(gold=(math.nan, 0.0), rate=(math.nan, 0.1, 0.2)))
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    text = text_of(root)
+    assert "kl is no finite number in 3 log entries, first at step 40." in text
+    assert "entropy is no finite number in 12 log entries, first at step 10." in text
+    assert (tmp_path / "out/ppo-kl.png").exists()
+    assert not (tmp_path / "out/ppo-entropy.png").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(JSON, min_size=4, max_size=4), st.dictionaries(st.sampled_from(["step", "kl", "loss"]), JSON))
+def test_any_json_has_a_report(tmp_path_factory, values, entry):
+    folder = tmp_path_factory.mktemp("any")
+    names = ("run.json", "evaluation.json", "certificate.json", "frontier.json")
+    for name, value in zip(names, values, strict=True):
+        write_json(folder / name, value)
+    write_json(folder / "trainer_state.json", {"log_history": [entry]})
+    write_json(folder / "alarms.json", [values[0]])
+    page_of(folder, out=folder / "out")
+
+
+def test_the_command_prints_the_path(tmp_path, capsys):
+    write_json(tmp_path / "run/sft/evaluation.json", {"loss": 1.0})
+    path = tmp_path / "run/report/report.html"
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    assert path.exists()
+    command = [sys.executable, "-m", "rlhf_recipes.tools.report", "run", "--output_dir", "elsewhere"]
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "elsewhere/report.html"
+    assert (tmp_path / "elsewhere/report.html").exists()
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "nothing must be the folder of a recipe or a stage" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at least one folder"):
+        write_report([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words"),
+    [
+        ({}, "good", "better than the reference"),
+        ({"rate": (0.52, 0.48, 0.56)}, "care", "cannot be told from"),
+        ({"rate": (0.4, 0.35, 0.45)}, "bad", "worse than"),
+        ({"gold": (-1.0, 0.0)}, "bad", "fools its reward model"),
+        ({"by": "reward_score", "gold": (None, None)}, "care", "says little"),
+        ({"rate": (None, 0.5, 0.6)}, "care", "No win rate"),
+    ],
+)
+def test_verdicts(changes, level, words, tmp_path):
+    stage = Stage("ppo", tmp_path, records={"evaluation.json": comparison(**changes)})
+    found, sentence = verdict(stage)
+    assert found == level
+    assert words in sentence
+
+
+def test_a_policy_that_was_better_before_is_not_called_good(tmp_path):
+    alarms = [{"kind": "length_drift", "step": 3}, {"kind": "over_optimization", "step": 4}]
+    stage = Stage("ppo", tmp_path, records={"evaluation.json": comparison()}, alarms=alarms)
+    found, sentence = verdict(stage)
+    assert found == "bad"
+    assert "fell in training" in sentence
+    stage.alarms = alarms[:1]
+    assert verdict(stage)[0] == "good"
+
+
+def test_numbers_and_texts():
+    values = (0.00004, 12, 1234567.0, True, "1", 10**400)
+    assert [shown(value) for value in values] == ["4e-05", "12", "1.23e+06", "-", "-", "-"]
+    assert shown(0.5, [0.1, math.nan]) == "0.500"
+    assert not finite(-math.inf)
+    assert finite(-3)
+    assert series([{"step": 1, "a": 2}, {"step": 2}, {"step": 3, "a": 4.5}], "a") == ([1, 3], [2.0, 4.5])
