@@ -31,7 +31,7 @@ from transformers import (
 
 from rlhf_recipes import PPOTrainer
 from rlhf_recipes.ppo._trl import completion_logps
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from tests.ppo.support import EOS, answer, logged, rollout, trained, without_chance
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trl_behaviour.md"

@@ -14,7 +14,9 @@ from datasets import Dataset
 
 from rlhf_recipes.evaluation.sampling import in_batches, measured, with_scores
 from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.ppo._trl import completion_logps, generate, rewards
+from rlhf_recipes.ppo._trl import generate, rewards
+from rlhf_recipes.ppo.passes import policy_pass
+from rlhf_recipes.ppo.reference import reference_pass
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.statistics.metrics import bootstrap_interval, win_outcomes
 
@@ -150,15 +152,16 @@ def _sample_batch(
     prompts = [row["prompt"] for row in rows]
     model = trainer.model if role == POLICY else trainer.roles.model
     with trainer.roles.use(role):
-        batch, completions, completion_ids = generate(trainer, model, prompts)
-        logps, entropies = completion_logps(trainer, model, batch)
-    with trainer.roles.use(trainer.reference):
-        ref_logps, _ = completion_logps(trainer, trainer.roles.model, batch)
-    mask = batch["completion_mask"].bool()
+        texts, completions, completion_ids = generate(trainer, model, prompts)
+        ours = policy_pass(trainer, model, texts)
+    theirs = reference_pass(trainer, trainer.roles, trainer.reference, texts)
+    mask = texts.completion_mask.bool()
     columns = rewards(trainer, rows, completions, completion_ids)
     start = trainer.accelerator.process_index * len(rows)
     scored = with_scores(columns[start : start + len(rows)], trainer, gold)
-    sums = [(values.masked_fill(~mask, 0.0)).sum(dim=1).tolist() for values in (logps - ref_logps, entropies)]
+    sums = [
+        (values.masked_fill(~mask, 0.0)).sum(dim=1).tolist() for values in (ours.logps - theirs.logps, ours.entropies)
+    ]
     return [
         measured(completions[i], ids, trainer.eos_token_ids, kl=sums[0][i], entropy=sums[1][i]) | scored[i]
         for i, ids in enumerate(completion_ids)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_recipes.models.rows import Rows, Slots
+from rlhf_recipes.models.rows import Rows, SequenceGroup
 
 PACKED = "packed_sdpa"  # the attention implementation below, by its name in transformers
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-3, 0.05  # of the norm of the states
@@ -26,10 +26,10 @@ def packed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    slots: list[Slots] | None = None,
+    sequence_groups: list[SequenceGroup] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention of transformers' `sdpa`, which looks at each text alone in a pass that has `slots`.
+    """The attention of transformers' `sdpa`, which looks at each text alone in a pass that has `sequence_groups`.
 
     Padding lies behind the tokens of a text, where causal attention does not look, so that it needs no mask. A CPU
     computes it in float32, twice as fast as torch's kernel for 16 bits; not a single token's after a cache.
@@ -37,13 +37,13 @@ def packed_sdpa(
     if query.device.type == "cpu" and query.element_size() == 2 and query.size(2) > 1:
         states = (query.float(), key.float(), value.float())
         with torch.autocast("cpu", enabled=False):
-            return packed_sdpa(module, *states, attention_mask, slots, **kwargs)[0].to(query.dtype), None
-    if slots is None:
+            return packed_sdpa(module, *states, attention_mask, sequence_groups, **kwargs)[0].to(query.dtype), None
+    if sequence_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    counts = [len(group.places) for group in slots]
+    counts = [len(group.places) for group in sequence_groups]
     parts = zip(*(each.split(counts, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
-    for group, (queries, keys, values) in zip(slots, parts, strict=True):
+    for group, (queries, keys, values) in zip(sequence_groups, parts, strict=True):
         padded = (group.pad(queries), group.pad(keys), group.pad(values))
         output, _ = sdpa_attention_forward(module, *padded, None, **kwargs)
         outputs.append(group.unpad(output))
@@ -84,8 +84,8 @@ def pack(model: Any) -> None:
     """
     config, trunk = model.config.get_text_config(), model.base_model
     kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    takes_slots = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(trunk.forward).parameters.values())
-    if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_slots:
+    takes_groups = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(trunk.forward).parameters.values())
+    if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_groups:
         return
     model.set_attn_implementation(PACKED)
     if not is_packed(model) or not _same_states(trunk, config.vocab_size):

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.roles import CRITIC, CRITIC_MODEL, FROZEN, REFERENCE, Roles
+
 _MOMENTS = 2  # of Adam, in the parameters' own format; other optimizers keep less
 
 
@@ -51,6 +54,44 @@ def stage_table(model: nn.Module, role: str) -> str:
     parameters = list(model.parameters())
     frozen, trained = ([p for p in parameters if p.requires_grad == wanted] for wanted in (False, True))
     return parameter_table({"base": frozen, role: trained} if frozen else {role: trained})
+
+
+def roles_table(policy: nn.Module, roles: Roles, reward_models: dict[str, nn.Module]) -> str:
+    """The table of a PPO run: a line for what its roles share, one for each role, and one for each model beside them.
+
+    What activations take is not in it: `rlhf-recipes plan` computes that.
+
+    Args:
+        policy: The policy, with everything that is trained in its module tree.
+        roles: The roles on the shared base.
+        reward_models: By reward, models of their own.
+    """
+    owners: dict[str, list[Tensor]] = {}
+    for name, parameter in policy.named_parameters():
+        owners.setdefault(_owner(name, policy, roles), []).append(parameter)
+    owners |= {f"{reward} (own model)": list(model.parameters()) for reward, model in reward_models.items()}
+    return parameter_table({owner: owners[owner] for owner in sorted(owners, key=_order)})
+
+
+def _owner(name: str, policy: nn.Module, roles: Roles) -> str:
+    """Which role a parameter belongs to: its adapter, its head, or what all share."""
+    if name.startswith(f"{CRITIC_MODEL}."):
+        return CRITIC
+    parts = set(name.split("."))
+    names = {*roles.model.peft_config, *roles.heads}
+    owners = [role for role in names if role in parts and ("lora_" in name or "heads" in parts)]
+    if policy is not roles.model:
+        frozen = name.startswith(f"{FROZEN}.")
+        return owners[0] if owners and owners[0] != POLICY else "reference" if frozen else "policy"
+    return _LABELS.get(owners[0], owners[0]) if owners else "base, shared"
+
+
+_LABELS = {POLICY: "policy", REFERENCE: "reference"}
+
+
+def _order(owner: str) -> tuple[int, str]:
+    first = ("base, shared", "policy", "reference", CRITIC)
+    return (first.index(owner) if owner in first else len(first), owner)
 
 
 def _row(owner: str, parameters: list[Any], more: float = 0.0) -> tuple[str, str, str, str]:

@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.readout import Readout
 
 REFERENCE, CRITIC = "ref", "critic"
+CRITIC_MODEL = "critic_model"  # the submodule of the policy that is a critic of its own
+FROZEN = "frozen_base"  # the submodule of a fully trained policy that carries the other roles
 _active: ContextVar[tuple[Roles, str | None] | None] = ContextVar("active_role", default=None)
+
+
+def is_critic_parameter(name: str) -> bool:
+    """Tell whether a parameter of the policy's module tree belongs to the critic.
+
+    Example:
+        >>> is_critic_parameter("base_model.model.lm_head.lora_A.critic.weight"), is_critic_parameter("lm_head.weight")
+        (True, False)
+    """
+    return f".{CRITIC}." in f".{name}" or name.startswith(f"{CRITIC_MODEL}.")
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -124,10 +136,14 @@ class Roles:
         """Train the adapters and heads of these roles and nothing else."""
         self.model.requires_grad_(False)
         for role in roles:
-            if role in self.model.peft_config:
-                self.model.set_requires_grad(role, True)
-            if role in self.heads:
-                self.heads[role].requires_grad_(True)
+            self.unfreeze(role)
+
+    def unfreeze(self, role: str) -> None:
+        """Train the adapter and the head of a role too."""
+        if role in self.model.peft_config:
+            self.model.set_requires_grad(role, True)
+        if role in self.heads:
+            self.heads[role].requires_grad_(True)
 
     @contextmanager
     def use(self, role: str | None) -> Iterator[None]:

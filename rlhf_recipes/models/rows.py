@@ -1,13 +1,15 @@
-"""Texts of unlike length as a network reads them: one after another, or as padded rows.
+"""Texts of unlike length: prompts with their completions, and how a network reads them, packed or as padded rows.
 
-`B` texts, `W` columns, `N` tokens in all, `L` tokens of the longest text.
+`B` texts, `P` columns of prompts (padded on the left), `T` of completions (padded on the right), `W` columns in all,
+`N` tokens in all, `L` tokens of the longest text.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from torch import Tensor
 _GROUPS = 4  # of texts, which attention pads to their longest: more groups have less padding, and each costs calls
 
 
-def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
-    """Put tokens `(n, ...)` to their places in a tensor of zeros.
+def scatter_tokens(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
+    """Scatter tokens `(n, ...)` into a tensor of zeros.
 
     Args:
         tokens: Values of `n` tokens.
@@ -27,7 +29,7 @@ def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
         A tensor `(*shape, ...)`.
 
     Example:
-        >>> spread(torch.tensor([5, 6]), torch.tensor([3, 0]), 2, 2)
+        >>> scatter_tokens(torch.tensor([5, 6]), torch.tensor([3, 0]), 2, 2)
         tensor([[6, 0],
                 [0, 5]])
     """
@@ -37,8 +39,10 @@ def spread(tokens: Tensor, places: Tensor, *shape: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Where attention puts texts of like length that lie one after another, `N` tokens of `B` texts.
+class SequenceGroup:
+    """Sequences of like length, packed one after another, and their places in rows that attention pads.
+
+    `N` tokens of `B` texts.
 
     Attributes:
         sources: For each place of the padded texts the token that goes there, shape `(B, L)`. Padding repeats a token:
@@ -76,7 +80,7 @@ class Rows:
         ([[7, 5, 6]], [[0, 0, 1]])
         >>> rows.split(states).tolist()
         [[0, 5, 6], [7, 0, 0]]
-        >>> rows.take(states, torch.tensor([[1], [0]])).tolist()
+        >>> rows.gather(states, torch.tensor([[1], [0]])).tolist()
         [[6], [7]]
     """
 
@@ -95,8 +99,8 @@ class Rows:
         if self._packed:
             ends = lengths[order].cumsum(dim=0)
             self._starts = torch.empty_like(ends).scatter(0, order, ends - lengths[order])
-            slots = _like_length(lengths[order], rows, positions)
-            self.arguments = {"position_ids": positions[None], "slots": slots}
+            groups = _like_length(lengths[order], rows, positions)
+            self.arguments = {"position_ids": positions[None], "sequence_groups": groups}
         else:
             self._starts = order * self._length
             self._places = self._starts[rows] + positions
@@ -106,25 +110,25 @@ class Rows:
     def join(self, values: Tensor) -> Tensor:
         """Values of the mask's columns `(B, W, ...)` as the network's `(1, N, ...)` or `(B, L, ...)`."""
         tokens = values.flatten(0, 1)[self._columns]
-        return tokens[None] if self._packed else spread(tokens, self._places, len(values), self._length)
+        return tokens[None] if self._packed else scatter_tokens(tokens, self._places, len(values), self._length)
 
     def split(self, states: Tensor) -> Tensor:
         """Undo `join`: `(B, W, ...)`, 0 where there is no token."""
         tokens = states[0] if self._packed else states.flatten(0, 1)[self._places]
-        return spread(tokens, self._columns, *self._mask_shape)
+        return scatter_tokens(tokens, self._columns, *self._mask_shape)
 
     def places(self, positions: Tensor) -> Tensor:
         """Places among all of the network's states of positions `(B, t)` of the texts: `(B, t)`."""
         return self._starts[:, None] + positions
 
-    def take(self, states: Tensor, positions: Tensor) -> Tensor:
-        """Take the network's states at positions `(B, t)` of the texts: `(B, t, ...)`."""
+    def gather(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Gather the network's states at positions `(B, t)` of the texts: `(B, t, ...)`."""
         places = self.places(positions)
         return states.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *states.shape[2:])
 
 
-def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Slots]:
-    """Slots for texts in the order of their `lengths` `(B,)`, from text `rows` and position of each token, `(N,)`."""
+def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[SequenceGroup]:
+    """Groups of texts in the order of their `lengths` `(B,)`, from text `rows` and position of each token, `(N,)`."""
     size, found, start = math.ceil(len(lengths) / _GROUPS), [], 0
     counts = lengths.tolist()  # once for all groups, since a GPU waits for it
     for first, group in zip(range(0, len(lengths), size), lengths.split(size), strict=True):
@@ -133,6 +137,118 @@ def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Slots
             columns = torch.arange(longest, device=lengths.device)
             sources = (group.cumsum(dim=0) - group)[:, None] + columns.minimum(group[:, None] - 1)
             tokens = slice(start, start + count)
-            found.append(Slots(sources, (rows[tokens] - first) * longest + positions[tokens]))
+            found.append(SequenceGroup(sources, (rows[tokens] - first) * longest + positions[tokens]))
             start += count
     return found
+
+
+OF_PROMPT, OF_COMPLETION = {"columns": "prompt"}, {"columns": "completion"}  # what the columns of a field are
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts with their completions, padded as TRL pads them.
+
+    Attributes:
+        prompt_ids: Token ids of the prompts, padded on the left, shape `(B, P)`.
+        prompt_mask: 1 where there is a token, shape `(B, P)`.
+        completion_ids: Token ids of the completions, padded on the right, shape `(B, T)`.
+        completion_mask: 1 where a token counts, shape `(B, T)`.
+
+    Example:
+        >>> ids, mask = torch.tensor([[0, 5, 6], [0, 0, 7]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
+        >>> texts = Texts(prompt_ids=ids, prompt_mask=mask, completion_ids=ids.flip(1), completion_mask=mask.flip(1))
+        >>> texts.lengths.tolist(), texts.trimmed().prompt_ids.tolist()
+        ([4, 2], [[5, 6], [0, 7]])
+    """
+
+    prompt_ids: Tensor = field(metadata=OF_PROMPT, kw_only=True)
+    prompt_mask: Tensor = field(metadata=OF_PROMPT, kw_only=True)
+    completion_ids: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
+    completion_mask: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each text, prompt and completion, shape `(B,)`."""
+        return self.prompt_mask.sum(dim=1) + self.completion_mask.sum(dim=1)
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of prompts and completions side by side, shape `(B, P + T)`."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def positions_before(self) -> Tensor:
+        """Positions in the texts from which each completion token is predicted, `(B, T)`; of padding the last one."""
+        first = self.prompt_mask.sum(dim=1, keepdim=True) - 1
+        positions = first + torch.arange(self.completion_mask.size(1), device=first.device)
+        return positions.minimum(self.lengths[:, None] - 1)
+
+    def rows(self, packed: bool) -> Rows:
+        """The texts as a network reads them, packed or padded."""
+        return Rows(torch.cat([self.prompt_mask, self.completion_mask], dim=1), packed)
+
+    def trimmed(self) -> Self:
+        """Cut off the columns in which no text has a token, at least one of each left. The tensors are views."""
+        prompt, completion = (int(count_columns(mask)) for mask in (self.prompt_mask, self.completion_mask))
+        cut: dict[str, Tensor] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None and (columns := each.metadata.get("columns")):
+                cut[each.name] = value[:, -prompt:] if columns == "prompt" else value[:, :completion]
+        return replace(self, **cut)
+
+    def by_length(self, batch_size: int) -> Iterator[tuple[Tensor, Texts]]:
+        """Split into parts of texts of like length, each trimmed to its longest.
+
+        Args:
+            batch_size: Texts of a part.
+
+        Yields:
+            The indices of the texts `(b,)`, and the part.
+        """
+        order = self.lengths.argsort(descending=True, stable=True)  # the largest first: what fits, fits
+        for rows in order.split(batch_size):
+            yield rows, self.select(rows).trimmed()
+
+    def select(self, rows: Tensor | slice) -> Texts:
+        """The texts of some rows, without what subclasses add."""
+        return Texts(
+            prompt_ids=self.prompt_ids[rows],
+            prompt_mask=self.prompt_mask[rows],
+            completion_ids=self.completion_ids[rows],
+            completion_mask=self.completion_mask[rows],
+        )
+
+
+def count_columns(mask: Tensor) -> Tensor:
+    """Number of columns of a mask `(B, L)` in which some row has a token, at least 1."""
+    return mask.any(dim=0).sum().clamp(min=1)
+
+
+def scatter_rows(parts: list[tuple[Tensor, Tensor]], length: int, left: bool = False) -> Tensor:
+    """Scatter what was computed of the parts of `Texts.by_length` back into one batch.
+
+    Args:
+        parts: For each part the indices of its rows `(b,)` and a tensor `(b, t, ...)` with `t` at most `length`.
+        length: `T`, or `P`.
+        left: Whether what was cut off was on the left, as of prompts.
+
+    Returns:
+        A tensor `(B, T, ...)` in the order of the batch, 0 where a part was cut off.
+
+    Example:
+        >>> scatter_rows([(torch.tensor([1]), torch.ones(1, 2)), (torch.tensor([0]), torch.ones(1, 1))], 2)
+        tensor([[1., 0.],
+                [1., 1.]])
+    """
+    count = sum(len(rows) for rows, _ in parts)
+    first = parts[0][1]
+    batch = first.new_zeros(count, length, *first.shape[2:])
+    for rows, values in parts:
+        columns = slice(length - values.size(1), None) if left else slice(values.size(1))
+        batch[rows, columns] = values
+    return batch

@@ -8,20 +8,29 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_recipes.models.resumed import fingerprint
-from rlhf_recipes.ppo.critic import MODEL
-from rlhf_recipes.ppo.setup import FROZEN
+from rlhf_recipes.data.chat_templates import encode_prompt
+from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.resumed import check_same_adapter, fingerprint
+from rlhf_recipes.models.roles import CRITIC_MODEL, FROZEN, Roles
+from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_recipes.ppo.critics import Critic
 
 _STATE = "ppo_state.json"
 _OF_AN_ADAPTER = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 _OF_AN_ADAPTER |= {"modules_to_save"}
-_NOT_POLICY = (FROZEN, MODEL)  # submodules of a policy that are other roles
+_NOT_POLICY = (FROZEN, CRITIC_MODEL)  # submodules of a policy that are other roles
 
 
 def save_ppo_state(
@@ -72,14 +81,14 @@ def _rollout(folder: Path, rank: int) -> Path:
     return folder / f"rollout_{rank}.safetensors"
 
 
-def reference_fingerprint(trainer: Any) -> str | None:
+def reference_fingerprint(policy: Any, roles: Roles, reference: str | None) -> str | None:
     """What tells the reference apart from others; `None` for the bare base of an adapter, which has a name."""
-    if trainer.trains_whole_model:
-        named = trainer.roles.model.get_base_model().named_parameters()
+    if policy is not roles.model:
+        named = roles.model.get_base_model().named_parameters()
         return fingerprint(value for name, value in named if not _OF_AN_ADAPTER.intersection(name.split(".")))
-    if trainer.reference is None:
+    if reference is None:
         return None
-    weights = get_peft_model_state_dict(trainer.roles.model, adapter_name=trainer.reference)
+    weights = get_peft_model_state_dict(roles.model, adapter_name=reference)
     return fingerprint(weights[name] for name in sorted(weights))
 
 
@@ -91,12 +100,66 @@ def policy_alone(policy: Any) -> Any:
     return alone
 
 
-def save_whole_model(policy: Any, folder: str | Path) -> None:
-    """Save a policy that is trained without an adapter."""
-    policy_alone(policy).save_pretrained(str(folder))
+def save_models(
+    folder: Path,
+    policy: Any,
+    roles: Roles,
+    critic: Critic,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+) -> None:
+    """Save what was trained: the policy in the folder itself, and the critic in `critic/`.
+
+    Args:
+        folder: The folder.
+        policy: The policy.
+        roles: The roles.
+        critic: The critic.
+        tokenizer: The policy's tokenizer.
+        prompts: Prompts of the run, a few of which are kept with what the adapter says of them (`trained_on.json`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if policy is not roles.model:
+        policy_alone(policy).save_pretrained(str(folder))
+    else:
+        roles.save_policy(folder)
+        if len(prompts):
+            save_trained_on(folder, policy, [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]], log_probs)
+    critic.save(folder / "critic")
+    tokenizer.save_pretrained(folder)
 
 
-def load_whole_model(policy: Any, folder: str | Path) -> None:
-    """Read what `save_whole_model` wrote."""
-    saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
-    policy_alone(policy).load_state_dict(saved.state_dict())
+def load_models(folder: str | Path, policy: Any, roles: Roles, critic: Critic) -> None:
+    """Read what `save_models` wrote."""
+    if policy is not roles.model:
+        saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
+        policy_alone(policy).load_state_dict(saved.state_dict())
+    else:
+        roles.load(folder, POLICY, POLICY)
+    critic.load(Path(folder) / "critic")
+
+
+def check_models(
+    folder: str, state: dict[str, Any], policy: Any, roles: Roles, critic: Critic, reference: str | None
+) -> None:
+    """Refuse another adapter, base, critic or reference than those that a checkpoint was made with.
+
+    Args:
+        folder: Folder of the checkpoint.
+        state: What `load_ppo_state` read there.
+        policy: The policy.
+        roles: The roles.
+        critic: The critic.
+        reference: The role of the reference.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    check_same_adapter(folder, policy, what="this run's policy")
+    critic.check_saved(Path(folder) / "critic")
+    ours = reference_fingerprint(policy, roles, reference)
+    if state.get("reference", ours) != ours:  # a checkpoint of an earlier version says nothing of it
+        raise ValueError(
+            f"The run of {folder!r} started from another `model` than this one, which is its reference: the KL would "
+            "be that to another policy. Resume with the `model` of that run."
+        )

@@ -11,40 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.models.adapters import POLICY, base_name
-from rlhf_recipes.models.roles import CRITIC
-from rlhf_recipes.ppo.critic import MODEL, is_critic_parameter
+from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.ppo.functional import masked_mean
+from rlhf_recipes.ppo.rollout import join
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
-
-
-def set_trainable(policy: nn.Module, roles: Roles) -> None:
-    """Train the policy and the critic, and check that nothing else is trained.
-
-    Args:
-        policy: The network that is trained: the model of the roles, or a whole model beside them.
-        roles: The roles.
-
-    Raises:
-        RuntimeError: If the policy or the critic has no parameter that is trained, or another one is.
-    """
-    if policy is roles.model:
-        roles.set_trainable(POLICY, CRITIC)
-        if (critic_model := getattr(policy, MODEL, None)) is not None:
-            critic_model.requires_grad_(True)
-    else:
-        policy.requires_grad_(True)
-        roles.set_trainable(CRITIC)  # of the frozen copy that carries the roles
-    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    critic = [name for name in trained if is_critic_parameter(name)]
-    if not critic or len(critic) == len(trained):
-        raise RuntimeError(
-            "The policy and the critic must be trained, each with parameters of its own. Trainable now: "
-            f"{len(trained) - len(critic)} tensors of the policy and {len(critic)} of the critic."
-        )
 
 
 def check_optimizer(policy: nn.Module, optimizer: Any, args: PPOConfig) -> None:
@@ -156,6 +129,13 @@ def check_finite(what: str, value: Tensor, batch: dict[str, Tensor], output_dir:
         f"The {what} is {value.item()}. {where}; it is saved in {path}. A lower `learning_rate`, `max_grad_norm`, or "
         "float32 in place of half precision often helps. The last checkpoint is from before this step."
     )
+
+
+def check_gradient(
+    gradients: list[Tensor], rollout: list[dict[str, Tensor]] | None, output_dir: str | None, rank: int
+) -> None:
+    """Check the norm of a step's gradient as `check_finite` does; what is kept is the rollout."""
+    check_finite("norm of the gradient", nn.utils.get_total_norm(gradients), join(rollout or [{}]), output_dir, rank)
 
 
 def check_one_base(model: nn.Module, others: Iterable[Any]) -> None:

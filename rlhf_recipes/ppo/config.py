@@ -1,6 +1,7 @@
 """Configuration of the PPO trainer: TRL's rollout engine and optimizer settings, and PPO's own fields."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,9 +10,31 @@ from trl import GRPOConfig
 
 from rlhf_recipes.config import validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
-from rlhf_recipes.ppo.config_checks import check_contradictions, check_mappings, check_ranges, check_unused
+from rlhf_recipes.ppo.functional import AdvantageEstimator
+from rlhf_recipes.ppo.unused import check_unused
+from rlhf_recipes.shaping import RewardPlacement
 
 logger = logging.getLogger(__name__)
+
+_SHARES = ("gamma", "gae_lambda", "critic_lambda", "attention_weight")  # in [0, 1]
+_NOT_NEGATIVE = (
+    *("kl_coef", "vf_coef", "ptx_coef", "critic_warmup_steps"),
+    *("missing_eos_penalty", "length_penalty", "overlong_penalty", "ngram_penalty"),
+)
+_POSITIVE = (
+    "temperature",
+    *("value_clip", "score_clip", "overlong_buffer", "placement_gamma", "kl_target", "kl_horizon"),
+    *("gae_lambda_alpha", "target_kl", "ratio_threshold", "critic_learning_rate", "ptx_batch_size", "ptx_max_length"),
+    *("critic_layers", "adapter_tolerance"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("steps_per_generation", "generation_batch_size", "num_generations", "num_generations_eval", "num_iterations"),
+)
+# Mappings, which TRL also takes as the text of a JSON object.
+_MAPPINGS = (
+    *("generation_kwargs", "chat_template_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
+_MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field for a token's
 
 
 @dataclass
@@ -67,15 +90,13 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "Times the share of a completion's trigrams that occurred before in it."}
     )
     # 2. Token rewards
-    reward_placement: Literal["terminal", "uniform", "discounted", "every_token", "redistributed", "attention"] = (
-        field(
-            default="terminal",
-            metadata={
-                "help": "Where the score r of a completion of T tokens goes: all on its last token; r/T on each; more "
-                "on later ones; all of it on every token (so that it counts T times); as differences of the reward "
-                "adapter's score over prefixes; or by the reward adapter's attention."
-            },
-        )
+    reward_placement: RewardPlacement = field(
+        default="terminal",
+        metadata={
+            "help": "Where the score r of a completion of T tokens goes: all on its last token; r/T on each; more "
+            "on later ones; all of it on every token (so that it counts T times); as differences of the reward "
+            "adapter's score over prefixes; or by the reward adapter's attention."
+        },
     )
     placement_gamma: float = field(
         default=0.95, metadata={"help": "For `discounted`: how much less the token before gets, in (0, 1]."}
@@ -116,7 +137,7 @@ class PPOConfig(GRPOConfig):
         default=10_000, metadata={"help": "For `adaptive`: completions over which `kl_coef` adapts."}
     )
     # 4. Advantages
-    advantage_estimator: Literal["gae", "bandit"] = field(
+    advantage_estimator: AdvantageEstimator = field(
         default="gae",
         metadata={"help": "GAE over tokens, or a whole completion as one action: its reward minus V(prompt)."},
     )
@@ -233,8 +254,8 @@ class PPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the values and hand TRL's checks a group size that they accept."""
         validate_fields(self)
-        check_mappings(self)
-        check_ranges(self)
+        _check_mappings(self)
+        _check_ranges(self)
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter takes part in every loss. The critic runs outside of the wrapped forward pass,
             # so the search would take it for unused, and DDP would fail on its gradient.
@@ -255,7 +276,7 @@ class PPOConfig(GRPOConfig):
             logger.warning("ACCELERATE_MIXED_PRECISION sets %s, which holds in place of the configuration.", inherited)
             self.bf16, self.fp16 = inherited == "bf16", inherited == "fp16"
         check_unused(self)
-        check_contradictions(self)
+        _check_contradictions(self)
         if self.activation_checkpointing:
             self._keep_roles_when_recomputing()
 
@@ -310,3 +331,157 @@ class PPOConfig(GRPOConfig):
                 "`gradient_accumulation_steps` so that a rollout has at least 2 completions."
             )
         return size
+
+
+def _check_mappings(config: PPOConfig) -> None:
+    """Refuse text where a mapping is expected, other than JSON.
+
+    Raises:
+        ValueError: With the field's name and the value.
+    """
+    for name in _MAPPINGS:
+        value = getattr(config, name)
+        if isinstance(value, str) and not value.startswith("{"):
+            raise ValueError(f"`{name}` must be a mapping, or one as JSON, got {value!r}.")
+
+
+def _check_ranges(config: PPOConfig) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ValueError: With the field's name, the range and the value.
+    """
+    for name in _SHARES:
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative, got {value}.")
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            off = " or null to turn it off," if getattr(type(config), name, 0) is None else ""
+            raise ValueError(f"`{name}` must be positive,{off} got {value}.")
+    if config.max_completion_length is None or config.max_completion_length < 1:
+        raise ValueError(
+            f"`max_completion_length` must be at least 1, got {config.max_completion_length}: a completion that never "
+            "ends has to be cut off."
+        )
+    if config.placement_gamma > 1.0:
+        raise ValueError(f"`placement_gamma` must lie in (0, 1], got {config.placement_gamma}.")
+
+
+def _check_contradictions(config: PPOConfig) -> None:
+    """Refuse fields that contradict each other, or of which one makes the other ineffective.
+
+    Raises:
+        ValueError: With the fields' names and the fix.
+    """
+    for message, holds in contradictions(config).items():
+        if holds:
+            raise ValueError(f"{message}.")
+
+
+def contradictions(config: PPOConfig) -> dict[str, bool]:
+    """All messages about contradictions, each with whether it holds."""
+    return _kl_contradictions(config) | _bandit_contradictions(config) | _other_contradictions(config)
+
+
+def _kl_contradictions(config: PPOConfig) -> dict[str, bool]:
+    adaptive = config.kl_controller == "adaptive"
+    return {
+        "`kl_anchor: old` is the policy that sampled, so its KL in the reward is 0. Set `kl_placement: loss`": (
+            config.kl_anchor == "old" and config.kl_placement == "reward"
+        ),
+        "`kl_controller: adaptive` multiplies `kl_coef`, which is 0. Set a `kl_coef` to start from": (
+            adaptive and config.kl_coef == 0.0
+        ),
+        "`kl_controller: adaptive` steers the KL to the reference, but `kl_anchor` is 'old'. Set it to `reference`": (
+            adaptive and config.kl_anchor == "old"
+        ),
+        f"`kl_horizon` is {config.kl_horizon}, so a rollout of {config.generation_batch_size} completions could make "
+        "`kl_coef` negative. Raise it to more than a fifth of a rollout": (
+            adaptive and (config.generation_batch_size or 0) >= 5 * config.kl_horizon
+        ),
+        "`kl_target_per: token` is the unit of `kl_target`, which `kl_controller: fixed` does not read. Set it to "
+        "`adaptive`, or remove it": config.kl_target_per == "token" and not adaptive,
+        **_unlikely_units(config),
+    }
+
+
+def _unlikely_units(config: PPOConfig) -> dict[str, bool]:
+    longest = config.max_completion_length or 1
+    per_token = f"divided by `max_completion_length` ({longest}) that is"
+    target, limit = config.kl_target, config.target_kl or 0.0
+    return {
+        f"`kl_target` is {target} nats for each token, with `kl_target_per: token`: a policy so far from its "
+        f"reference writes other texts altogether. If it was meant for a whole completion, remove `kl_target_per`; "
+        f"{per_token} {target / longest:.2g}. Targets per token are about 0.01 to 0.1": (
+            config.kl_target_per == "token" and target > _MOST_NATS_PER_TOKEN
+        ),
+        f"`target_kl` is {limit} nats for each token, between the policies before and after the updates on a rollout, "
+        f"and would stop none of them: usual are 0.01 to 0.1. If it was meant for a whole completion, {per_token} "
+        f"{limit / longest:.2g}; if it was meant as the KL to the reference that is to be held, its names are "
+        "`kl_target` and `kl_controller: adaptive`": limit > _MOST_NATS_PER_TOKEN,
+    }
+
+
+def _bandit_contradictions(config: PPOConfig) -> dict[str, bool]:
+    bandit = config.advantage_estimator == "bandit"
+    return {
+        "`advantage_estimator: bandit` takes a completion as one action, so there are no rewards to place on its "
+        f"tokens by `reward_placement: {config.reward_placement}`. Set it to `terminal`, or the estimator to `gae`": (
+            bandit and config.reward_placement != "terminal"
+        ),
+        "`advantage_estimator: bandit` has no lambda, but `gae_lambda_alpha` or `critic_lambda` is set. Remove it": (
+            bandit and (config.gae_lambda_alpha is not None or config.critic_lambda is not None)
+        ),
+        "`advantage_estimator: bandit` does not discount, but `gamma` is not 1. Remove it": (
+            bandit and config.gamma != 1.0
+        ),
+        "`advantage_estimator: bandit` learns from whole completions. Set `loss_aggregation: sequence`": (
+            bandit and config.loss_aggregation != "sequence"
+        ),
+    }
+
+
+def _other_contradictions(config: PPOConfig) -> dict[str, bool]:
+    longest = config.max_completion_length or 0
+    return {
+        "`whiten_unbiased` is about whitening, but `whiten_advantages` and `whiten_rewards` are false. Remove it": (
+            config.whiten_unbiased and not (config.whiten_advantages or config.whiten_rewards)
+        ),
+        "`reward_placement: redistributed` pays differences of the reward adapter's own scores, which `score_scaling` "
+        "and `score_clip` would only change on the last token. Remove these, or choose another placement": (
+            config.reward_placement == "redistributed"
+            and (config.score_scaling != "none" or config.score_clip is not None)
+        ),
+        "`missing_eos_mode: replace` needs `missing_eos_penalty`, whose negative it puts in the score's place": (
+            config.missing_eos_mode == "replace" and config.missing_eos_penalty is None
+        ),
+        "`score_scaling` already subtracts the mean. Remove `subtract_reference_mean`": (
+            config.score_scaling != "none" and config.subtract_reference_mean
+        ),
+        f"`overlong_buffer` is {config.overlong_buffer}, more than `max_completion_length` ({longest}). Lower it": (
+            config.overlong_buffer is not None and config.overlong_buffer > longest
+        ),
+        "`critic_warmup_explained_variance` ends a warm-up that was not begun. Set `critic_warmup_steps`, its longest "
+        "duration": config.critic_warmup_explained_variance is not None and config.critic_warmup_steps == 0,
+        "`critic_warmup_steps` leaves no optimizer step for the policy. Raise `max_steps`": 0
+        < config.max_steps
+        <= _longest_warmup(config),
+        "`delta` must be larger than 1 + `epsilon_high` (or `epsilon`), or it clips before they do": (
+            config.delta is not None and config.delta <= 1.0 + (config.epsilon_high or config.epsilon)
+        ),
+        "`ptx_batch_size` is set, but `ptx_coef` is 0. Set `ptx_coef`, or remove `ptx_batch_size`": (
+            config.ptx_batch_size is not None and config.ptx_coef == 0.0
+        ),
+    }
+
+
+def _longest_warmup(config: PPOConfig) -> int:
+    if config.critic_warmup_explained_variance is not None:  # it may end at any earlier rollout
+        return config.critic_warmup_steps
+    return math.ceil(config.critic_warmup_steps / config.steps_per_rollout) * config.steps_per_rollout

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from rlhf_recipes.ppo.functional import (
@@ -16,10 +14,12 @@ from rlhf_recipes.ppo.functional import (
     masked_mean,
     total_loss,
 )
+from rlhf_recipes.ppo.metrics import LossMetrics
 from rlhf_recipes.shaping import kl_estimate
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Outputs:
         logps: Log-probabilities of the completion tokens in nats, shape `(B, T)`.
         entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
         values: What a head on the policy expects before each token, in reward units, shape `(B, T)`; `None` where the
-            critic has a network of its own.
+            critic has a pass of its own.
         full_kl: Exact KL per token in nats, shape `(B, T)`, where the loss needs it.
         router_loss: How unevenly a mixture of experts uses them, a scalar, where the loss needs it.
     """
@@ -42,18 +42,6 @@ class Outputs:
     router_loss: Tensor | None = None
 
 
-class LossMetrics(NamedTuple):
-    """What is logged of a micro-batch: means, each with the number of items that it is over, and maxima."""
-
-    means: dict[str, tuple[Tensor, Tensor]]
-    maxima: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, means: dict[str, tuple[Tensor, Tensor]], maxima: dict[str, Tensor]) -> LossMetrics:
-        """Collect metrics without their graphs, which would keep memory until the end of the step."""
-        return cls({name: (mean.detach(), count) for name, (mean, count) in means.items()}, maxima)
-
-
 def count_items(mask: Tensor, args: PPOConfig) -> Tensor:
     """Number of items in a mean over a batch: tokens, or completions; with a fixed length those without tokens too."""
     if args.loss_aggregation == "token":
@@ -61,8 +49,22 @@ def count_items(mask: Tensor, args: PPOConfig) -> Tensor:
     return mask.any(dim=1).sum() if args.loss_aggregation == "sequence" else mask.new_tensor(len(mask))
 
 
+def share_of_step(batch: Rollout, args: PPOConfig, accumulated: int, processes: int) -> Tensor:
+    """Weight of a micro-batch's means, so that they add up to the mean over the items of an optimizer step.
+
+    Args:
+        batch: The micro-batch.
+        args: How the loss is averaged, and the micro-batches of a rollout.
+        accumulated: Micro-batches of the step on each process.
+        processes: Processes, over which DDP averages.
+    """
+    step = batch.items_in_rollout * accumulated / args.micro_batches_per_rollout
+    share: Tensor = count_items(batch.completion_mask, args) * processes / step.clamp(min=1.0)
+    return share
+
+
 def policy_loss(
-    new: Outputs, batch: dict[str, Tensor], args: PPOConfig, kl_coef: float, entropy_coef: float
+    new: Outputs, batch: Rollout, args: PPOConfig, kl_coef: float, entropy_coef: float
 ) -> tuple[Tensor, LossMetrics]:
     """Compute the policy's terms of the loss of a micro-batch, `-(L_CLIP - beta L_KL + c2 L_entropy)`.
 
@@ -70,7 +72,7 @@ def policy_loss(
 
     Args:
         new: The outputs of the policy as it is now.
-        batch: `completion_mask`, `old_per_token_logps`, `advantages` and `ref_per_token_logps`, each `(B, T)`.
+        batch: The micro-batch.
         args: Clips, weights and how to average.
         kl_coef: Weight of the KL in the loss: 0 where the penalty is part of the rewards.
         entropy_coef: Weight of the entropy bonus.
@@ -78,12 +80,12 @@ def policy_loss(
     Returns:
         The loss, a scalar, and the metrics.
     """
-    mask, old_logps = batch["completion_mask"], batch["old_per_token_logps"]
+    mask, old_logps = batch.completion_mask, batch.old_per_token_logps
     average: Any = {"aggregation": args.loss_aggregation, "length": args.max_completion_length}
     clipped_loss, clipped = clipped_policy_loss(
         new.logps,
         old_logps,
-        batch["advantages"],
+        batch.advantages,
         mask,
         args.epsilon,
         args.epsilon if args.epsilon_high is None else args.epsilon_high,
@@ -111,62 +113,25 @@ def policy_loss(
     return loss, LossMetrics.of(means, {"ppo/ratio_max": log_ratio.max().exp()})
 
 
-def critic_loss(values: Tensor, batch: dict[str, Tensor], args: PPOConfig) -> tuple[Tensor, LossMetrics]:
+def critic_loss(values: Tensor, batch: Rollout, args: PPOConfig) -> tuple[Tensor, LossMetrics]:
     """Compute the critic's term of the loss of a micro-batch, `c1 L_VF`.
 
     Args:
         values: The values before each token as they are now, in reward units, shape `(B, T)`.
-        batch: `value_mask`, `old_values` and `returns`, each `(B, T)`.
+        batch: The micro-batch.
         args: The clip, the weight, and how to average.
 
     Returns:
         The loss, a scalar, and the metrics.
     """
-    mask = batch["value_mask"]
+    mask = batch.value_mask
     average: Any = {"aggregation": args.loss_aggregation, "length": args.max_completion_length}
-    loss, clipped = clipped_value_loss(values, batch["old_values"], batch["returns"], mask, args.value_clip, **average)
+    loss, clipped = clipped_value_loss(values, batch.old_values, batch.returns, mask, args.value_clip, **average)
     means = {"critic/value_loss": (loss, count_items(mask, args)), "critic/clip_fraction": (clipped, mask.sum())}
     return args.vf_coef * loss, LossMetrics.of(means, {})
 
 
-def backward_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Give a scalar with the same value and the same gradient, and free what the loss kept for its backward pass.
-
-    The gradient is computed at once and handed over whenever the result is differentiated, scaled as the result is
-    then. Two networks that share no parameters so take the memory of the larger one alone.
-
-    Args:
-        loss: A scalar.
-        parameters: Everything that it is to be differentiated by.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.tensor([1.0, 3.0], requires_grad=True)
-        >>> loss = backward_now((weight**2).sum(), [weight])
-        >>> (0.5 * loss).backward()
-        >>> loss.item(), weight.grad.tolist()
-        (10.0, [1.0, 3.0])
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-    result: Tensor = _KnownGradient.apply(loss.detach(), gradients, *trained)
-    return result
-
-
-class _KnownGradient(torch.autograd.Function):
-    """A number whose gradient by some parameters is given."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *scale: Tensor) -> Any:
-        return None, None, *(None if gradient is None else scale[0] * gradient for gradient in ctx.gradients)
-
-
-def kl_per_token(new: Outputs, batch: dict[str, Tensor], args: PPOConfig) -> Tensor:
+def kl_per_token(new: Outputs, batch: Rollout, args: PPOConfig) -> Tensor:
     """KL of the loss at each token, `(B, T)`, with a gradient that is the KL's over the old policy's samples.
 
     Towards the reference it is KL(policy || reference), and the samples are the old policy's: the estimate is weighted
@@ -177,11 +142,11 @@ def kl_per_token(new: Outputs, batch: dict[str, Tensor], args: PPOConfig) -> Ten
     """
     if new.full_kl is not None:
         return new.full_kl
-    old_logps, estimator = batch["old_per_token_logps"], args.kl_estimator
+    old_logps, estimator = batch.old_per_token_logps, args.kl_estimator
     assert estimator != "full"  # then `full_kl` is given
     if args.kl_anchor == "old":
         return kl_estimate(old_logps, new.logps, estimator)
     if estimator == "k2":
-        return kl_estimate(new.logps, batch["ref_per_token_logps"], estimator)
-    ratio = (new.logps - old_logps).masked_fill(~batch["completion_mask"].bool(), 0.0).exp()
-    return ratio * kl_estimate(new.logps, batch["ref_per_token_logps"], estimator)
+        return kl_estimate(new.logps, batch.ref_per_token_logps, estimator)
+    ratio = (new.logps - old_logps).masked_fill(~batch.completion_mask.bool(), 0.0).exp()
+    return ratio * kl_estimate(new.logps, batch.ref_per_token_logps, estimator)

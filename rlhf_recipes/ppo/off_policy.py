@@ -5,27 +5,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 from rlhf_recipes.models.packing import is_packed
-from rlhf_recipes.models.states import states_at
 from rlhf_recipes.ppo.functional import masked_mean
-from rlhf_recipes.ppo.padding import join_columns, positions_before, sequences, text_rows, trim
+from rlhf_recipes.ppo.passes import states_at
 
 if TYPE_CHECKING:
-    from rlhf_recipes.ppo.trainer import PPOTrainer
+    from rlhf_recipes.models.rows import Texts
 
 _TOKENS = 128  # for which the second moment takes logits over the whole vocabulary
 _SHARE_OF_ROWS = 8  # one row in so many is enough for it
 
 
-@torch.no_grad()
-def off_policy_metrics(
-    trainer: PPOTrainer, batch: dict[str, Any], logps: Tensor, entropies: Tensor
-) -> dict[str, Tensor]:
+def off_policy_metrics(surprise: Tensor, mask: Tensor, moments: Tensor, processes: int = 1) -> dict[str, Tensor]:
     """Hold the sampled tokens against the distribution that they should come from.
 
     For tokens drawn from a distribution with entropy H the mean of `log p + H` is 0, and the mean of its square is the
@@ -33,37 +30,34 @@ def off_policy_metrics(
     what keeps tokens of typical probability (`typical_p`) moves only the second.
 
     Args:
-        trainer: The trainer.
-        batch: `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
-        logps: Log-probabilities of the completion tokens in nats, shape `(B, T)`.
-        entropies: Entropies of the distributions of these tokens in nats, shape `(B, T)`.
+        surprise: `log p + H` of the completion tokens in nats, shape `(B, T)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        moments: The sums that `sampled_moments` gives, over all processes, shape `(2,)`.
+        processes: How many there are.
 
     Returns:
         `ppo/off_policy_gap`, the mean of `log p + H` over all tokens, in nats per token; `ppo/off_policy_spread`, the
         mean of its square over some of them, divided by its expectation: 1 for the policy's own samples.
     """
-    everything = trainer._of_all_processes
-    gap = masked_mean(*(everything(each) for each in (logps + entropies, batch["completion_mask"])))
-    moments: Tensor = trainer.accelerator.reduce(_second_moments(trainer, batch), reduction="sum")
     seen, expected = moments.unbind()
-    spread = torch.where(expected > 1e-9 * trainer.accelerator.num_processes, seen / expected, 1.0)
-    return {"ppo/off_policy_gap": gap, "ppo/off_policy_spread": spread}
+    spread = torch.where(expected > 1e-9 * processes, seen / expected, 1.0)
+    return {"ppo/off_policy_gap": masked_mean(surprise, mask), "ppo/off_policy_spread": spread}
 
 
-def _second_moments(trainer: PPOTrainer, batch: dict[str, Any]) -> Tensor:
-    """Sums over a few tokens of `(log p + H)^2` and of its expectation, shape `(2,)`.
+@torch.no_grad()
+def sampled_moments(trainer: GRPOTrainer, texts: Texts) -> Tensor:
+    """Sums over a few of a process's tokens of `(log p + H)^2` and of its expectation, shape `(2,)`.
 
     The logits come from the model's own output layer, not from the one that training uses.
     """
-    few = sequences(batch)
-    few = trim({name: value[: max(1, len(value) // _SHARE_OF_ROWS)] for name, value in few.items()})
+    few = texts.select(slice(max(1, len(texts) // _SHARE_OF_ROWS))).trimmed()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    texts = text_rows(few, is_packed(model))
-    drawn = few["completion_mask"].flatten().nonzero().squeeze(1)[:_TOKENS]
-    places = texts.places(positions_before(few)).flatten()[drawn]
+    rows = few.rows(is_packed(model))
+    drawn = few.completion_mask.flatten().nonzero().squeeze(1)[:_TOKENS]
+    places = rows.places(few.positions_before).flatten()[drawn]
     with trainer.accelerator.autocast(), states_at(model, places):
-        outputs = model(input_ids=texts.join(join_columns(few, "ids")), **texts.arguments, use_cache=False)
-    return second_moments(outputs.logits[0, :-1], few["completion_ids"].flatten()[drawn], trainer.temperature)
+        outputs = model(input_ids=rows.join(few.ids), **rows.arguments, use_cache=False)
+    return second_moments(outputs.logits[0, :-1], few.completion_ids.flatten()[drawn], trainer.temperature)
 
 
 def second_moments(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

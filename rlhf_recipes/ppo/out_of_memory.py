@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from rlhf_recipes.ppo.padding import row_lengths
+from rlhf_recipes.ppo.rollout import texts_of
 
 if TYPE_CHECKING:
-    from rlhf_recipes.ppo.engine import PPOEngine
+    from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.rollout import Batch
 
 _LENGTHS = "shorter prompts, or a lower `max_completion_length`"
 _BASE = "`load_in_4bit: true`, if the base is not quantized yet"
@@ -67,13 +68,19 @@ def explain_out_of_memory(phase: str, sizes: Callable[[], str]) -> Iterator[None
         raise
 
 
+class _HasSizes(Protocol):
+    def phase_sizes(self, phase: str) -> str:
+        """What the batch of a phase was, for the error."""
+        ...
+
+
 def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a method of the trainer as a phase, for `explain_out_of_memory`."""
 
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def marked(self: PPOEngine, *args: Any, **kwargs: Any) -> Any:
-            with explain_out_of_memory(name, lambda: _sizes(self, name)):
+        def marked(self: _HasSizes, *args: Any, **kwargs: Any) -> Any:
+            with explain_out_of_memory(name, lambda: self.phase_sizes(name)):
                 return method(self, *args, **kwargs)
 
         return marked
@@ -81,16 +88,22 @@ def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def _sizes(trainer: PPOEngine, name: str) -> str:
-    args, training = trainer.args, trainer.model.training
+def sizes_of(phase: str, args: PPOConfig, training: bool, rollout: list[Batch] | None) -> str:
+    """Say what the batch of a phase was.
+
+    Args:
+        phase: `"generate"`, `"score"` or `"train"`.
+        args: The configuration.
+        training: Whether the run trains, or evaluates.
+        rollout: The micro-batches that are trained on, if there are any yet.
+    """
     micro_batch = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-    if name == "generate":
+    if phase == "generate":
         rows = micro_batch * args.micro_batches_per_rollout if training else micro_batch
         return f"{rows} completions of up to {args.max_completion_length} tokens together"
     text = f"micro-batches of {micro_batch} sequences"
-    if name == "train" and trainer._buffered_inputs:
-        batch = trainer._buffered_inputs[0]
-        width = batch["prompt_ids"].size(1) + batch["completion_ids"].size(1)
-        longest = int(row_lengths(batch).max())
+    if phase == "train" and rollout:
+        texts = texts_of(rollout[0])
+        width, longest = texts.ids.size(1), int(texts.lengths.max())
         text += f", {width} tokens wide with padding; the longest sequence of the first one has {longest}"
     return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -14,11 +15,11 @@ from rlhf_recipes.ppo.prompts import check_is_dataset
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_recipes.ppo.config import PPOConfig
-    from rlhf_recipes.ppo.trainer import PPOTrainer
 
 _TOKENS_PER_CHUNK = 1024
 
@@ -65,20 +66,19 @@ class PretrainingTexts:
             "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True),
         }
 
-    def loss(self, trainer: PPOTrainer) -> Tensor:
-        """Language-model loss of a trainer's policy on the batch of its micro-batch and process, a scalar."""
-        processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
-        batch = self.batch(trainer._step * processes + trainer.accelerator.process_index)
-        if (largest := int(batch["input_ids"].max())) >= trainer.prompt_rules.embeddings:
+    def loss(self, policy: Any, number: int, accelerator: Accelerator) -> Tensor:
+        """Language-model loss of a policy on the batch of a number, a scalar in nats per token."""
+        batch, embeddings = self.batch(number), policy.get_input_embeddings().weight.size(0)
+        if (largest := int(batch["input_ids"].max())) >= embeddings:
             raise ValueError(
                 f"A text of `ptx_dataset` has the token {largest}, and the embeddings of the model end at "
-                f"{trainer.prompt_rules.embeddings - 1}. Give the model's own tokenizer."
+                f"{embeddings - 1}. Give the model's own tokenizer."
             )
-        batch = {name: value.to(device) for name, value in batch.items()}
-        trunk: Any = trainer.model if trainer.trains_whole_model else trainer.roles.model.get_base_model()
-        with trainer.accelerator.autocast():
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        trunk: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        with accelerator.autocast():
             hidden_states = trunk.base_model(**batch, use_cache=False).last_hidden_state
-            return language_model_loss(hidden_states, **batch, head=trainer.model.get_output_embeddings())
+            return language_model_loss(hidden_states, **batch, head=policy.get_output_embeddings())
 
     def _index(self, place: int) -> int:
         passed, position = divmod(place, len(self._texts))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.utils import split_tensor_dict
 
-from rlhf_recipes.ppo.padding import join
+from rlhf_recipes.ppo.rollout import join
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.rollout import Batch
+
+logger = logging.getLogger(__name__)
 
 # What a rollout is cut into, all of which may change as long as rollouts, and the steps on them, stay the same.
 _SIZES = (
@@ -131,9 +134,43 @@ def changed_settings(
     return {what: names for what, names in found.items() if names}
 
 
+def both_settings(state: dict[str, Any], ours: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a checkpoint's state, and those of this run; an earlier version's has none, or fewer."""
+    return ours | state.get("settings", {}), ours
+
+
+def check_settings(
+    folder: str, state: dict[str, Any], rollout: list[Batch] | None, ours: dict[str, Any], rank: int
+) -> None:
+    """Say what becomes of the settings that differ from a checkpoint's, or refuse them.
+
+    Args:
+        folder: Folder of the checkpoint.
+        state: Its state.
+        rollout: The micro-batches of this process's rollout in it.
+        ours: The settings of this run.
+        rank: Number of this process.
+
+    Raises:
+        ValueError: If the run could not go on where the other one stopped.
+        FileNotFoundError: If the process's part of the rollout is missing.
+    """
+    old, new = both_settings(state, ours)
+    within_rollout = state["step"] % (int(old["steps_per_generation"]) * int(old["num_iterations"])) != 0
+    changed = changed_settings(old, new, within_rollout, state["updates"]["warming_up"])
+    if rank == 0:
+        for what, names in changed.items():
+            logger.warning("The run is resumed with %s, %s.", differences(names, old, new), what)
+    if within_rollout and rollout is None:
+        raise FileNotFoundError(
+            f"{folder!r} was saved within a rollout, but the rollout of process {rank} is not in it. Resume from an "
+            "earlier checkpoint, with as many processes as it was saved by."
+        )
+
+
 def recut(
-    rollout: list[dict[str, Tensor]] | None, step: int, old: dict[str, Any], new: dict[str, Any]
-) -> tuple[list[dict[str, Tensor]] | None, int]:
+    rollout: list[Batch] | None, step: int, old: dict[str, Any], new: dict[str, Any]
+) -> tuple[list[Batch] | None, int]:
     """Cut a rollout into micro-batches of another size, with the same rows in each optimizer step.
 
     Args:
@@ -148,7 +185,8 @@ def recut(
     step = step // int(old["gradient_accumulation_steps"]) * int(new["gradient_accumulation_steps"])
     if rollout is None:
         return None, step
-    cut: Any = split_tensor_dict(join(rollout), int(new["steps_per_generation"]))
+    rows: Any = join(rollout)
+    cut: Any = split_tensor_dict(rows, int(new["steps_per_generation"]))
     return cut, step
 
 

@@ -21,7 +21,7 @@ from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
-from rlhf_recipes.models.roles import REFERENCE, Roles
+from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from rlhf_recipes.ppo.config import PPOConfig
-
-FROZEN = "frozen_base"  # the submodule of a fully trained policy that carries the other roles
+    from rlhf_recipes.ppo.critics import Critic
 
 
 def build_policy(
@@ -100,6 +99,52 @@ def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:
         return None
     roles.add_copy(REFERENCE, source=POLICY)
     return REFERENCE
+
+
+def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:
+    """Train the policy and the critic, and check that nothing else is trained.
+
+    Args:
+        policy: The network that is trained: the model of the roles, or a whole model beside them.
+        roles: The roles.
+        critic: The critic.
+
+    Raises:
+        RuntimeError: If the policy or the critic has no parameter that is trained.
+    """
+    if policy is roles.model:
+        roles.set_trainable(POLICY)
+    else:
+        policy.requires_grad_(True)
+        roles.set_trainable()  # of the frozen copy that carries the roles
+    critic.set_trainable()
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    of_critic = [name for name in trained if is_critic_parameter(name)]
+    if not of_critic or len(of_critic) == len(trained):
+        raise RuntimeError(
+            "The policy and the critic must be trained, each with parameters of its own. Trainable now: "
+            f"{len(trained) - len(of_critic)} tensors of the policy and {len(of_critic)} of the critic."
+        )
+
+
+def separate_critic(optimizer: Any, policy: nn.Module, rate: float) -> None:
+    """Give the critic's parameters groups of their own in an optimizer, with their own learning rate."""
+    names = {parameter: name for name, parameter in policy.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        for critic in (False, True):
+            members = [p for p in group["params"] if is_critic_parameter(names[p]) == critic]
+            groups.append({**group, "params": members, "lr": rate if critic else group["lr"]})
+    optimizer.param_groups[:] = [group for group in groups if group["params"]]
+
+
+def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
+    """Restore which layers recompute: TRL turns that off for a rollout, and then on for every layer."""
+    given: Any = args.activation_checkpointing_kwargs or {}
+    kwargs = dict(given)
+    places = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    if args.activation_checkpointing and places:
+        policy.activation_checkpointing_enable(kwargs, **places)
 
 
 def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> PreTrainedTokenizerBase:

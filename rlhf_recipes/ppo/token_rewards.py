@@ -1,17 +1,19 @@
-"""From the scores of a rollout to one reward per token: transforms, placement, potential, KL."""
+"""From the scores of a rollout to one reward per token: transforms, placement, potential.
+
+`B` completions, `T` completion tokens. A rollout's rewards lie on its tokens before the KL penalty is taken off.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf_recipes.ppo.checks import check_not_bandit
-from rlhf_recipes.ppo.functional import bandit_advantages, first_token_mask, gae, length_adaptive_lambda
+from rlhf_recipes.ppo.functional import estimate_advantages, length_adaptive_lambda
 from rlhf_recipes.shaping import (
     ClipScores,
     Completions,
@@ -23,16 +25,13 @@ from rlhf_recipes.shaping import (
     ScoreTransform,
     SubtractReferenceMean,
     apply_transforms,
-    place_attention,
-    place_discounted,
-    place_every_token,
-    place_terminal,
-    place_uniform,
+    place_scores,
     potential_shaping,
 )
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.rewards.record import RewardRecord
 
 Placement = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,38 +52,28 @@ class Scored:
     attention: Tensor | None = None
     potentials: Tensor | None = None
 
+    @classmethod
+    def from_record(cls, record: RewardRecord, weights: Mapping[str, float], mask: Tensor, args: PPOConfig) -> Scored:
+        """Pad what the reward functions recorded to the shape of the completions.
 
-def collect(
-    scores: Tensor,
-    functions: Sequence[Any],
-    weights: Sequence[float],
-    potentials: Sequence[Any] | None,
-    mask: Tensor,
-    args: PPOConfig,
-) -> Scored:
-    """Put together what the reward functions said of completions, and of their tokens.
+        Args:
+            record: The record of the rollout.
+            weights: The weight of each reward function by its name.
+            mask: 1 where a token counts, shape `(B, T)`.
+            args: The configuration.
 
-    Args:
-        scores: Weighted sum of all rewards of a completion, shape `(B,)`.
-        functions: The reward functions, after they were called.
-        weights: Their weights.
-        potentials: For each completion one potential per token, or `None`.
-        mask: 1 where a token counts, shape `(B, T)`.
-        args: The configuration.
-
-    Raises:
-        ValueError: If rewards were given per token, and the advantages are about whole completions.
-    """
-    token_rewards = attention = None
-    for function, weight in zip(functions, weights, strict=True):
-        rows = getattr(function, "token_rewards", None)
-        if rows is not None:
-            check_not_bandit(args, function.__name__)
-            given = weight * pad_rows(rows, mask)
-            token_rewards = given if token_rewards is None else token_rewards + given
-        shares = getattr(function, "attention", None)
-        attention = attention if shares is None else pad_rows(shares, mask)
-    return Scored(scores, token_rewards, attention, None if potentials is None else pad_rows(potentials, mask))
+        Raises:
+            ValueError: If rewards were given per token, and the advantages are about whole completions.
+        """
+        token_rewards = None
+        for name, rows in record.token_rewards.items():
+            check_not_bandit(args, name)
+            weighted = weights[name] * pad_rows(rows, mask)
+            token_rewards = weighted if token_rewards is None else token_rewards + weighted
+        attention, potentials = (
+            None if rows is None else pad_rows(rows, mask) for rows in (record.attention, record.potentials)
+        )
+        return cls(record.scores, token_rewards, attention, potentials)
 
 
 class TokenRewards:
@@ -125,33 +114,28 @@ class TokenRewards:
         """
         scores, contributions = apply_transforms(scored.scores, completions, self.transforms)
         # What was given per token stays where it is; the rest of the score is placed.
-        given = torch.zeros_like(mask, dtype=scores.dtype)
+        per_token = torch.zeros_like(mask, dtype=scores.dtype)
         if scored.token_rewards is not None:
-            given = scored.token_rewards.masked_fill(~mask.bool(), 0.0)
-        rewards = given + self._place(scores - given.sum(dim=1), scored, mask)
+            per_token = scored.token_rewards.masked_fill(~mask.bool(), 0.0)
+        rewards = per_token + self._place(scores - per_token.sum(dim=1), scored.attention, mask)
         if scored.potentials is not None:
             rewards = rewards + potential_shaping(scored.potentials, mask, self._args.gamma)
         return rewards, scores, contributions
 
-    def _place(self, scores: Tensor, scored: Scored, mask: Tensor) -> Tensor:
-        if self._placement is not None:
-            placed = self._placement(scores, mask)
-            if placed.shape != mask.shape:
-                raise ValueError(
-                    f"The placement returned token rewards of shape {tuple(placed.shape)}; expected (B, T) = "
-                    f"{tuple(mask.shape)}, one for each completion token."
-                )
-            _check_on_tokens(placed, mask)
-            return placed.detach().masked_fill(~mask.bool(), 0.0)
-        if scored.attention is not None:
-            return place_attention(scores, mask, scored.attention, self._args.attention_weight)
-        placements: dict[str, Placement] = {
-            "uniform": place_uniform,
-            "discounted": partial(place_discounted, gamma=self._args.placement_gamma),
-            "every_token": place_every_token,
-        }
-        # With `redistributed` the reward adapter's score was given per token: only what others add is left.
-        return placements.get(self._args.reward_placement, place_terminal)(scores, mask)
+    def _place(self, scores: Tensor, attention: Tensor | None, mask: Tensor) -> Tensor:
+        args = self._args
+        if self._placement is None:
+            return place_scores(
+                scores, mask, args.reward_placement, args.placement_gamma, attention, args.attention_weight
+            )
+        placed = self._placement(scores, mask)
+        if placed.shape != mask.shape:
+            raise ValueError(
+                f"The placement returned token rewards of shape {tuple(placed.shape)}; expected (B, T) = "
+                f"{tuple(mask.shape)}, one for each completion token."
+            )
+        _check_on_tokens(placed, mask)
+        return placed.detach().masked_fill(~mask.bool(), 0.0)
 
 
 def _check_on_tokens(placed: Tensor, mask: Tensor) -> None:
@@ -186,30 +170,21 @@ def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
     return transforms
 
 
-def estimate_advantages(
+def configured_advantages(
     args: PPOConfig, token_rewards: Tensor, values: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate advantages and the critic's targets from token rewards.
+    """Raw advantages, returns, and the mask of the values that the critic learns, as the configuration asks for them.
 
     Args:
-        args: Which estimator, and its parameters.
+        args: The estimator, and its parameters.
         token_rewards: Rewards, KL penalty included, shape `(B, T)`.
         values: The critic's values before each token, shape `(B, T)`.
         mask: 1 where a token counts, shape `(B, T)`.
-
-    Returns:
-        Raw advantages, returns, and the mask of the values that the critic learns, each `(B, T)`.
     """
-    if args.advantage_estimator == "bandit":
-        advantages, returns = bandit_advantages(token_rewards.sum(dim=1), values, mask)
-        return advantages, returns, first_token_mask(mask)
-    lam: Any = args.gae_lambda
-    if args.gae_lambda_alpha is not None:
-        lam = length_adaptive_lambda(mask, args.gae_lambda_alpha)
-    advantages, returns = gae(token_rewards, values, mask, args.gamma, lam)
-    if args.critic_lambda is not None:
-        _, returns = gae(token_rewards, values, mask, args.gamma, args.critic_lambda)
-    return advantages, returns, mask
+    lam = args.gae_lambda if args.gae_lambda_alpha is None else length_adaptive_lambda(mask, args.gae_lambda_alpha)
+    return estimate_advantages(
+        args.advantage_estimator, token_rewards, values, mask, args.gamma, lam, args.critic_lambda
+    )
 
 
 def pad_rows(rows: Sequence[Sequence[float] | Tensor | None], mask: Tensor) -> Tensor:

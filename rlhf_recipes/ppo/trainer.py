@@ -1,4 +1,4 @@
-"""PPO with a critic on TRL's rollout engine.
+"""PPO with a critic on TRL's rollout engine, in the order of a step.
 
 TRL generates, calls the reward functions and steps the optimizer; this file adds what PPO needs between them: values,
 token rewards with the KL penalty, advantages, and the loss. The maths is in `functional/` and `shaping/`.
@@ -7,48 +7,88 @@ token rewards with the KL penalty, advantages, and the loss. The maths is in `fu
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
+import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset
-from torch import Tensor
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
 
+from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import with_first_space
-from rlhf_recipes.models.roles import CRITIC
-from rlhf_recipes.ppo import checks
-from rlhf_recipes.ppo._trl import add_log_probs
-from rlhf_recipes.ppo.anchor import FIRST_PASS, make_kl_controller, policy_and_reference, policy_outputs
+from rlhf_recipes.models.chance import compute_as_in_evaluation
+from rlhf_recipes.models.parameter_table import roles_table
+from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
+from rlhf_recipes.ppo import checkpoint, checks
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.critic import Critic
-from rlhf_recipes.ppo.engine import PPOEngine
-from rlhf_recipes.ppo.functional import masked_moments, whiten
-from rlhf_recipes.ppo.given import check_given, reward_tokenizers
-from rlhf_recipes.ppo.objective import LossMetrics, count_items, critic_loss, policy_loss
-from rlhf_recipes.ppo.off_policy import off_policy_metrics
-from rlhf_recipes.ppo.out_of_memory import phase
-from rlhf_recipes.ppo.padding import trim
+from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
+from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
+from rlhf_recipes.ppo.given import check_callbacks, check_given, reward_tokenizers
+from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
+from rlhf_recipes.ppo.objective import (
+    Outputs,
+    count_items,
+    critic_loss,
+    policy_loss,
+    share_of_step,
+)
+from rlhf_recipes.ppo.off_policy import sampled_moments
+from rlhf_recipes.ppo.out_of_memory import phase, sizes_of
+from rlhf_recipes.ppo.passes import KeptPass, PolicyPass, add_log_probs, keep_states, policy_pass, sample_completions
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
-from rlhf_recipes.ppo.prompts import evaluation_rows, prompt_rules, training_rows
-from rlhf_recipes.ppo.rollout_metrics import rollout_metrics
-from rlhf_recipes.ppo.setup import build_policy, build_rewards, load_base_tokenizer
-from rlhf_recipes.ppo.step_metrics import StepMetrics
-from rlhf_recipes.ppo.token_rewards import Placement, TokenRewards, collect, estimate_advantages
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows
+from rlhf_recipes.ppo.reference import exact_kl, reference_pass
+from rlhf_recipes.ppo.resume import (
+    OF_THE_OPTIMIZER,
+    both_settings,
+    check_settings,
+    critic_rate,
+    follow_rates,
+    recut,
+    settings_of,
+)
+from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
+from rlhf_recipes.ppo.setup import (
+    build_policy,
+    build_rewards,
+    load_base_tokenizer,
+    restore_checkpointing,
+    separate_critic,
+    set_trainable,
+)
+from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
-from rlhf_recipes.ppo.updates import UpdateControl
+from rlhf_recipes.ppo.updates import UpdateControl, make_kl_controller, warn_of_kl_unit
 from rlhf_recipes.rewards.encoding import which_ended
-from rlhf_recipes.shaping import Completions, ScoreTransform, steered_kl
+from rlhf_recipes.rewards.record import COLUMN, RewardRecord
+from rlhf_recipes.shaping import (
+    Completions,
+    ScoreTransform,
+    kl_estimate,
+    load_transforms_state,
+    steered_kl,
+    transforms_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from datasets import Dataset
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+    from rlhf_recipes.models.rows import Texts
 
-class PPOTrainer(PPOEngine):
+
+class PPOTrainer(GRPOTrainer):
     """Train a policy with PPO against reward functions, reward models and reward adapters.
 
     Policy, frozen reference, critic and reward adapters share one base model in memory. One step generates
@@ -74,7 +114,8 @@ class PPOTrainer(PPOEngine):
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
         peft_config: LoRA configuration of a fresh adapter, when `model` is a base model.
-        critic_model: With `args.critic="model"`: a sequence classifier with one output, or its path.
+        critic_model: With `args.critic="model"`: a sequence classifier with one output, or its path; or a critic of
+            one's own (`rlhf_recipes.ppo.critics.Critic`).
         placement: Callable from scores `(B,)` and mask `(B, T)` to token rewards `(B, T)`, in place of
             `args.reward_placement`.
         score_transforms: Score transforms (`rlhf_recipes.shaping`), after those of `args`.
@@ -114,7 +155,7 @@ class PPOTrainer(PPOEngine):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        critic_model: str | PreTrainedModel | None = None,
+        critic_model: str | PreTrainedModel | Critic | None = None,
         placement: Placement | None = None,
         score_transforms: Sequence[ScoreTransform] = (),
         potential: Callable[..., Any] | None = None,
@@ -130,7 +171,7 @@ class PPOTrainer(PPOEngine):
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
-        self.critic = Critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
+        self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
@@ -147,22 +188,147 @@ class PPOTrainer(PPOEngine):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._seed_sampling()
+        if self.accelerator.process_index > 0:  # by TRL's seed + rank, the next seed would share a stream
+            set_seed(process_seed(args.seed, self.accelerator.process_index))
         if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
             self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
             add_log_probs(self, self.roles.model.get_base_model())
-        checks.set_trainable(self.model, self.roles)
-        try_out(self)
-        self.critic.freeze_below()
-        self.updates = UpdateControl(args, self.accelerator)
+        set_trainable(self.model, self.roles, self.critic)
+        try_out(self, self.half_precision)
+        self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
+        self.evaluated = EvaluatedRows(self.accelerator)
         self.kl_coef, self.kl_controller = args.kl_coef, make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
 
-    # 1. Rewards of the sequences: TRL calls the functions, with the prompts' token ids besides.
+    # TRL leaves the types of these open
+    args: PPOConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    _logs: dict[str, Any]
+    _step: int  # micro-batches so far
+    _buffered_inputs: Any  # the micro-batches of the rollout that is trained on
+    # What a checkpoint needs besides
+    optimizer_given = False  # whether the optimizer brought its own rates
+    _train_sampler: Any = None
+    _told_of_unit = False
+
+    @property
+    def trains_whole_model(self) -> bool:
+        """Whether the policy is trained without an adapter, beside a frozen copy."""
+        return self.model is not self.roles.model
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the networks compute in 16 bits."""
+        weights = self.roles.model.get_base_model().dtype
+        return self.accelerator.mixed_precision in ("bf16", "fp16") or weights != torch.float32
+
+    @property
+    def mode(self) -> str:
+        """Whose metrics these are: `train` or `eval`."""
+        return "train" if self.model.training else "eval"
+
+    def phase_sizes(self, phase: str) -> str:
+        """What the batch of a phase was, for an out-of-memory error."""
+        return sizes_of(phase, self.args, self.model.training, self._buffered_inputs)
+
+    # 1. A run: the roles are shown, a checkpoint's settings are compared, and TRL's loop begins.
+    @phase("train")  # of what is in no other phase, such as the first step of the optimizer
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; settings that differ from a checkpoint's are honoured or refused, by name."""
+        check_callbacks(self.callback_handler.callbacks, self.trains_whole_model)
+        if self.is_world_process_zero():
+            models = {f"reward_{i}": getattr(reward, "model", None) for i, reward in enumerate(self.reward_funcs)}
+            own = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+            sys.stdout.write(roles_table(self.model, self.roles, own))
+        if resume_from_checkpoint is True:
+            # TRL says that there is none
+            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str | Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self._check_checkpoint(resume_from_checkpoint)
+            if (finished := load_finished(self, resume_from_checkpoint)) is not None:
+                self._load_controls(resume_from_checkpoint)
+                return finished
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.trains_whole_model:  # callbacks that copy or average the model mean the policy
+            self.callback_handler.model = checkpoint.policy_alone(self.model)
+        return prepared
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create TRL's optimizer, with groups of its own for the critic, which learns faster than the policy."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if given:
+            if not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
+                checks.check_optimizer(self.model, optimizer, self.args)
+                self.optimizer_given = True
+            return optimizer
+        separate_critic(optimizer, self.model, critic_rate(self.args.critic_learning_rate, self.args.learning_rate))
+        return optimizer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Make TRL's loader; rows that `evaluate` is given are checked as those of the trainer were."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
+            eval_dataset = check_rows(eval_dataset, "eval_dataset", self.prompt_rules)
+        return super().get_eval_dataloader(eval_dataset)
+
+    # 2. A micro-batch: of a new rollout, or of one that is trained on again.
+    @phase("train")
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run a micro-batch as TRL does (3 to 8), unless the rest of the rollout is left out, and drop updates."""
+        if self.updates.stopped and self._step % self._micro_batches_of_all_epochs != 0:
+            self._step += 1
+            if self.accelerator.sync_gradients:
+                self._metrics["train"]["ppo/updates_made"].append(0.0)
+            return torch.zeros((), device=self.accelerator.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._end_of_step()
+        return loss
+
+    @property
+    def _micro_batches_of_all_epochs(self) -> int:
+        return self.args.micro_batches_per_rollout * self.args.num_iterations
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.model.training and self.args.disable_dropout:
+            compute_as_in_evaluation(self.model)  # for the rollout and for the loss
+        micro_batches = self.args.micro_batches_per_rollout
+        new_epoch = self._step % micro_batches == 0 and self._step % self._micro_batches_of_all_epochs != 0
+        if self.model.training and new_epoch and micro_batches > 1 and self._buffered_inputs is not None:
+            # TRL shuffles a rollout once; each further epoch over it gets minibatches of its own
+            self._buffered_inputs = reshuffle(self._buffered_inputs)
+        inputs = super()._prepare_inputs(generation_batch)
+        accumulated = self.args.gradient_accumulation_steps
+        if self.model.training and self._step % micro_batches == 0 and accumulated > 1:
+            self._buffered_inputs = sort_within_steps(self._buffered_inputs or [], accumulated)
+            inputs = self._buffered_inputs[0]
+        return inputs
+
+    # 3. Completions are sampled.
+    @phase("generate")
+    def _generate(self, prompts: list[Any]) -> Any:
+        return super()._generate(prompts)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        return sample_completions(self, prompt_ids), None  # TRL spends time on padding, and on rows that have ended
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
+
+    # 4. Rewards: TRL calls the functions, which get the prompts' token ids besides, and fill in the record.
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
@@ -174,98 +340,161 @@ class PPOTrainer(PPOEngine):
         completions = [with_first_space(self.processing_class, *text) for text in texts]
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
-        scores = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        record: RewardRecord | None = inputs[0].get(COLUMN)
+        if record is None:  # of an evaluation that needs no more than these
+            return rewards_per_func
         start = self.accelerator.process_index * len(prompts)
-        self._scores = scores[start : start + len(prompts)]  # TRL returns the rewards of all processes
-        self._completion_ids = completion_ids_list
-        self._potentials = None
+        record.rewards = rewards_per_func[start : start + len(prompts)]  # TRL returns those of all processes
+        record.scores = (record.rewards * self.reward_weights.to(record.rewards.device)).nansum(dim=1)
+        record.completion_ids = completion_ids_list
         if self.potential is not None:
-            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
-            self._potentials = self.potential(
+            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", COLUMN)}
+            record.potentials = self.potential(
                 prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
             )
-            checks.check_potentials(self._potentials, completion_ids_list)
+            checks.check_potentials(record.potentials, completion_ids_list)
         return rewards_per_func
 
-    # 2. The rollout: completions from TRL, then values, token rewards and advantages.
+    # 5. The rollout: what the networks say of it, rewards of its tokens, and what PPO learns from them.
     @phase("score")
     @torch.no_grad()
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
-        self._checkpoint_every_n_layers()
-        training = self.model.training
-        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        mask = batch["completion_mask"]
-        if self.critic.kind != "head":
-            with self.accelerator.autocast():
-                batch |= self.critic.rollout_values(batch, batch_size)
-        batch |= policy_and_reference(self, batch, batch_size)
-        values, entropies = batch["old_values"], batch.pop("old_entropies")
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        record, args = RewardRecord(), self.args
+        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in inputs]))
+        restore_checkpointing(self.model, args)
+        if not self.model.training:
+            texts = self.evaluated.without_repeats(texts)
+        mask = texts.completion_mask
+        old, ref, critic, kl = self._run_networks(texts)
+        token_rewards, scores, contributions = self._token_rewards(record, mask)
+        if args.kl_placement == "reward":
+            token_rewards = token_rewards - self.kl_controller.value * kl
+        if args.whiten_rewards:
+            token_rewards = self._whiten(token_rewards, mask, center=False)
+        advantages, returns, value_mask = configured_advantages(args, token_rewards, critic.values, mask)
+        facts = RolloutFacts(
+            kl=kl,
+            values=critic.values,
+            returns=returns,
+            mask=mask,
+            value_mask=value_mask,
+            surprise=old.logps + old.entropies,
+            scores=scores,
+            contributions=contributions,
+            moments=sampled_moments(self, texts)[None],
+            rewards=record.rewards,
+            lengths=mask.new_tensor([len(ids) for ids in record.completion_ids]),
+            ended=mask.new_tensor(which_ended(len(mask), record.completion_ids, self._ends_and_padding, None)),
+        )
+        self._log_rollout(facts, advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+        if args.whiten_advantages and self.model.training:  # over a rollout, and an evaluation has none
+            advantages = self._whiten(advantages, mask)
+        anchor = old if args.kl_anchor == "old" else ref
+        return Rollout(
+            **vars(texts),
+            old_per_token_logps=old.logps,
+            ref_per_token_logps=ref.logps,
+            old_values=critic.values,
+            value_mask=value_mask,
+            advantages=advantages,
+            returns=returns,
+            items_in_rollout=self.accelerator.reduce(count_items(mask, args), reduction="sum"),
+            row=torch.arange(len(texts), device=mask.device),
+            anchor_hidden=anchor.kept if args.kl_estimator == "full" and args.kl_placement == "loss" else None,
+            prompt_below=critic.prompt_below,
+            completion_below=critic.completion_below,
+        ).to_batch()
 
+    def _run_networks(self, texts: Texts) -> tuple[PolicyPass, PolicyPass, CriticRollout, Tensor]:
+        """Run old policy, reference and critic over a rollout: their outputs, and the KL per token `(B, T)`."""
+        args, mask, training = self.args, texts.completion_mask, self.model.training
+        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        exact, critic = args.kl_estimator == "full", None
+        if not self.critic.reads_policy:
+            with self.accelerator.autocast():
+                critic = self.critic.rollout(texts, batch_size)
+        ref = reference_pass(self, self.roles, self.reference, texts, batch_size, keep=exact)
+        old = self._old_policy(texts, batch_size)  # the last one, so that none runs beside what it keeps
+        if critic is None:
+            critic = CriticRollout(self.critic.read(old.kept) if exact else old.kept)
+        if training and self.state.global_step == self._step == 0:
+            checks.check_same_distribution(
+                old.logps,
+                ref.logps,
+                mask,
+                self.half_precision,
+                what="the policy must equal its reference",
+                cause="The policy's adapter changed after the reference was copied from it, or the base did.",
+            )
+        if args.kl_estimator == "full":
+            return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)
+        kl = kl_estimate(old.logps, ref.logps, args.kl_estimator)
+        return old, ref, critic, kl.masked_fill(~mask.bool(), 0.0)
+
+    def _token_rewards(self, record: RewardRecord, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Rewards per token `(B, T)` without the KL, the transformed scores `(B,)`, and what each transform added."""
         completions = Completions(
-            self._completion_ids,
-            finished=torch.tensor(which_ended(len(mask), self._completion_ids, self.eos_token_ids, None)),
+            record.completion_ids,
+            finished=torch.tensor(which_ended(len(mask), record.completion_ids, self.eos_token_ids, None)),
             max_length=self.args.max_completion_length or 0,
             sum_over_processes=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
-            training=training,
+            training=self.model.training,
         )
-        functions: Any = self.reward_funcs
-        scored = collect(self._scores, functions, self.reward_weights.tolist(), self._potentials, mask, self.args)
-        token_rewards, scores, contributions = self.token_rewards(scored, mask, completions)
-        kl = batch.pop("kl").masked_fill(~mask.bool(), 0.0)
-        if self.args.kl_placement == "reward":
-            token_rewards = token_rewards - self.kl_controller.value * kl
-        if self.args.whiten_rewards:
-            token_rewards = self._whiten(token_rewards, mask, center=False)
-        advantages, returns, value_mask = estimate_advantages(self.args, token_rewards, values, mask)
-        self._log_rollout(
-            {
-                **rollout_metrics(*map(self._of_all_processes, (kl, values, returns, mask, value_mask))),
-                **off_policy_metrics(self, batch, batch["old_per_token_logps"], entropies),
-                **{f"score/{name}": part.mean() for name, part in contributions.items()},
-                "score/total": scores.mean(),
-                "rlhf_reward": (scores - self.kl_controller.value * kl.sum(dim=1)).mean(),
-            },
-            advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1),
-            steered_kl(kl, mask, self.args.kl_target_per),
-        )
-        if self.args.whiten_advantages:
-            advantages = self._whiten(advantages, mask)
-        return {
-            **batch,
-            "value_mask": value_mask,
-            "advantages": advantages,
-            "returns": returns,
-            "items_in_rollout": self.accelerator.reduce(count_items(mask, self.args), reduction="sum"),
-        }
+        weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+        return self.token_rewards(Scored.from_record(record, weights, mask, self.args), mask, completions)
+
+    def _old_policy(self, texts: Texts, batch_size: int) -> PolicyPass:
+        """Run the policy over a rollout, and keep its graph where the first update asks for the same pass.
+
+        A rollout of one micro-batch is first trained on with the tokens and the weights that it was scored with. A
+        pass of its own is made in the very first update, where the two are compared, with several processes, whose
+        gradients go by a wrapper around the policy, and where the update asks for more than the rollout.
+        """
+        args = self.args
+        alone = args.micro_batches_per_rollout == self.accelerator.num_processes == 1
+        more = args.kl_estimator == "full" or self.aux_loss_enabled
+        kept = alone and self.model.training and self._step > 0 and not more
+        with torch.set_grad_enabled(kept):
+            outputs = policy_pass(self, self.model, texts, batch_size, self._read(args.kl_estimator == "full"))
+        self.kept_pass.keep(outputs if kept else None)
+        values = outputs.kept if outputs.kept is None else outputs.kept.detach()
+        return PolicyPass(outputs.logps.detach(), outputs.entropies.detach(), values)
+
+    def _read(self, states: bool) -> Callable[[Tensor], Tensor] | None:
+        """What a pass of the policy reads for others: its states for an exact KL, else the critic's values."""
+        return keep_states if states else self.critic.read if self.critic.reads_policy else None
 
     def _whiten(self, values: Tensor, mask: Tensor, center: bool = True) -> Tensor:
         moments = self.accelerator.reduce(torch.stack(masked_moments(values, mask)), reduction="sum")
         return whiten(values, mask, center, moments, self.args.whiten_unbiased)
 
-    # 3. The loss of one micro-batch.
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        whole, inputs = inputs, trim(inputs)
-        for name in FIRST_PASS:  # TRL keeps the rollout for all epochs
-            whole.pop(name, None)
-        loss, values, metrics = self._policy_loss(model, inputs)
+    # 6. The loss of a micro-batch.
+    def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
+        batch = Rollout.from_batch(inputs).trimmed()
+        loss, values, metrics = self._policy_loss(model, batch)
         if values is None:
             with self.accelerator.autocast():
-                values = self.critic.forward(inputs)
-        value_loss, value_metrics = critic_loss(values, inputs, self.args)
-        loss = (loss + value_loss) * self._share_of_step(inputs["completion_mask"], inputs)
-        if self.model.training and self.ptx_texts is not None:
-            ptx_loss = self.ptx_texts.loss(self)
-            metrics.means["ppo/ptx_loss"] = (ptx_loss, torch.ones_like(ptx_loss))
-            loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-        checks.check_finite("loss", loss, whole, self.args.output_dir, self.accelerator.process_index)
+                values = self.critic.forward(batch)
+        value_loss, value_metrics = critic_loss(values, batch, self.args)
+        terms, loss = loss, loss + value_loss
+        if not self.model.training:
+            metrics.means["loss"] = (terms, count_items(batch.completion_mask, self.args))
+        else:
+            accumulated = self.current_gradient_accumulation_steps
+            loss = loss * share_of_step(batch, self.args, accumulated, self.accelerator.num_processes)
+            if self.ptx_texts is not None:
+                number = self._step * self.accelerator.num_processes + self.accelerator.process_index
+                ptx_loss = self.ptx_texts.loss(self.model, number, self.accelerator)
+                metrics.means["ppo/ptx_loss"] = (ptx_loss, torch.ones_like(ptx_loss))
+                loss = loss + self.args.ptx_coef * ptx_loss / accumulated
+        checks.check_finite("loss", loss, inputs, self.args.output_dir, self.accelerator.process_index)
         self.step_metrics[self.mode].add(metrics.means | value_metrics.means, metrics.maxima)
         return loss
 
-    def _policy_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, LossMetrics]:
-        """Compute the policy's terms, and the values if the critic is a head on it; else its activations are free."""
-        new = policy_outputs(self, model, inputs)
-        mask, old_logps = inputs["completion_mask"], inputs["old_per_token_logps"]
+    def _policy_loss(self, model: Any, batch: Rollout) -> tuple[Tensor, Tensor | None, LossMetrics]:
+        """Compute the policy's terms, and the values if the critic reads them there; else its activations are free."""
+        new = self._policy_outputs(model, batch)
+        mask, old_logps = batch.completion_mask, batch.old_per_token_logps
         if self.model.training and self._step == 0:
             checks.check_same_distribution(
                 new.logps,
@@ -278,17 +507,174 @@ class PPOTrainer(PPOEngine):
         if self.model.training:
             self.updates.record(new.logps - old_logps, new.entropies, mask)
         kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
-        loss, metrics = policy_loss(new, inputs, self.args, kl_coef, self.updates.entropy_coef)
+        loss, metrics = policy_loss(new, batch, self.args, kl_coef, self.updates.entropy_coef)
         if new.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * new.router_loss
             metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
-        return loss if self.critic.kind == "head" else self._backward_of_policy(loss), new.values, metrics
+        # float16's gradients need the scale of the whole loss
+        if not self.critic.reads_policy and loss.requires_grad and self.accelerator.scaler is None:
+            named = self.model.named_parameters()
+            loss = backward_now(loss, [parameter for name, parameter in named if not is_critic_parameter(name)])
+        return loss, new.values, metrics
 
-    def _share_of_step(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Weight of a micro-batch's means, so that they add up to the mean over an optimizer step."""
-        if not self.model.training:
-            return mask.new_ones(())
-        step = inputs["items_in_rollout"] * self.current_gradient_accumulation_steps
-        step = step / self.args.micro_batches_per_rollout
-        share: Tensor = count_items(mask, self.args) * self.accelerator.num_processes / step.clamp(min=1.0)
-        return share
+    def _policy_outputs(self, model: Any, batch: Rollout) -> Outputs:
+        """Run the policy on a micro-batch, with gradients, or take up the pass that the rollout kept."""
+        args, mask = self.args, batch.completion_mask
+        if self.model.training and batch.row is not None:
+            kept = self.kept_pass.take(batch.row, mask.size(1))
+            if kept is not None:
+                return Outputs(kept.logps, kept.entropies, kept.kept)
+        exact = args.kl_placement == "loss" and args.kl_estimator == "full"
+        new = policy_pass(self, model, batch, read=self._read(exact), router_loss=self.aux_loss_enabled)
+        if not exact:
+            return Outputs(new.logps, new.entropies, new.kept, router_loss=new.router_loss)
+        values, anchor = self.critic.read(new.kept) if self.critic.reads_policy else None, batch.anchor_hidden
+        assert anchor is not None  # the rollout keeps it for such a loss
+        kl = exact_kl(self, self.roles, self.reference, new.kept, anchor, mask, args.kl_anchor == "old")
+        return Outputs(new.logps, new.entropies, values, kl, new.router_loss)
+
+    # 7. The end of an optimizer step: is it made?
+    def _end_of_step(self) -> None:
+        if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            checks.check_gradient(
+                gradients, self._buffered_inputs, self.args.output_dir, self.accelerator.process_index
+            )
+        made = self.updates.end_step()
+        self._metrics["train"]["ppo/updates_made"].append(float(made))
+        self._metrics["train"]["ppo/entropy_coef"].append(self.updates.entropy_coef)
+        for name, parameter in self.model.named_parameters():
+            if not made or (self.updates.warming_up and not is_critic_parameter(name)):
+                parameter.grad = None  # unlike a zero, it also keeps Adam from moving on with its momentum
+
+    # 8. Metrics, and what follows from them.
+    def _log_rollout(self, facts: RolloutFacts, advantages: Tensor) -> None:
+        facts = facts.gather(self.accelerator)
+        means = facts.metrics(self.kl_controller.value)
+        if self.model.training:
+            for name, mean in means.items():
+                self._metrics["train"][name].append(mean)
+            self.kl_coef = self.kl_controller.value
+            self.kl_controller.update(
+                steered_kl(facts.kl, facts.mask, self.args.kl_target_per).mean().item(), len(facts)
+            )
+            self._told_of_unit = self._told_of_unit or warn_of_kl_unit(self.args, means["kl"], means["kl_per_token"])
+            self.updates.begin_rollout(means["critic/explained_variance"], self.state.global_step)
+        else:
+            self.evaluated.add(facts)
+        self._metrics[self.mode].pop("frac_reward_zero_std", None)  # about groups
+        # TRL's table shows the group's advantages; PPO's are per token, so it gets their mean over each completion
+        gathered = self.accelerator.gather(advantages).tolist()
+        for _ in gathered:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(gathered)
+
+    @property
+    def _ends_and_padding(self) -> list[int]:
+        return [*self.eos_token_ids, int(self.processing_class.pad_token_id)]  # as TRL counts what is cut off
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL does, but count each row once, however the batches and processes are cut."""
+        repeats: Any = self.num_generations_eval
+        stream = isinstance(dataloader.dataset, TorchIterableDataset)
+        self.evaluated.begin(None if stream else len(dataloader.dataset) * repeats)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the metrics of micro-batches since the last log, or of all rows of an evaluation."""
+        metrics, of_steps = self._metrics[self.mode], self.step_metrics[self.mode].collect()
+        if self.mode == "eval":
+            prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
+            if "loss" in of_steps:  # in the place of the mean of the batches' means
+                value_loss = of_steps.get("critic/value_loss", 0.0)
+                logs[f"{prefix}_loss"] = of_steps.pop("loss") + self.args.vf_coef * value_loss
+            exact = of_steps | self.evaluated.collect(
+                self.kl_controller.value, self.reward_func_names, self.reward_weights
+            )
+            metrics.update({name: [value] for name, value in exact.items()})
+            if prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
+                for name, values in metrics.items():
+                    known = [value for value in values if not math.isnan(value)]
+                    mean: Any = sum(known) / len(known) if known else None
+                    logs[f"{prefix}_{name}"] = mean
+                metrics.clear()
+        else:
+            for name, value in of_steps.items():
+                metrics[name].append(value)
+        super().log(logs, start_time)
+
+    # 9. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            prompts = self.train_dataset["prompt"] if isinstance(self.train_dataset, Dataset) else []
+            folder = Path(output_dir or self.args.output_dir or "")
+            checkpoint.save_models(folder, self.model, self.roles, self.critic, self.processing_class, prompts)
+            torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.load_models(resume_from_checkpoint, self.model, self.roles, self.critic)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {
+            "step": self._step,
+            "kl_coef": self.kl_coef,
+            "kl_controller": self.kl_controller.state_dict(),
+            "transforms": transforms_state(self.token_rewards.transforms),
+            "updates": self.updates.state_dict(),
+            "settings": settings_of(self.args, self.accelerator.num_processes),
+            "reference": checkpoint.reference_fingerprint(self.model, self.roles, self.reference),
+        }
+        rollout = self._buffered_inputs if self._step % self._micro_batches_of_all_epochs != 0 else None
+        checkpoint.save_ppo_state(output_dir, state, rollout, self.accelerator.process_index)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process now calls the checkpoint complete and removes older ones: all must have written theirs
+        self.accelerator.wait_for_everyone()
+
+    def _check_checkpoint(self, folder: str) -> None:
+        """Honour or refuse, by name, what differs from the run of a checkpoint."""
+        rank = self.accelerator.process_index
+        state, rollout = checkpoint.load_ppo_state(folder, rank, "cpu")
+        check_settings(folder, state, rollout, settings_of(self.args, self.accelerator.num_processes), rank)
+        checkpoint.check_models(folder, state, self.model, self.roles, self.critic, self.reference)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        fresh = [dict(group) for group in self.optimizer.param_groups] if checkpoint and self.optimizer else []
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        old, new = self._load_controls(checkpoint)
+        if not self.optimizer_given and any(old[name] != new[name] for name in OF_THE_OPTIMIZER):
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            groups: Any = self.optimizer.param_groups  # type: ignore[union-attr]
+            of_critic = [is_critic_parameter(names[group["params"][0]]) for group in groups]
+            follow_rates(self.optimizer, self.lr_scheduler, of_critic, fresh, old, new)
+        for _ in range(int(self.state.epoch or 0) if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler))  # each pass over the prompts goes on drawing where the last one stopped
+
+    def _load_controls(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Load what is PPO's own, and return the settings of the checkpoint and of this run."""
+        state, rollout = checkpoint.load_ppo_state(folder, self.accelerator.process_index, self.accelerator.device)
+        old, new = both_settings(state, settings_of(self.args, self.accelerator.num_processes))
+        self._buffered_inputs, self._step = recut(rollout, state["step"], old, new)
+        self.kl_coef = state["kl_coef"]
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        load_transforms_state(self.token_rewards.transforms, state["transforms"])
+        self.updates.load_state_dict(state["updates"])
+        return old, new
+
+
+def process_seed(seed: int, rank: int) -> int:
+    """Seed of a process's sampling, so that runs and processes have nothing in common.
+
+    Example:
+        >>> process_seed(42, 0), process_seed(42, 1) == process_seed(43, 0)
+        (42, False)
+    """
+    return seed if rank == 0 else int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4])

@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from rlhf_recipes.models.readout import Readout
     from rlhf_recipes.models.roles import Roles
+    from rlhf_recipes.rewards.record import RewardRecord
 
 
 class AdapterReward:
@@ -27,12 +28,8 @@ class AdapterReward:
         batch_size: Sequences per forward pass.
         readout: Which of the head's numbers make the score, with gain and bias.
         reads: Beside the score, what the adapter tells of the tokens: `"redistributed"`, its score split over them
-            (`Readout.token_rewards`), from the same forward pass, or `"attention"`, its last token's attention.
-
-    Attributes:
-        token_rewards: After a call with `"redistributed"`, the rewards of each completion's tokens, which add up to
-            its score.
-        attention: After a call with `"attention"`, the attention to each completion's tokens.
+            (`Readout.token_rewards`), from the same forward pass, or `"attention"`, its last token's attention. It
+            writes that into the `RewardRecord` that it is called with.
     """
 
     def __init__(
@@ -47,13 +44,17 @@ class AdapterReward:
     ) -> None:
         self.__name__ = name
         self.role = role
-        self.token_rewards: list[Tensor] | None = None
-        self.attention: list[Tensor] | None = None
         self._reads = reads
         self._roles, self._readout = roles, readout
         self._options = (pad_token_id, batch_size)
 
-    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def __call__(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        reward_record: Sequence[RewardRecord] = (),
+        **kwargs: Any,
+    ) -> list[float]:
         """Return one score per completion.
 
         Raises:
@@ -63,11 +64,11 @@ class AdapterReward:
         prefixes = self._roles.prefix_scores(self.role, sequences, *self._options)
         lengths = [len(completion) for completion in completion_ids]
         tails = [scores[-length:] for scores, length in zip(prefixes, lengths, strict=True)]
-        if self._reads == "redistributed":
-            self.token_rewards = [self._readout.token_rewards(tail) for tail in tails]
-        elif self._reads == "attention":
+        if reward_record and self._reads == "redistributed":
+            reward_record[0].token_rewards[self.__name__] = [self._readout.token_rewards(tail) for tail in tails]
+        elif reward_record and self._reads == "attention":
             weights = self._roles.last_token_attention(self.role, sequences, *self._options)
-            self.attention = [row[-length:] for row, length in zip(weights, lengths, strict=True)]
+            reward_record[0].attention = [row[-length:] for row, length in zip(weights, lengths, strict=True)]
         scores = [self._readout.score(tail).item() for tail in tails]
         bad = [row for row, score in enumerate(scores) if not math.isfinite(score)]
         if bad:  # as `nan` it would count as a completion that this reward does not judge

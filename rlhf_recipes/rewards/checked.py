@@ -8,6 +8,8 @@ from typing import Any
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from rlhf_recipes.rewards.record import RewardRecord
+
 RewardFunction = Callable[..., Any]
 
 
@@ -32,9 +34,11 @@ def checked(function: RewardFunction) -> RewardFunction:
         [-3.0]
         >>> def rising(completion_ids, **kwargs):
         ...     return [[0.1 * i for i in range(len(ids))] for ids in completion_ids]
-        >>> reward = checked(rising)
-        >>> reward(prompts=["a"], completions=["b c"], completion_ids=[[5, 6]]), reward.token_rewards
-        ([0.1], [[0.0, 0.1]])
+        >>> record = RewardRecord()
+        >>> checked(rising)(prompts=["a"], completions=["b c"], completion_ids=[[5, 6]], reward_record=[record])
+        [0.1]
+        >>> record.token_rewards
+        {'rising': [[0.0, 0.1]]}
     """
     return _AsyncCheckedReward(function) if is_async_callable(function) else _CheckedReward(function)
 
@@ -42,21 +46,25 @@ def checked(function: RewardFunction) -> RewardFunction:
 class _CheckedReward:
     def __init__(self, function: RewardFunction) -> None:
         self.__name__ = get_callable_name(function)
-        self.token_rewards: list[list[float] | None] | None = None
         self._function = function
 
-    def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
+    def __call__(
+        self, prompts: list[Any], reward_record: Sequence[RewardRecord] = (), **kwargs: Any
+    ) -> list[float | None]:
         try:
             rewards = self._function(prompts=prompts, **kwargs)
         except Exception as error:
             raise _raised(self.__name__, error, kwargs) from error
-        return self._check(rewards, prompts, kwargs["completion_ids"])
+        return self._check(rewards, prompts, kwargs["completion_ids"], reward_record)
 
-    def _check(self, rewards: Any, prompts: list[Any], completion_ids: list[list[int]]) -> list[float | None]:
+    def _check(
+        self, rewards: Any, prompts: list[Any], completion_ids: list[list[int]], record: Sequence[RewardRecord]
+    ) -> list[float | None]:
         rewards = _as_list(self.__name__, rewards, len(prompts))
         rows = zip(rewards, completion_ids, strict=True)
         per_token = [_per_token(self.__name__, index, *row) for index, row in enumerate(rows)]
-        self.token_rewards = None if all(row is None for row in per_token) else per_token
+        if record and any(row is not None for row in per_token):
+            record[0].token_rewards[self.__name__] = per_token
         return [
             _number(self.__name__, rewards[index], index) if row is None else math.fsum(row)
             for index, row in enumerate(per_token)
@@ -64,12 +72,14 @@ class _CheckedReward:
 
 
 class _AsyncCheckedReward(_CheckedReward):
-    async def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
+    async def __call__(  # type: ignore[override]
+        self, prompts: list[Any], reward_record: Sequence[RewardRecord] = (), **kwargs: Any
+    ) -> list[float | None]:
         try:
             rewards = await self._function(prompts=prompts, **kwargs)
         except Exception as error:
             raise _raised(self.__name__, error, kwargs) from error
-        return self._check(rewards, prompts, kwargs["completion_ids"])
+        return self._check(rewards, prompts, kwargs["completion_ids"], reward_record)
 
 
 def _raised(name: str, error: Exception, kwargs: dict[str, Any]) -> RuntimeError:

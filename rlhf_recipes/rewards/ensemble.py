@@ -98,8 +98,10 @@ class EnsembleReward:
         """Copy the ensemble with functions in the place of its folders."""
         return EnsembleReward(functions, self.aggregation, self.k, self.__name__)
 
-    def __call__(self, log_metric: Callable[[str, float], None] | None = None, **kwargs: Any) -> list[float]:
-        """Return one reward per completion."""
+    def __call__(
+        self, log_metric: Callable[[str, float], None] | None = None, reward_record: Any = None, **kwargs: Any
+    ) -> list[float]:
+        """Return one reward per completion. Members that reward tokens leave no trace in `reward_record`."""
         scores = torch.tensor([self._scores(member, kwargs) for member in self.members], dtype=torch.float64)
         rewards, disagreement = aggregate_scores(scores, self.aggregation, self.k)
         if log_metric is not None:

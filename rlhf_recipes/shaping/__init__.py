@@ -1,6 +1,13 @@
 """Token rewards: transforms of the score, where it is paid, and the KL penalty to the reference."""
 
-from rlhf_recipes.shaping.dense import align_rewards, place_attention, place_differences, potential_shaping
+from rlhf_recipes.shaping.dense import (
+    RewardPlacement,
+    align_rewards,
+    place_attention,
+    place_differences,
+    place_scores,
+    potential_shaping,
+)
 from rlhf_recipes.shaping.kl import (
     AdaptiveKLController,
     FixedKLController,
@@ -30,6 +37,7 @@ __all__ = [
     "MissingEos",
     "OverlongPenalty",
     "RepetitionPenalty",
+    "RewardPlacement",
     "ScaleScores",
     "ScoreTransform",
     "SubtractReferenceMean",
@@ -44,6 +52,7 @@ __all__ = [
     "place_differences",
     "place_discounted",
     "place_every_token",
+    "place_scores",
     "place_terminal",
     "place_uniform",
     "potential_shaping",

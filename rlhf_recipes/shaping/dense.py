@@ -9,11 +9,58 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_recipes.shaping.placement import place_terminal
+from rlhf_recipes.shaping.placement import place_discounted, place_every_token, place_terminal, place_uniform
+
+RewardPlacement = Literal["terminal", "uniform", "discounted", "every_token", "redistributed", "attention"]
+
+
+def place_scores(
+    scores: Tensor,
+    mask: Tensor,
+    placement: RewardPlacement,
+    gamma: float = 0.95,
+    attention: Tensor | None = None,
+    attention_weight: float = 0.8,
+) -> Tensor:
+    """Pay scores by a placement's name; a new placement needs its function, and its case and word here.
+
+    Args:
+        scores: One score per completion, in units of reward, shape `(B,)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        placement: Which one. With `"redistributed"` the reward adapter has paid its own score per token, and what is
+            left of the scores is paid on the last token.
+        gamma: For `"discounted"`.
+        attention: For `"attention"`: attention to each token, shape `(B, T)`.
+        attention_weight: For `"attention"`.
+
+    Returns:
+        Token rewards, shape `(B, T)`.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or there is no such placement or no attention.
+
+    Example:
+        >>> place_scores(torch.tensor([3.0]), torch.tensor([[1, 1, 1, 0]]), "uniform").tolist()
+        [[1.0, 1.0, 1.0, 0.0]]
+    """
+    if placement in ("terminal", "redistributed"):
+        return place_terminal(scores, mask)
+    if placement == "uniform":
+        return place_uniform(scores, mask)
+    if placement == "discounted":
+        return place_discounted(scores, mask, gamma)
+    if placement == "every_token":
+        return place_every_token(scores, mask)
+    if placement == "attention" and attention is not None:
+        return place_attention(scores, mask, attention, attention_weight)
+    raise ValueError(
+        f"No rewards can be placed by {placement!r} {'without' if attention is None else 'with'} attention."
+    )
 
 
 def place_differences(prefix_scores: Tensor, mask: Tensor, prompt_scores: Tensor | None = None) -> Tensor:

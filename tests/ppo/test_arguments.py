@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from recipes.textbook_ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.top_layers import decoder_layers
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.shaping import transforms_state
 from tests.ppo.support import logged, rollout, trained, without_chance
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_recipes.models.roles import CRITIC, POLICY
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from tests.ppo.support import rollout, trained, unpadded, without_chance
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from rlhf_recipes.models.top_layers import check_top_layers, decoder_layers
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from tests.ppo.support import rollout, trained, without_chance
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.ppo._trl import completion_logps
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo.objective import Outputs, backward_now, critic_loss, kl_per_token, policy_loss
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo.pretraining import PretrainingTexts, language_model_loss
 from tests.ppo.support import EOS, logged, rollout, trained, without_chance
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo.updates import UpdateControl
 from tests.ppo.support import logged, trained
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from rlhf_recipes.evaluation.health_checks import CRITIC_CHECKS, TRAINING_CHECKS, Check, failed_checks
 from rlhf_recipes.evaluation.records import RecordingCallback, log_apart
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -5,12 +5,15 @@ padding. What stands at a masked position, even `nan` or `inf`, never changes a 
 """
 
 from rlhf_recipes.ppo.functional.advantages import (
+    AdvantageEstimator,
     bandit_advantages,
     discounted_returns,
+    estimate_advantages,
     first_token_mask,
     gae,
     length_adaptive_lambda,
 )
+from rlhf_recipes.ppo.functional.gradients import backward_now
 from rlhf_recipes.ppo.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -27,12 +30,15 @@ from rlhf_recipes.ppo.functional.statistics import (
 )
 
 __all__ = [
+    "AdvantageEstimator",
     "aggregate",
+    "backward_now",
     "bandit_advantages",
     "clipped_policy_loss",
     "clipped_value_loss",
     "discounted_returns",
     "entropy",
+    "estimate_advantages",
     "explained_variance",
     "first_token_mask",
     "gae",

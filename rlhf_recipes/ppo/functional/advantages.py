@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from rlhf_recipes.masks import check_shapes, counted
+
+AdvantageEstimator = Literal["gae", "bandit"]
+
+
+def estimate_advantages(
+    estimator: AdvantageEstimator,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    critic_lam: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate advantages by an estimator's name; a new one needs its function, and its case and word here.
+
+    Args:
+        estimator: `"gae"`: `gae` over the tokens; `"bandit"`: `bandit_advantages`, a completion as one action.
+        rewards: Reward for each token, KL penalty included, shape `(B, T)`.
+        values: The critic's estimate of the return before each token, in units of reward, shape `(B, T)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        gamma: Discount per token.
+        lam: GAE's lambda, one or one for each sequence.
+        critic_lam: Lambda of the returns; `None`: that of the advantages.
+
+    Returns:
+        Raw advantages, returns, and the mask of the values that the critic learns, each `(B, T)`.
+
+    Example:
+        >>> ones = torch.ones(1, 2)
+        >>> estimates = estimate_advantages("bandit", torch.tensor([[0.0, 2.0]]), 0.5 * ones, ones)
+        >>> [each.tolist() for each in estimates]
+        [[[1.5, 1.5]], [[2.0, 2.0]], [[1.0, 0.0]]]
+    """
+    if estimator == "bandit":
+        advantages, returns = bandit_advantages(rewards.sum(dim=1), values, mask)
+        return advantages, returns, first_token_mask(mask)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    if critic_lam is not None:
+        _, returns = gae(rewards, values, mask, gamma, critic_lam)
+    return advantages, returns, mask
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.callbacks import CriticHealth, FrontierTracker, PolicyEvaluation, TrainingHealth
-from rlhf_recipes.ppo.critic import is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.statistics.frontier import frontier
 from tests.ppo.support import trained
 

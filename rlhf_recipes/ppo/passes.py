@@ -1,0 +1,189 @@
+"""How PPO runs its networks: completions are sampled, and a pass over them gives their log-probabilities.
+
+This file and `_trl.py` are the places that call what is inside TRL. `B` completions, `T` completion tokens (padded on
+the right), `H` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import add_fused_lm_head, pad
+
+from rlhf_recipes.models.generation import sample, sample_with_transformers
+from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
+
+
+# 1. Sampling
+def sample_completions(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> list[list[int]]:
+    """Sample one completion per prompt from the policy: token ids, with the end token where it was sampled."""
+    args: Any = trainer.args
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        generation_kwargs=trainer.generation_kwargs,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    ) as model:
+        return sample_from(trainer, model, *padded(trainer, prompt_ids, "left"))
+
+
+def sample_from(trainer: GRPOTrainer, model: Any, ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The same from any model, after prompts that are padded on the left: token ids and mask, each `(B, P)`."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    args: Any = trainer.args
+    config, ends = trainer.generation_config, trainer.eos_token_ids
+    if is_packed(inner) and not args.generation_kwargs and not args.cache_implementation:
+        sequences = sample(inner, ids, mask, config, trainer.temperature, ends)
+    else:
+        sequences = sample_with_transformers(model, config, trainer.temperature, input_ids=ids, attention_mask=mask)
+    rows = sequences[:, ids.size(1) :].tolist()
+    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
+
+
+def padded(trainer: GRPOTrainer, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of rows of unlike length, padded on a side, on the trainer's device."""
+    ids = [torch.tensor(row, device=trainer.accelerator.device) for row in rows]
+    tokenizer: Any = trainer.processing_class
+    return (
+        pad(ids, padding_value=tokenizer.pad_token_id, padding_side=side),
+        pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side=side),
+    )
+
+
+# 2. The pass of a policy
+@dataclass(frozen=True)
+class PolicyPass:
+    """What a pass of a policy tells of completions, with gradients where they are on.
+
+    Attributes:
+        logps: Log-probabilities of the tokens in nats, shape `(B, T)`; 0 on padding.
+        entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
+        kept: What `read` kept of the states, `(B, T, ...)`, or `None`.
+        router_loss: How unevenly the routers of a mixture of experts use them, of all tokens, a scalar, or `None`.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    kept: Any = None
+    router_loss: Tensor | None = None
+
+
+def policy_pass(
+    trainer: GRPOTrainer,
+    model: Any,
+    texts: Texts,
+    batch_size: int | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
+    router_loss: bool = False,
+) -> PolicyPass:
+    """Compute the log-probability of every completion token, and the entropy where it was sampled.
+
+    They come from TRL's fused output layer, at the sampling temperature, without a tensor of (B, T, V).
+
+    Args:
+        trainer: The trainer whose engine is used.
+        model: The model to run, possibly wrapped for distributed training.
+        texts: Prompts and completions.
+        batch_size: Sequences per forward pass; all at once by default.
+        read: What to keep of the last hidden states `(1, n, H)` from which the `n` tokens were drawn: `(1, n, ...)`.
+        router_loss: Whether to compute the routers' loss, in one pass over all sequences.
+    """
+    routers = {"output_router_logits": True} if router_loss else {}
+    parts: list[tuple[Tensor, list[Tensor]]] = []
+    inner = trainer.accelerator.unwrap_model(model)
+    for indices, part in texts.by_length(batch_size or len(texts)):
+        rows, mask = part.rows(is_packed(inner)), part.completion_mask
+        drawn = mask.flatten().nonzero().squeeze(1)
+        places = rows.places(part.positions_before).flatten()[drawn]
+        labels = part.completion_ids.flatten()[drawn]
+        labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
+        with trainer.accelerator.autocast(), states_at(inner, places) as states:
+            input_ids = rows.join(part.ids)
+            outputs = model(input_ids=input_ids, **rows.arguments, **routers, labels=labels[None], fused_lm_head=True)
+            more = [] if read is None else [read(states[0])]
+        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
+        parts.append((indices, [scatter_tokens(each, drawn, *mask.shape) for each in tokens]))
+    columns = zip(*(values for _, values in parts), strict=True)
+    indices_of_parts, length = [indices for indices, _ in parts], texts.completion_ids.size(1)
+    joined = [scatter_rows(list(zip(indices_of_parts, column, strict=True)), length) for column in columns]
+    kept = joined[2] if read is not None else None
+    return PolicyPass(joined[0], joined[1], kept, outputs.aux_loss if router_loss else None)
+
+
+def keep_states(states: Tensor) -> Tensor:
+    """For `policy_pass`: keep the states themselves."""
+    return states
+
+
+class KeptPass:
+    """The old policy's pass over a rollout of one micro-batch, kept with its graph for the first update.
+
+    That update asks for the pass of the same texts with the same weights. Without the kept one it computes the pass
+    again, with the same numbers: it is a cache, which saves one pass in each rollout.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: PolicyPass | None = None
+
+    def keep(self, outputs: PolicyPass | None) -> None:
+        """Keep a pass, or none, until it is taken or another one is kept."""
+        self._outputs = outputs
+
+    def take(self, rows: Tensor, length: int) -> PolicyPass | None:
+        """Hand the pass over, once.
+
+        Args:
+            rows: For each row its number in the pass that was kept, shape `(B,)`.
+            length: `T` of the rows.
+        """
+        kept, self._outputs = self._outputs, None
+        if kept is None:
+            return None
+        values = None if kept.kept is None else kept.kept[rows, :length]
+        return PolicyPass(kept.logps[rows, :length], kept.entropies[rows, :length], values)
+
+
+@contextmanager
+def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
+    """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
+
+    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: what it would say
+    of prompts and padding is not computed.
+
+    Args:
+        model: The model, with or without adapters.
+        places: Places among all states of a pass, shape `(n,)`.
+
+    Yields:
+        A list that gets the last hidden states `(1, n, H)` at these places, once for each pass.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    captured: list[Tensor] = []
+    places = torch.cat([places, places.new_zeros(1)])
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places)[None]
+        captured.append(output.last_hidden_state[:, :-1])
+        return output
+
+    handle = base.base_model.register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
+    """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
+    args: Any = trainer.args
+    add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
