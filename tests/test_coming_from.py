@@ -7,6 +7,7 @@ and holds the page to them. Here nothing is installed: the page's numbers are th
 import importlib.util
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from torch import tensor
 from torch.testing import assert_close
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.ppo.anchor import make_kl_controller
 from rlhf_recipes.ppo.functional import aggregate, clipped_policy_loss, clipped_value_loss, gae, whiten
 from rlhf_recipes.ppo.objective import Outputs, critic_loss, policy_loss
-from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, estimate_advantages
+from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, configured_advantages
+from rlhf_recipes.ppo.updates import make_kl_controller
 from rlhf_recipes.shaping import (
     AdaptiveKLController,
     ClipScores,
@@ -64,13 +65,20 @@ def ours(args, batch):
     kl = kl_estimate(old, batch["ref_logps"], args.kl_estimator).masked_fill(mask == 0, 0.0)
     assert args.kl_placement == "reward"
     rewards = rewards - make_kl_controller(args).value * kl
-    advantages, returns, value_mask = estimate_advantages(args, rewards, batch["old_values"], mask)
+    advantages, returns, value_mask = configured_advantages(args, rewards, batch["old_values"], mask)
     assert args.whiten_advantages
     advantages = whiten(advantages, mask, unbiased=args.whiten_unbiased)
-    inputs = {"completion_mask": mask, "old_per_token_logps": old, "ref_per_token_logps": batch["ref_logps"]}
-    inputs |= {"advantages": advantages, "value_mask": value_mask, "old_values": batch["old_values"]}
+    inputs = SimpleNamespace(
+        completion_mask=mask,
+        old_per_token_logps=old,
+        ref_per_token_logps=batch["ref_logps"],
+        advantages=advantages,
+        value_mask=value_mask,
+        old_values=batch["old_values"],
+        returns=returns,
+    )
     policy, _ = policy_loss(Outputs(batch["logps"], torch.zeros_like(old)), inputs, args, 0.0, args.entropy_coef)
-    value, _ = critic_loss(batch["values"], inputs | {"returns": returns}, args)
+    value, _ = critic_loss(batch["values"], inputs, args)
     return {
         "token rewards": rewards,
         "returns": returns,

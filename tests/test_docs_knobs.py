@@ -21,8 +21,9 @@ from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.config import DataArguments
 from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
-from rlhf_recipes.ppo.config_checks import _NOT_HONOURED, contradictions
+from rlhf_recipes.ppo.config import contradictions
 from rlhf_recipes.ppo.token_rewards import configured_transforms
+from rlhf_recipes.ppo.unused import NOT_HONOURED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig, pairwise_evaluation
 from rlhf_recipes.shaping import place_terminal, place_uniform, potential_shaping
 
@@ -119,7 +120,7 @@ def test_other_fields_have_their_defaults(page, heading, classes):
 
 def test_refused_fields_are_named():
     text = section(PPO, "### What GRPO has and PPO refuses")
-    assert set(re.findall(r"`(\w+)`", text)) == set(_NOT_HONOURED)
+    assert set(re.findall(r"`(\w+)`", text)) == set(NOT_HONOURED)
 
 
 def test_every_argument_of_the_trainer_is_explained():

@@ -50,8 +50,9 @@ CALIBRATION, LENGTH = f"{CERTIFICATE}/calibration.py", f"{CERTIFICATE}/length.py
 SAMPLES, SENSITIVITY = f"{CERTIFICATE}/samples.py", f"{CERTIFICATE}/sensitivity.py"
 BENCHMARK, VERDICT = f"{CERTIFICATE}/benchmark.py", f"{CERTIFICATE}/verdict.py"
 REASONS = f"{CERTIFICATE}/reasons.py"
-PADDING, JOINED = "rlhf_recipes/ppo/padding.py", "test_what_is_read_and_how_it_is_joined_by_hand"
-POSITIONS = "test_positions_by_hand"
+ROLLOUT, JOINED_BY_HAND = "rlhf_recipes/ppo/rollout.py", "test_micro_batches_are_joined_by_hand"
+FURTHER_EPOCH = "test_a_further_epoch_has_the_same_rows_in_other_micro_batches"
+TEXTS_BY_HAND = "test_texts_side_by_side_by_hand"
 ROWS, PACKED, PADDED = "rlhf_recipes/models/rows.py", "test_packed_rows_by_hand", "test_padded_rows_by_hand"
 MEAN_WEIGHTS = "rlhf_recipes/reward_modeling/finished.py"
 ENSEMBLE = "rlhf_recipes/rewards/ensemble.py"
@@ -343,20 +344,21 @@ BUGS = [
     Bug(ROWS, "columns < lengths[:, None]", "columns <= lengths[:, None]", PADDED),
     Bug(ROWS, "* mask.size(1) + ", "* self._length + ", PADDED),
     Bug(ROWS, "packed and not", "True and not", PADDED),
-    Bug(ROWS, "self.sources.flatten())", "self.sources.flatten().flip(0))", "test_slots_by_hand"),
+    Bug(ROWS, "self.sources.flatten())", "self.sources.flatten().flip(0))", "test_sequence_groups_by_hand"),
     Bug(ROWS, "index_put((places,), tokens)", "index_put((places.flip(0),), tokens)", PADDED),
-    Bug(PADDING, '"mask"), packed)', '"mask"), not packed)', JOINED),
-    Bug(PADDING, 'batch[f"prompt_{name}"], batch[f"completion_{name}"]', 'batch[f"completion_{name}"]', JOINED),
-    Bug(PADDING, "keepdim=True) - 1\n", "keepdim=True)\n", POSITIONS),
-    Bug(PADDING, "[:, None] - 1)", "[:, None])", POSITIONS),
-    Bug(PADDING, '"prompt_mask", "completion_ids", "completion_mask")}', '"prompt_mask", "completion_ids")}', JOINED),
-    Bug(PADDING, "value[:, -prompt:]", "value[:, :prompt]", "test_trimming_by_hand"),
-    Bug(PADDING, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
-    Bug(PADDING, '["prompt_mask"].sum(dim=1) + ', '["prompt_mask"].sum(dim=1) - ', "test_rows_are_measured_by_hand"),
-    Bug(PADDING, "descending=True", "descending=False", "test_parts_by_length_are_the_whole_batch"),
-    Bug(PADDING, "if left else", "if not left else", "test_parts_that_were_cut_on_the_left_by_hand"),
-    Bug(PADDING, "[start : start + per_step]", "[:per_step]", "test_sorting_moves_no_row_to_another_step"),
-    Bug(PADDING, "torch.cat([b[name] for b in batches])", "torch.cat([b[name] for b in batches[:1]])", JOINED),
+    Bug(ROWS, "self.completion_mask], dim=1), packed)", "self.completion_mask], dim=1), not packed)", TEXTS_BY_HAND),
+    Bug(ROWS, "[self.prompt_ids, self.completion_ids]", "[self.completion_ids, self.completion_ids]", TEXTS_BY_HAND),
+    Bug(ROWS, "keepdim=True) - 1\n", "keepdim=True)\n", "test_positions_before_by_hand"),
+    Bug(ROWS, "self.lengths[:, None] - 1)", "self.lengths[:, None])", "test_positions_before_by_hand"),
+    Bug(ROWS, "value[:, -prompt:]", "value[:, :prompt]", "test_trimming_by_hand"),
+    Bug(ROWS, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
+    Bug(ROWS, "prompt_mask.sum(dim=1) + ", "prompt_mask.sum(dim=1) - ", TEXTS_BY_HAND),
+    Bug(ROWS, "descending=True", "descending=False", "test_parts_by_length_are_the_whole_batch"),
+    Bug(ROWS, "if left else", "if not left else", "test_parts_that_were_cut_on_the_left_by_hand"),
+    Bug(ROLLOUT, "[start : start + per_step]", "[:per_step]", "test_sorting_moves_no_row_to_another_step"),
+    Bug(ROLLOUT, "for batch in micro_batches]", "for batch in micro_batches[:1]]", JOINED_BY_HAND),
+    Bug(ROLLOUT, "split_tensor_dict(shuffled", "split_tensor_dict(join(micro_batches)", FURTHER_EPOCH),
+    Bug(ROLLOUT, "for each in fields(Texts)", "for each in fields(Texts)[::-1][1:]", "test_texts_of_a_batch_by_hand"),
     Bug(MEAN_WEIGHTS, ".mean(dim=0).to(", ".sum(dim=0).to(", "test_mean_weights"),
     Bug(MEAN_WEIGHTS, "member[name].double()", "member[name]", "test_mean_weights"),
     Bug(ENSEMBLE, "std(dim=0, correction=0)", "std(dim=0)", "TestAggregateScores.test_numbers"),
@@ -484,7 +486,7 @@ PURE_FILES = (
     *("masks.py", "functional/*.py", "losses/*.py", "shaping/*.py", "statistics/*.py"),
     *("tools/ranking/*.py", "tools/planning/memory.py", "tools/planning/phases.py"),
     *("evaluation/hacking_signs.py", "models/readout.py", "rewards/ensemble.py"),
-    *("ppo/padding.py", "models/rows.py"),
+    *("ppo/rollout.py", "models/rows.py"),
 )
 PURE_FUNCTIONS = {  # in files that hold more than pure functions
     (DIALOGUES, "as_text"),

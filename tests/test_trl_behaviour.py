@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.ppo._trl import completion_logps
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.ppo.passes import policy_pass
+from rlhf_recipes.ppo.rollout import texts_of
 from tests.ppo.support import EOS, answer, logged, rollout, trained, without_chance
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trl_behaviour.md"
@@ -584,7 +585,7 @@ def test_clips_of_the_loss_equal_loops_by_hand(make, batch, name):
     loss, _, trainer = loss_of(make, batch, **CLIPS[name])
     high, delta = 1.0 + CLIPS[name].get("epsilon_high", 0.2), CLIPS[name].get("delta", math.inf)
     with torch.no_grad():
-        new, _ = completion_logps(trainer, trainer.model, batch)
+        new = policy_pass(trainer, trainer.model, texts_of(batch)).logps
     terms = []
     for row in range(8):
         size = int(batch["completion_mask"][row].sum())
@@ -598,7 +599,7 @@ def test_clips_of_the_loss_equal_loops_by_hand(make, batch, name):
 def test_the_entropy_bonus_is_its_weight_times_the_entropy(make, batch):
     plain, without, _ = loss_of(make, batch)
     trainer = make(per_device_train_batch_size=8, gradient_accumulation_steps=1)
-    _, entropies = completion_logps(trainer, trainer.model, batch)
+    entropies = policy_pass(trainer, trainer.model, texts_of(batch)).entropies
     entropy = entropies[batch["completion_mask"].bool()].mean()
     with_bonus, gradients, _ = loss_of(make, batch, entropy_coef=0.5)
     assert plain - with_bonus == pytest.approx(0.5 * entropy.item(), rel=1e-4)

@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.models.states import states_at
+from rlhf_recipes.ppo.passes import states_at
 
 PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
 
@@ -76,7 +76,7 @@ def test_methods_keep_their_parameters(name):
 
 def test_per_token_logps_return_as_many_things_as_the_override():
     found = returned_lengths(GRPOTrainer._get_per_token_logps_and_entropies)
-    assert found == {3}, moved("it no longer returns (logps, entropies, aux_loss)", "rlhf_recipes/ppo/engine.py")
+    assert found == {3}, moved("it no longer returns (logps, entropies, aux_loss)", "rlhf_recipes/ppo/trainer.py")
 
 
 def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_model_path):
@@ -116,14 +116,14 @@ def test_a_rollout_is_kept_for_the_steps_that_the_counter_says():
         "self._step % generate_every == 0",
         "self._buffered_inputs[self._step % self.args.steps_per_generation]",
     ):
-        assert line in source, moved("rollouts are kept differently", "rlhf_recipes/ppo/engine.py")
+        assert line in source, moved("rollouts are kept differently", "rlhf_recipes/ppo/trainer.py")
     assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step), moved(
-        "`_step`", "PPOEngine.training_step"
+        "`_step`", "PPOTrainer.training_step"
     )
 
 
 def test_a_turn_of_generation_returns_ids_and_logps():
-    message = moved("`_generate_single_turn` no longer returns (ids, logps)", "PPOEngine._generate_single_turn")
+    message = moved("`_generate_single_turn` no longer returns (ids, logps)", "PPOTrainer._generate_single_turn")
     assert returned_lengths(GRPOTrainer._generate_single_turn) == {2}, message
 
 
@@ -144,7 +144,7 @@ def test_trainer_has_the_class_attributes(name):
 
 
 def test_loss_is_scaled_for_gradient_accumulation():
-    message = moved("the trainer divides the loss by the accumulation steps", "PPOTrainer._share_of_step")
+    message = moved("the trainer divides the loss by the accumulation steps", "share_of_step")
     assert GRPOTrainer.loss_is_scaled_for_ga is True, message
 
 

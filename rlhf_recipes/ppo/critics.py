@@ -221,10 +221,8 @@ class HeadCritic(Critic):
 
     def forward(self, texts: Rollout | Texts) -> Tensor:
         """Values before each completion token, in a pass of its own; training reads them in the policy's."""
-        rows, trunk = (
-            texts.rows(is_packed(self._policy)),
-            self._policy.get_base_model() if self._on_adapter else self._policy,
-        )
+        policy: Any = self._policy
+        rows, trunk = texts.rows(is_packed(policy)), policy.get_base_model() if self._on_adapter else policy
         with self._roles.use(POLICY):
             hidden = trunk.base_model(input_ids=rows.join(texts.ids), **rows.arguments, use_cache=False)
         return self.read(rows.gather(hidden.last_hidden_state, texts.positions_before))
@@ -283,8 +281,8 @@ class ModelCritic(Critic):
         known = model.get_input_embeddings().weight.size(0)
         if known < vocabulary:
             raise ValueError(
-                f"The embeddings of `critic_model` end at {known - 1}, and those of the policy, whose tokens it reads, "
-                f"at {vocabulary - 1}. Give a critic with the policy's tokenizer, or call "
+                f"The embeddings of `critic_model` end at {known - 1}, and those of the policy, whose tokens it reads,"
+                f" at {vocabulary - 1}. Give a critic with the policy's tokenizer, or call "
                 f"`resize_token_embeddings({vocabulary})`."
             )
         positions_follow_mask(model)

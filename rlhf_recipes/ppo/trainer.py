@@ -188,8 +188,7 @@ class PPOTrainer(GRPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.accelerator.process_index > 0:  # by TRL's seed + rank, the next seed would share a stream
-            set_seed(process_seed(args.seed, self.accelerator.process_index))
+        seed_sampling(args.seed, self.accelerator.process_index)
         if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
             self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -668,6 +667,12 @@ class PPOTrainer(GRPOTrainer):
         load_transforms_state(self.token_rewards.transforms, state["transforms"])
         self.updates.load_state_dict(state["updates"])
         return old, new
+
+
+def seed_sampling(seed: int, rank: int) -> None:
+    """Let each process sample from a stream of its own: by TRL's seed + rank, the next seed would share it."""
+    if rank > 0:
+        set_seed(process_seed(seed, rank))
 
 
 def process_seed(seed: int, rank: int) -> int:

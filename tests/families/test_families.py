@@ -20,7 +20,7 @@ from tests.families.stages import (
     train_sft,
 )
 from tests.families.table import FAMILIES
-from tests.ppo.support import unpadded
+from tests.ppo.support import rollout_and_record, unpadded
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 CASES = [
@@ -76,8 +76,7 @@ def test_a_family_through_all_stages(name, tiny_tokenizer, tmp_path):
 
 def check_rollout(trainer, plain, scorer):
     """Log-probabilities, values and scores of a rollout are those of single rows."""
-    compute_as_in_evaluation(trainer.model.train())
-    batch = trainer._generate_and_score_completions([trainer.train_dataset[row] for row in range(8)])
+    batch, record = rollout_and_record(trainer, prepare=compute_as_in_evaluation)
     assert len({len(unpadded(batch, row)[0]) for row in range(8)}) > 2, "the rows are of unlike length"
     for row in range(8):
         prompt, completion = unpadded(batch, row)
@@ -85,7 +84,7 @@ def check_rollout(trainer, plain, scorer):
         assert_close(found, plain_logps(plain, prompt, completion, trainer.temperature), **EXACT)
         assert_close(batch["ref_per_token_logps"][row, : len(completion)], found, **EXACT)
         if scorer is not None:
-            assert_close(trainer._scores[row].float(), plain_score(scorer, prompt + completion), **EXACT)
+            assert_close(record.scores[row].float(), plain_score(scorer, prompt + completion), **EXACT)
             value = batch["old_values"][row, len(completion) - 1]
             assert_close(value, plain_score(scorer, (prompt + completion)[:-1]), **EXACT)
 

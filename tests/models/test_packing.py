@@ -93,7 +93,7 @@ def test_states_and_gradients_are_those_of_each_text_alone(name, checkpointing):
         packed.train()
     ids, mask = make_texts()
     rows = Rows(mask, packed=True)
-    assert "slots" in rows.arguments
+    assert "sequence_groups" in rows.arguments
     expected, found = states_alone(alone, ids, mask), states_of(packed, ids, rows)
     assert_close(found, expected, atol=2e-5, rtol=1e-4)
     weight = torch.randn(mask.numel(), 32, generator=torch.Generator().manual_seed(1)).view(*mask.shape, 32)
@@ -154,10 +154,10 @@ def test_models_that_do_not_attend_to_the_whole_text_stay_as_they_are(make_model
 def test_a_model_that_mixes_texts_stays_as_it_is(monkeypatch):
     forward = LlamaAttention.forward
 
-    def without_slots(self, *args, slots=None, **kwargs):
+    def without_groups(self, *args, sequence_groups=None, **kwargs):
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(LlamaAttention, "forward", without_slots)
+    monkeypatch.setattr(LlamaAttention, "forward", without_groups)
     model = make("llama")
     pack(model)
     assert not is_packed(model)

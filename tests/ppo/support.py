@@ -4,7 +4,8 @@ from collections import Counter
 
 import torch
 
-from rlhf_recipes.ppo.anchor import FIRST_PASS
+from rlhf_recipes.models.rows import Texts
+from rlhf_recipes.rewards.record import COLUMN
 
 EOS = 1  # of the tiny tokenizer
 WORDS = range(6, 30)  # ids of plain words in it
@@ -34,11 +35,37 @@ def without_chance(trainer, make=answer):
     return trainer
 
 
-def rollout(trainer, rows=8):
+def rollout(trainer, rows=8, prepare=lambda model: None):
     """One rollout of the trainer, in training mode and in the order of generation, as a later epoch finds it."""
-    trainer.model.train()
+    prepare(trainer.model.train())
     batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(rows)])
-    return {name: value for name, value in batch.items() if name not in FIRST_PASS}
+    trainer.kept_pass.keep(None)
+    return batch
+
+
+def rollout_and_record(trainer, rows=8, prepare=lambda model: None):
+    """The same, and what the reward functions recorded of it."""
+    records, calculate = [], trainer._calculate_rewards
+
+    def recorded(inputs, *others):
+        records.append(inputs[0][COLUMN])
+        return calculate(inputs, *others)
+
+    trainer._calculate_rewards = recorded
+    batch = rollout(trainer, rows, prepare)
+    trainer._calculate_rewards = calculate
+    return batch, records[0]
+
+
+def texts_of_ids(ids, prompt_length, mask=None):
+    """Texts `(B, L)` without padding, of which the first tokens are prompts."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return Texts(
+        prompt_ids=ids[:, :prompt_length],
+        prompt_mask=mask[:, :prompt_length],
+        completion_ids=ids[:, prompt_length:],
+        completion_mask=mask[:, prompt_length:],
+    )
 
 
 def unpadded(batch, row):

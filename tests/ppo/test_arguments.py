@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 
 from recipes.textbook_ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.models.top_layers import decoder_layers
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.models.top_layers import decoder_layers
+from rlhf_recipes.ppo.rollout import texts_of
 from rlhf_recipes.shaping import transforms_state
 from tests.ppo.support import logged, rollout, trained, without_chance
 
@@ -297,7 +298,7 @@ def test_disable_dropout(make_trainer, tiny_model_path, critic):
     assert logged(trainer, "ppo/ratio_max") == pytest.approx([1.0, 1.0], abs=1e-5)
     batch = rollout(trainer)
     trainer.model.train()
-    again = trainer.critic.rollout_values(batch, 8)["old_values"]
+    again = trainer.critic.rollout(texts_of(batch), 8).values
     mask = batch["completion_mask"].bool()
     assert batch["old_values"][mask].abs().max() > 1e-4
     assert_close(again[mask], batch["old_values"][mask], atol=1e-6, rtol=1e-5)

@@ -11,11 +11,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.checkpoints import check_output_dir
 from rlhf_recipes.models.loading import load_causal_lm
 from rlhf_recipes.models.roles import CRITIC
-from rlhf_recipes.ppo import config_checks
-from rlhf_recipes.ppo.anchor import policy_outputs
+from rlhf_recipes.ppo import config as ppo_config
+from rlhf_recipes.ppo.unused import NOT_HONOURED
 from tests.ppo.support import trained
 
 BANDIT = {"advantage_estimator": "bandit", "loss_aggregation": "sequence"}
@@ -90,7 +91,7 @@ def test_contradictions_are_refused(make_config, fields, names, fix):
 
 def test_no_contradiction_is_forgotten_here(make_config):
     """Each message that the source has comes up in the rows above, and at the edge of it a configuration is fine."""
-    messages = config_checks.contradictions(make_config())
+    messages = ppo_config.contradictions(make_config())
     seen = set()
     for fields, _, _ in CONTRADICTIONS:
         with pytest.raises(ValueError, match=".") as raised:
@@ -172,13 +173,13 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", config_checks._NOT_HONOURED)
+@pytest.mark.parametrize("name", NOT_HONOURED)
 def test_fields_of_grpo_that_ppo_does_not_use_are_refused(make_config, name):
     with pytest.raises(ValueError, match=f"(?s)`{name}` is .*, but PPO does not use it: .* Remove it"):
         make_config(**{name: OTHER_VALUES[name]})
 
 
-@pytest.mark.parametrize("name", [*config_checks._SHARES, *config_checks._NOT_NEGATIVE, *config_checks._POSITIVE])
+@pytest.mark.parametrize("name", [*ppo_config._SHARES, *ppo_config._NOT_NEGATIVE, *ppo_config._POSITIVE])
 def test_values_out_of_range_are_refused(make_config, name):
     with pytest.raises(ValueError, match=f"`{name}` must .*, got -1"):
         make_config(**{name: -1})
@@ -347,12 +348,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_traine
     trainer = make_trainer(output_dir=str(tmp_path), max_steps=6)
     before = trained(trainer)
 
-    def steep(*arguments):
-        outputs = policy_outputs(*arguments)
+    def steep(trainer, *arguments):
+        outputs = policy_outputs(trainer, *arguments)
         zero = (outputs.logps * 0).abs().sqrt()
         return dataclasses.replace(outputs, logps=outputs.logps + zero)
 
-    monkeypatch.setattr("rlhf_recipes.ppo.trainer.policy_outputs", steep)
+    policy_outputs = PPOTrainer._policy_outputs
+    monkeypatch.setattr(PPOTrainer, "_policy_outputs", steep)
     with pytest.raises(FloatingPointError, match=r"The norm of the gradient is nan\. The batch itself is finite"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -6,9 +6,9 @@ from peft import LoraConfig, PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from rlhf_recipes.models.roles import CRITIC, POLICY
-from rlhf_recipes.models.roles import is_critic_parameter
-from tests.ppo.support import rollout, trained, unpadded, without_chance
+from rlhf_recipes.models.roles import CRITIC, POLICY, is_critic_parameter
+from rlhf_recipes.ppo.rollout import texts_of
+from tests.ppo.support import rollout, rollout_and_record, texts_of_ids, trained, unpadded, without_chance
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
@@ -50,7 +50,8 @@ def test_without_a_reward_adapter_it_starts_from_the_policy(make_trainer):
     assert not batch["old_values"].any()
     ids = batch["completion_ids"]
     with torch.no_grad():
-        states = trainer.critic.hidden_states(ids)
+        with trainer.roles.use(CRITIC):
+            states = trainer.roles.hidden_states(ids)
         with trainer.roles.use(POLICY):
             assert_close(states, trainer.roles.hidden_states(ids), atol=0, rtol=0)
         with trainer.roles.use(None):
@@ -63,14 +64,13 @@ def test_without_a_reward_adapter_it_starts_from_the_policy(make_trainer):
 def test_from_the_reward_adapter_the_value_at_the_last_token_is_the_score(make_trainer, quantization):
     """C52: the value read at the last token of the completion, one position after the last that PPO uses."""
     trainer = make_trainer(quantization_config=quantization)
-    batch = rollout(without_chance(trainer))
+    batch, record = rollout_and_record(without_chance(trainer))
     for row in range(8):
         prompt, completion = unpadded(batch, row)
-        ids = torch.tensor([prompt + completion])
+        longer = torch.tensor([[*prompt, *completion, 6]])  # the value before one token more
         with torch.no_grad():
-            hidden = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
-            value = trainer.roles.apply_head(CRITIC, hidden)[0, -1].item()
-        assert value == pytest.approx(trainer._scores[row].item(), abs=1e-4)
+            value = trainer.critic.forward(texts_of_ids(longer, len(prompt)))[0, -1].item()
+        assert value == pytest.approx(record.scores[row].item(), abs=1e-4)
         assert abs(value) > 1e-3
 
 
@@ -101,20 +101,20 @@ def test_a_head_on_the_trunk_reads_the_policys_states(make_trainer):
 
 
 def test_the_head_computes_in_float32_where_the_network_does_not(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(critic="head")
     states = torch.randn(2, 3, trainer.model.config.hidden_size)
     with torch.no_grad():
         trainer.roles.heads[CRITIC].weight.normal_()
-        expected = trainer.critic.values(states)
+        expected = trainer.critic.read(states)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(trainer.critic.values(states), expected)
+            assert torch.equal(trainer.critic.read(states), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_number_of_sequences_at_a_time_does_not_matter(make_trainer, size):
     trainer = make_trainer()
     batch = rollout(without_chance(trainer))
-    values = trainer.critic.rollout_values(batch, size)["old_values"]
+    values = trainer.critic.rollout(texts_of(batch), size).values
     mask = batch["completion_mask"].bool()
     assert_close(values[mask], batch["old_values"][mask], atol=1e-5, rtol=1e-5)
 
@@ -127,14 +127,14 @@ def test_switching_roles_leaves_no_trace(make_trainer, quantization):
     with torch.no_grad():
         before = trainer.model(input_ids=ids).logits
         scores = trainer.roles.scores("reward_0", ids.tolist(), 0, 1)
-        values = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
+        values = trainer.critic.forward(texts_of_ids(ids, 2))
         with trainer.roles.use(None):
             bare = trainer.model(input_ids=ids).logits
         with trainer.roles.use(trainer.reference):
             reference = trainer.model(input_ids=ids).logits
         assert torch.equal(trainer.model(input_ids=ids).logits, before)
         assert torch.equal(trainer.roles.scores("reward_0", ids.tolist(), 0, 1), scores)
-        assert torch.equal(trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids)), values)
+        assert torch.equal(trainer.critic.forward(texts_of_ids(ids, 2)), values)
     assert torch.equal(reference, before)
     assert (bare - before).abs().max() > 1e-3
 
@@ -179,13 +179,11 @@ def test_what_is_saved_can_be_loaded(make_trainer, tiny_model_path, own_model, t
                 parameter.add_(0.05 * torch.randn_like(parameter))
     trainer.critic.save(tmp_path / "critic")
     fresh = build()
-    ids = {"prompt_ids": torch.tensor([[6, 7]]), "completion_ids": torch.tensor([[8, 9, 10, 11]])}
-    masks = {name.replace("ids", "mask"): torch.ones_like(value) for name, value in ids.items()}
-    arguments = ({**ids, **masks}, 1)
-    expected = trainer.critic.rollout_values(*arguments)["old_values"]
-    assert not torch.allclose(fresh.critic.rollout_values(*arguments)["old_values"], expected, atol=1e-3)
+    texts = texts_of_ids(torch.tensor([[6, 7, 8, 9, 10, 11]]), 2)
+    expected = trainer.critic.rollout(texts, 1).values
+    assert not torch.allclose(fresh.critic.rollout(texts, 1).values, expected, atol=1e-3)
     fresh.critic.load(tmp_path / "critic")
-    assert torch.equal(fresh.critic.rollout_values(*arguments)["old_values"], expected)
+    assert torch.equal(fresh.critic.rollout(texts, 1).values, expected)
     if kind == "adapter" and not whole:  # the format of reward models, which anybody can read
         base = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
         classifier = PeftModel.from_pretrained(base, tmp_path / "critic").eval()
@@ -210,7 +208,7 @@ def test_a_critic_model_may_be_an_adapter(make_trainer, reward_adapter, tiny_mod
     """It is merged into its base, with its head."""
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1)
     expected = PeftModel.from_pretrained(base, reward_adapter).eval()
-    critic = make_trainer(critic="model", critic_model=reward_adapter).critic._model
+    critic = make_trainer(critic="model", critic_model=reward_adapter).critic.network
     ids = torch.tensor([[6, 7, 8]])
     with torch.no_grad():
         assert_close(critic(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
-from rlhf_recipes.models.top_layers import check_top_layers, decoder_layers
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.models.top_layers import check_top_layers, decoder_layers
+from rlhf_recipes.ppo.rollout import texts_of
 from tests.ppo.support import rollout, trained, without_chance
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -29,7 +30,7 @@ def test_the_upper_layers_alone_give_the_values_and_gradients_of_the_whole(make_
     top = without_chance(make_trainer(critic_layers=1, **fields))
     batch = rollout(top)
     mask = batch["completion_mask"].bool()
-    values = whole.critic.rollout_values(batch, 3)["old_values"]
+    values = whole.critic.rollout(texts_of(batch), 3).values
     assert_close(batch["old_values"][mask], values[mask], atol=1e-4, rtol=1e-4)
     assert batch["completion_below"].shape == (*mask.shape, whole.model.config.hidden_size)
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.rewards import ClassifierReward, RemoteReward, TruncatedReward
 from rlhf_recipes.rewards.encoding import which_ended
-from tests.ppo.support import rollout, without_chance
+from tests.ppo.support import rollout_and_record, without_chance
 
 EOS, TURN = 1, 8
 
@@ -57,8 +57,8 @@ def test_penalties_rewards_and_the_critics_targets_know_all_ends(make_trainer, t
     fields = {"critic_init": "policy", "missing_eos_penalty": 5.0, "kl_coef": 0.0}
     trainer = made_up(make_trainer(model=two_ends_path, reward_funcs=finished, **fields))
     assert trainer.eos_token_ids == [EOS, TURN]
-    batch = rollout(trainer)
-    assert trainer._scores.tolist() == [1.0, 1.0, 0.0, 0.0] * 2
+    batch, record = rollout_and_record(trainer)
+    assert record.scores.tolist() == [1.0, 1.0, 0.0, 0.0] * 2
     ended = (batch["completion_mask"].sum(dim=1) == 3).tolist()
     last = batch["completion_mask"].sum(dim=1) - 1
     paid = batch["returns"].gather(1, last[:, None]).squeeze(1)  # the last token's target is its own reward
@@ -74,12 +74,12 @@ def test_a_reward_model_of_its_own_sees_every_end(make_trainer, two_ends_path, c
 
         reward = ClassifierReward(*load_reward_model(classifier_path))
     trainer = made_up(make_trainer(model=two_ends_path, reward_funcs=[reward], critic_init="policy"))
-    rollout(trainer)
+    _, record = rollout_and_record(trainer)
     prompts = trainer.train_dataset["prompt"][:8]
     own = trainer.reward_funcs[0]
     texts = [trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in ROWS * 2]
     expected = own.scores(list(prompts), texts, [True, True, False, False] * 2)
-    assert trainer._scores.tolist() == pytest.approx(expected, abs=1e-6)
+    assert record.scores.tolist() == pytest.approx(expected, abs=1e-6)
     assert own.scores(["the "], ["a film"], [True]) != own.scores(["the "], ["a film"], [False])
 
 

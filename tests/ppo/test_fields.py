@@ -5,7 +5,7 @@ from dataclasses import fields
 from trl import GRPOConfig
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.ppo.config_checks import _NOT_HONOURED
+from rlhf_recipes.ppo.unused import NOT_HONOURED
 
 GENERATION = """
     num_generations num_generations_eval max_completion_length shuffle_dataset pad_to_multiple_of generation_batch_size
@@ -51,7 +51,7 @@ NOTHING_TO_DO = """
 def test_every_field_is_decided_about():
     """When this fails, TRL or transformers has a new field: find out what PPO does with it, then add it here."""
     groups = (GENERATION, LOSS, OPTIMIZER, MACHINE, LOGS_AND_CHECKPOINTS, REFUSED_ELSEWHERE, NOTHING_TO_DO)
-    decided = [*" ".join(groups).split(), *_NOT_HONOURED]
+    decided = [*" ".join(groups).split(), *NOT_HONOURED]
     assert len(decided) == len(set(decided))
     assert set(decided) == {field.name for field in fields(GRPOConfig)}
-    assert _NOT_HONOURED.keys() <= {field.name for field in fields(PPOConfig)}
+    assert NOT_HONOURED.keys() <= {field.name for field in fields(PPOConfig)}

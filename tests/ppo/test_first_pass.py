@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_recipes.ppo import anchor
-from tests.ppo.support import logged, rollout, trained, without_chance
+from rlhf_recipes.ppo.passes import KeptPass, PolicyPass
+from tests.ppo.support import logged, trained, without_chance
 
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 6}
 CRITICS = {"head": {"critic": "head"}, "adapter": {}, "upper_half": {"critic_layers": 1}}
@@ -15,7 +15,7 @@ def run(make_trainer, monkeypatch, shared, **fields):
     """Three rollouts of two epochs; returns the trainer and the policy's passes, with gradients and without."""
     with monkeypatch.context() as patch:
         if not shared:
-            patch.setattr(anchor, "first_pass", lambda trainer: ())
+            patch.setattr(KeptPass, "keep", lambda self, outputs: None)
         trainer = without_chance(make_trainer(**ONE, **fields))
         passes = []
         trunk = trainer.model.get_base_model().model
@@ -44,21 +44,38 @@ def test_the_same_run_with_a_pass_less_in_each_rollout(make_trainer, monkeypatch
     assert min(logged(one, "ppo/approx_kl")[1::2]) > 1e-9
 
 
-def test_the_rollout_that_trl_keeps_loses_the_graph_with_the_first_update(make_trainer):
+def test_the_pass_is_handed_over_once_and_no_batch_holds_it(make_trainer):
     trainer = without_chance(make_trainer(**ONE, critic="head", save_strategy="steps", save_steps=1))
-    kept = []
-    compute = trainer._compute_loss
+    taken, take, compute = [], trainer.kept_pass.take, trainer._compute_loss
 
-    def recorded(model, inputs):
-        before = set(anchor.FIRST_PASS) & inputs.keys()
-        loss = compute(model, inputs)
-        kept.append((before, {name for batch in trainer._buffered_inputs for name in batch}))
-        return loss
+    def recorded(*arguments):
+        taken.append(take(*arguments))
+        return taken[-1]
 
-    trainer._compute_loss = recorded
+    def without_graph(model, inputs):
+        assert not any(value.requires_grad for value in inputs.values())
+        return compute(model, inputs)
+
+    trainer.kept_pass.take, trainer._compute_loss = recorded, without_graph
     trainer.train()
-    assert [len(before) for before, _ in kept] == [0, 0, 3, 0, 3, 0]
-    assert all(not set(anchor.FIRST_PASS) & after for _, after in kept)
+    assert [outputs is not None for outputs in taken] == [False, False, True, False, True, False]
+    assert all(outputs.kept is not None for outputs in taken if outputs is not None), "the values of the head"
+    assert take(torch.arange(8), 8) is None
+
+
+def test_the_kept_rows_are_taken_in_the_order_of_the_batch():
+    kept, logps = KeptPass(), torch.arange(6.0).view(2, 3).requires_grad_()
+    kept.keep(PolicyPass(logps, logps + 10, logps + 20))
+    taken = kept.take(torch.tensor([1, 0]), 2)
+    assert taken.logps.tolist() == [[3.0, 4.0], [0.0, 1.0]]
+    assert (taken.entropies - taken.logps == 10).all()
+    assert (taken.kept - taken.logps == 20).all()
+    taken.logps.sum().backward()
+    assert logps.grad.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+    assert kept.take(torch.tensor([0]), 1) is None
+    kept.keep(PolicyPass(logps, logps))
+    kept.keep(None)
+    assert kept.take(torch.tensor([0]), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -70,18 +87,23 @@ def test_the_rollout_that_trl_keeps_loses_the_graph_with_the_first_update(make_t
     ids=["two_micro_batches", "exact_kl"],
 )
 def test_where_a_pass_cannot_be_shared(make_trainer, fields):
-    trainer = make_trainer(**{**ONE, **fields})
+    trainer = without_chance(make_trainer(**{**ONE, **fields}))
     trainer._step = 1
-    trainer.model.train()
-    assert anchor.first_pass(trainer) == ()
+    assert kept_of(trainer) is None
 
 
 def test_it_is_shared_in_training_only_and_not_in_the_first_update(make_trainer):
     trainer = without_chance(make_trainer(**ONE))
-    trainer.model.train()
-    assert anchor.first_pass(trainer) == ()
+    assert kept_of(trainer) is None
     trainer._step = 1
-    assert anchor.first_pass(trainer) == ("first_logps", "first_entropies")  # the critic has an adapter of its own
-    assert rollout(trainer)["old_per_token_logps"].requires_grad is False
-    trainer.model.eval()
-    assert anchor.first_pass(trainer) == ()
+    outputs = kept_of(trainer)
+    assert outputs.logps.requires_grad
+    assert outputs.kept is None, "the critic has an adapter of its own"
+    assert kept_of(trainer, training=False) is None
+
+
+def kept_of(trainer, training=True):
+    """What a rollout keeps for the first update."""
+    trainer.model.train(training)
+    trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
+    return trainer.kept_pass.take(torch.arange(8), 8)

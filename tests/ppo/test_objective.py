@@ -1,6 +1,7 @@
 """The loss, term by term, against models that are loaded one by one; its gradient in expectation; its signs."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.ppo._trl import completion_logps
 from rlhf_recipes.models.roles import is_critic_parameter
-from rlhf_recipes.ppo.objective import Outputs, backward_now, critic_loss, kl_per_token, policy_loss
+from rlhf_recipes.ppo.functional import backward_now
+from rlhf_recipes.ppo.objective import Outputs, critic_loss, kl_per_token, policy_loss
+from rlhf_recipes.ppo.passes import policy_pass
+from rlhf_recipes.ppo.rollout import texts_of
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
 
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "critic_learning_rate": 1e-3}
@@ -103,7 +106,7 @@ def expected_kl(estimator, anchor, new, old, ref):
     }
     args = type("Args", (), {"kl_anchor": anchor, "kl_estimator": estimator})
     unused = torch.zeros(tokens, 1)
-    per_token = kl_per_token(Outputs(new[:, None], unused), batch, args)
+    per_token = kl_per_token(Outputs(new[:, None], unused), SimpleNamespace(**batch), args)
     return (old.exp() * per_token[:, 0]).sum()
 
 
@@ -150,7 +153,8 @@ def test_the_total_is_the_sum_of_its_four_terms(make_config, aggregation):
     args = make_config(loss_aggregation=aggregation, kl_placement="loss", kl_estimator="k3", vf_coef=0.4, delta=2.0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     new, values, batch = numbers_of_a_batch(mask, args)
-    loss = policy_loss(new, batch, args, kl_coef=0.3, entropy_coef=0.05)[0] + critic_loss(values, batch, args)[0]
+    terms = policy_loss(new, SimpleNamespace(**batch), args, kl_coef=0.3, entropy_coef=0.05)[0]
+    loss = terms + critic_loss(values, SimpleNamespace(**batch), args)[0]
     sums = [[], [], []]
     for row, length in enumerate((3, 1, 4)):
         for t in range(length):
@@ -196,8 +200,9 @@ class Measured:
     def __init__(self, trainer, batch):
         mask = batch["completion_mask"].bool()
         with torch.no_grad():
-            logps, entropies = completion_logps(trainer, trainer.model, batch)
-            values = trainer.critic.rollout_values(batch, 8)["old_values"]
+            outputs = policy_pass(trainer, trainer.model, texts_of(batch))
+            values = trainer.critic.rollout(texts_of(batch), 8).values
+        logps, entropies = outputs.logps, outputs.entropies
         good = mask & (batch["advantages"] > 0)
         self.good, self.entropy = logps[good].mean().item(), entropies[mask].mean().item()
         self.value_error = (values - batch["returns"])[mask].square().mean().item()
@@ -315,8 +320,9 @@ def test_a_token_has_no_part_in_what_it_is_predicted_from(make_trainer):
     found = []
     for each in (batch, changed):
         with torch.no_grad():
-            values = trainer.critic.rollout_values(each, 8)["old_values"]
-            found.append((*completion_logps(trainer, trainer.model, each), values))
+            values = trainer.critic.rollout(texts_of(each), 8).values
+            outputs = policy_pass(trainer, trainer.model, texts_of(each))
+            found.append((outputs.logps, outputs.entropies, values))
     for (logps, entropies, values), (other_logps, other_entropies, other_values) in [found]:
         assert_close(logps[:, :3], other_logps[:, :3])
         assert (logps[:, 3] - other_logps[:, 3]).abs().min() > 1e-4

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_recipes.models.generation import sample_with_transformers
-from rlhf_recipes.ppo.off_policy import off_policy_metrics, second_moments
+from rlhf_recipes.ppo.off_policy import off_policy_metrics, sampled_moments, second_moments
+from rlhf_recipes.ppo.rollout import texts_of
 from tests.ppo.support import rollout, unpadded
 
 
@@ -34,7 +35,8 @@ def test_both_moments_are_those_of_the_plain_model(make_trainer, tiny_model_path
             squares.append((own + entropy).square())
             expected.append((log_p.exp() * (log_p + entropy[:, None]).square()).sum(-1))
     padded = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float() for rows in (logps, entropies))
-    found = off_policy_metrics(trainer, batch, *padded)
+    moments = sampled_moments(trainer, texts_of(batch))
+    found = off_policy_metrics(sum(padded), batch["completion_mask"], moments)
     assert_close(found["ppo/off_policy_gap"].double(), torch.cat(gaps).mean(), atol=1e-5, rtol=1e-4)
     ratio = torch.cat(squares).sum() / torch.cat(expected).sum()
     assert_close(found["ppo/off_policy_spread"].double(), ratio, atol=1e-5, rtol=1e-3)

@@ -23,8 +23,8 @@ def notes_of(trainer):
     ("phase", "place", "sizes"),
     [
         ("generate", "roles._base.generate", "8 completions of up to 8 tokens together"),
-        ("score", "critic.rollout_values", "micro-batches of 4 sequences"),
-        ("train", "critic.hidden_states", "micro-batches of 4 sequences"),
+        ("score", "critic.rollout", "micro-batches of 4 sequences"),
+        ("train", "critic.forward", "micro-batches of 4 sequences"),
         ("train", "accelerator.backward", "micro-batches of 4 sequences, "),
     ],
 )
@@ -37,7 +37,7 @@ def test_error_names_phase_sizes_and_knobs(make_trainer, monkeypatch, phase, pla
     def in_training(*args, **kwargs):
         return run_out() if torch.is_grad_enabled() else original(*args, **kwargs)
 
-    broken = in_training if place == "critic.hidden_states" else run_out
+    broken = in_training if place == "critic.forward" else run_out
     monkeypatch.setattr(owner, name, broken)
     [note] = notes_of(trainer)
     assert note.startswith(f"PPO ran out of memory in the phase '{phase}' ({sizes}")
@@ -63,7 +63,7 @@ def test_longest_sequence_is_named(make_trainer, monkeypatch):
 
 def test_evaluation_names_its_own_micro_batch(make_trainer, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.setattr(trainer.critic, "rollout_values", run_out)
+    monkeypatch.setattr(trainer.critic, "rollout", run_out)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.evaluate()
     assert "'score' (micro-batches of 8 sequences)" in caught.value.__notes__[0]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.ppo import resume
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.ppo import resume
 from tests.ppo.support import logged, trained, without_chance
 
 # Two micro-batches to a step, two minibatches, two epochs: four steps to a rollout.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.ppo._trl import rewards as call_rewards
 from rlhf_recipes.rewards import EnsembleReward
-from tests.ppo.support import answer, logged, rollout, unpadded, without_chance
+from tests.ppo.support import answer, logged, rollout, rollout_and_record, texts_of_ids, unpadded, without_chance
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def test_an_adapter_is_read_and_normalised_as_its_folder_says(make_trainer, adap
     """C38: gain and bias survive the way to PPO; per-token heads count the completion's tokens only."""
     folder = adapter("model", Readout(readout, 0.25, -0.5))
     trainer = without_chance(make_trainer(reward_funcs=str(folder), reward_placement=placement, kl_coef=0.0))
-    batch = rollout(trainer)
-    for row, score in enumerate(trainer._scores):
+    batch, record = rollout_and_record(trainer)
+    for row, score in enumerate(record.scores):
         numbers = head_numbers(trainer, batch, row)
         raw = {"last": numbers[-1], "sum": numbers.sum(), "mean": numbers.mean()}[readout]
         assert_close(score, 0.25 * raw - 0.5, atol=1e-5, rtol=1e-5)
         if placement == "redistributed":
-            given = trainer.reward_funcs[0].token_rewards[row]
+            given = record.token_rewards[folder.name][row]
             each = {
                 "last": 0.25 * numbers.diff(prepend=torch.zeros(1)),
                 "sum": 0.25 * numbers,
@@ -67,23 +67,20 @@ def test_the_critic_starts_from_the_normalised_score(make_trainer, adapter, tmp_
     trainer = make_trainer(reward_funcs=str(adapter("model", Readout("last", 0.25, -0.5))))
     ids = torch.tensor([[6, 7, 8, 9, 10]])
     score = 0.25 * trainer.roles.scores("reward_0", ids.tolist(), 0, 1) - 0.5
-    hidden = trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))
-    longer = torch.cat([hidden, hidden[:, -1:]], dim=1)  # the value before token t is read at t - 1
-    assert_close(trainer.critic.values(longer[:, -2:-1])[0], score, atol=1e-5, rtol=1e-5)
+    longer = texts_of_ids(torch.tensor([[6, 7, 8, 9, 10, 11]]), 2)  # the value before token t is read at t - 1
+    assert_close(trainer.critic.forward(longer)[0, -1:], score, atol=1e-5, rtol=1e-5)
 
     trainer.critic.save(tmp_path / "critic")
     assert Readout.load(tmp_path / "critic") == Readout("last", 1.0, -0.5)
     trainer.critic._bias = 7.0
     trainer.critic.load(tmp_path / "critic")
-    assert_close(trainer.critic.values(longer[:, -2:-1])[0], score, atol=1e-5, rtol=1e-5)
+    assert_close(trainer.critic.forward(longer)[0, -1:], score, atol=1e-5, rtol=1e-5)
 
 
 def test_a_critic_from_a_head_per_token_starts_at_zero(make_trainer, adapter):
     trainer = make_trainer(reward_funcs=str(adapter("model", Readout("sum", 0.25, -0.5))))
     ids = torch.tensor([[6, 7, 8, 9, 10]])
-    assert trainer.critic.values(
-        trainer.critic.hidden_states(ids, attention_mask=torch.ones_like(ids))[:, -3:-1]
-    ).tolist() == [[0.0, 0.0]]
+    assert trainer.critic.forward(texts_of_ids(ids, 3)).tolist() == [[0.0, 0.0]]
 
 
 def test_a_malformed_file_stops_before_training(make_trainer, adapter):
@@ -108,13 +105,13 @@ def test_an_ensemble_trains_and_logs_disagreement(make_trainer, adapter, aggrega
     folders = [adapter(f"seed_{index}", readout) for index, readout in enumerate(readouts)]
     reward = EnsembleReward(folders, aggregation, k=0.5)
     trainer = without_chance(make_trainer(reward_funcs=reward, max_steps=2, num_iterations=1))
-    batch = rollout(trainer)
+    batch, record = rollout_and_record(trainer)
     numbers = [[head_numbers(trainer, batch, row, f"reward_0_{m}") for row in range(8)] for m in range(3)]
     raw = [[tail.mean() if m == 2 else tail[-1] for tail in numbers[m]] for m in range(3)]
     scores = torch.tensor([[r.gain * x + r.bias for x in row] for r, row in zip(readouts, raw, strict=True)])
     spread = scores.std(dim=0, correction=0)
     expected = {"mean": scores.mean(0), "min": scores.amin(0), "mean_minus_std": scores.mean(0) - 0.5 * spread}
-    assert_close(trainer._scores, expected[aggregation], atol=1e-5, rtol=1e-5)
+    assert_close(record.scores, expected[aggregation], atol=1e-5, rtol=1e-5)
     [disagreement] = trainer._metrics["train"]["rewards/ensemble/disagreement"]
     assert_close(disagreement, spread.mean().item(), atol=1e-5, rtol=1e-5)
 
@@ -166,8 +163,8 @@ def test_an_encoder_is_a_reward_in_one_line(make_trainer, bert_path, bert_adapte
     trainer = without_chance(
         make_trainer(reward_funcs=str(folder), critic_init="policy", max_steps=1, num_iterations=1)
     )
-    batch = rollout(trainer)
-    for row, score in enumerate(trainer._scores):
+    batch, record = rollout_and_record(trainer)
+    for row, score in enumerate(record.scores):
         prompt, completion = unpadded(batch, row)
         texts = [trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in (prompt, completion)]
         ids = torch.tensor([tokenizer(*texts)["input_ids"]])

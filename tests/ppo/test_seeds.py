@@ -1,10 +1,8 @@
 """What each process samples with: streams of their own, also beside those of other seeds."""
 
-from types import SimpleNamespace
-
 import torch
 
-from rlhf_recipes.ppo.engine import PPOEngine, process_seed
+from rlhf_recipes.ppo.trainer import process_seed, seed_sampling
 
 
 def test_no_two_processes_of_neighbouring_seeds_share_a_stream():
@@ -17,8 +15,7 @@ def test_no_two_processes_of_neighbouring_seeds_share_a_stream():
 def test_each_process_is_seeded_with_its_own(make_trainer):
     def seeded(rank):
         torch.manual_seed(5)
-        accelerator = SimpleNamespace(process_index=rank)
-        PPOEngine._seed_sampling(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(seed=42)))
+        seed_sampling(42, rank)
         return torch.initial_seed()
 
     assert [seeded(rank) for rank in (0, 1, 2)] == [5, process_seed(42, 1), process_seed(42, 2)]

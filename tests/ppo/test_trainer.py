@@ -13,20 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.roles import CRITIC, POLICY, REFERENCE
 from rlhf_recipes.ppo.functional import whiten
+from tests.ppo.support import rollout, rollout_and_record, unpadded
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-def rollout(trainer, rows=8):
-    """One rollout of the trainer, in training mode and in the order of generation."""
-    trainer.model.train()
-    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(rows)])
-
-
-def unpadded(batch, row):
-    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
-    completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
-    return prompt, completion
 
 
 def logps_by_hand(model, prompt, completion, temperature):
@@ -236,12 +225,12 @@ def test_functions_and_adapters_are_mixed_with_weights(make_trainer, reward_adap
 
     trainer = make_trainer(reward_funcs=[str(reward_adapter), count], reward_weights=[2.0, 0.5])
     assert trainer.reward_func_names == ["reward", "count"]
-    batch = rollout(trainer)
+    batch, record = rollout_and_record(trainer)
     for row in range(8):
         prompt, completion = unpadded(batch, row)
         with torch.no_grad():
             score = classifier(input_ids=torch.tensor([prompt + completion])).logits.item()
-        assert trainer._scores[row].item() == pytest.approx(2 * score + 0.5 * len(completion), abs=1e-4)
+        assert record.scores[row].item() == pytest.approx(2 * score + 0.5 * len(completion), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from peft import LoraConfig
 from trl import ModelConfig
 
+from rlhf_recipes.models.parameter_table import roles_table
 from rlhf_recipes.ppo.arguments import PPOArguments
-from rlhf_recipes.ppo.roles_table import roles_table
 from rlhf_recipes.tools.cli import main
 from rlhf_recipes.tools.planning import report
 from rlhf_recipes.tools.planning.phases import PHASES, ppo_memory
@@ -150,14 +150,18 @@ def test_planned_parameters_are_those_of_the_trainer(
     assert sizes.trained == sum(p.numel() for p in parameters if p.requires_grad)
     memory = ppo_memory(sizes)["train"]
     assert memory.weights + memory.adapters == sum(p.numel() * p.element_size() for p in parameters)
-    assert f"{sizes.trained:,}" in roles_table(trainer).splitlines()[-1]
+    assert f"{sizes.trained:,}" in roles_table(trainer.model, trainer.roles, {}).splitlines()[-1]
     rollout = make_config(critic=critic).generation_batch_size
     assert (sizes.rollout, sizes.micro_batch, sizes.evaluation_batch) == (rollout, 4, 8)
 
 
 def test_roles_table_counts_four_bits(make_trainer, quantization):
     trainer = make_trainer(quantization_config=quantization)
-    [shared] = [line.split() for line in roles_table(trainer).splitlines() if line.startswith("base, shared")]
+    [shared] = [
+        line.split()
+        for line in roles_table(trainer.model, trainer.roles, {}).splitlines()
+        if line.startswith("base, shared")
+    ]
     layers = 2 * (64 * 128 + 64 * 64 * 2 + 128 * 64 + 3 * 64 * 128)
     rest = trainer.roles.model.get_base_model().config.vocab_size * 64 * 2 + 5 * 64
     assert shared[2] == f"{layers + rest:,}"
@@ -174,7 +178,10 @@ def test_whole_model_has_its_own_rows(make_trainer, tiny_model_path):
     trainer = make_trainer(
         model=tiny_model_path, critic_init="policy", reward_funcs=lambda completions, **_: [0.0] * 8
     )
-    rows = {line.split("  ")[0].strip(): line.split() for line in roles_table(trainer).splitlines()}
+    rows = {
+        line.split("  ")[0].strip(): line.split()
+        for line in roles_table(trainer.model, trainer.roles, {}).splitlines()
+    }
     assert rows["policy"][1] == rows["policy"][2]
     assert rows["reference"][2] == "0"
     assert "base, shared" not in rows
