@@ -50,7 +50,7 @@ def table(title: str) -> list[list[str]]:
 
 
 def lines(library: str) -> list[tuple[str, str, str, str]]:
-    """Rows, name, the library's number and ours for each number of a library's table; ours follows where it differs."""
+    """Rows, name, the library's number and ours for each number of a table, where ours follows if it differs."""
     found = []
     for name, *cells in table(heading(library)):
         for rows, cell in zip(ROWS, cells, strict=True):
