@@ -45,7 +45,7 @@ def found_on_batches(library: str, folder: Path) -> dict[tuple[str, str], str]:
 
 def written_on_batches(library: str) -> dict[tuple[str, str], str]:
     """What the page says that it makes of them."""
-    return {(rows, name): theirs for rows, name, theirs, _ in page.table(page.heading(library))}
+    return {(rows, name): theirs for rows, name, theirs, _ in page.lines(library)}
 
 
 def found_formulas(library: str, folder: Path) -> dict[str, str]:
@@ -55,9 +55,7 @@ def found_formulas(library: str, folder: Path) -> dict[str, str]:
 
 def written_formulas(library: str) -> dict[str, str]:
     """What the page says that it gives."""
-    column = list(page.PINNED).index(library) + 2
-    rows = page.table("## Formulas")
-    return {row[0]: row[column] for row in rows if row[column] != "-"}
+    return {name: values[library] for name, values in page.formulas().items() if library in values}
 
 
 def coefficients(folder: Path, library: str) -> dict[tuple[str, str], str]:

@@ -49,6 +49,29 @@ def table(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in body[1].splitlines()]
 
 
+def lines(library: str) -> list[tuple[str, str, str, str]]:
+    """Rows, name, the library's number and ours for each number of a table, where ours follows if it differs."""
+    found = []
+    for name, *cells in table(heading(library)):
+        for rows, cell in zip(ROWS, cells, strict=True):
+            theirs, _, here = cell.partition(" / ")
+            assert here != theirs, "ours follows where it differs"
+            found.append((rows, name, theirs, here or theirs))
+    return found
+
+
+def formulas() -> dict[str, dict[str, str]]:
+    """What each formula gives, by the name of the library, with ours under `here`."""
+    found = {}
+    for name, _, here, same, others in table("## Formulas"):
+        found[name] = {"here": here, **{library: here for library in same.split(", ") if library}}
+        for other in others.split("; ") if others else []:
+            libraries, value = other.split(": ")
+            found[name] |= dict.fromkeys(libraries.split(", "), value)
+        assert set(found[name]) <= {"here", *PINNED}
+    return found
+
+
 def numbers(cell: str) -> list[float]:
     """The numbers that a cell gives, in their order."""
     return [float(text) for text in re.findall(r"(?<![\w.])-?(?:\d+\.\d+|\d+|\.\d+|nan)(?![\w.])", cell)]

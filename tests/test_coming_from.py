@@ -5,6 +5,7 @@ and holds the page to them. Here nothing is installed: the page's numbers are th
 """
 
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,11 +47,14 @@ page = load("coming_from_page")
 
 @cache
 def configuration(library):
-    """Our configuration with the fields that the page names."""
-    return PPOConfig(
-        **{"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "max_completion_length": 3},
-        **page.settings(page.heading(library)),
-    )
+    """Our configuration with block 3 of the library's recipe, or with the fields that the page names."""
+    if library in RECIPES:
+        recipe = (ROOT / "recipes" / "coming_from" / f"{RECIPES[library]}.yaml").read_text()
+        named = yaml.safe_load(re.search(r"(?ms)^# 3\..*?(?=^# 4\.)", recipe)[0])
+    else:
+        named = page.settings(page.heading(library))
+    here = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "max_completion_length": 3}
+    return PPOConfig(**(named | here))
 
 
 def completions_of(mask):
@@ -98,19 +102,18 @@ def check(found, written, what):
 @pytest.mark.parametrize("library", page.PINNED)
 def test_the_named_fields_give_the_same_numbers(library, rows):
     found = ours(configuration(library), page.batch(rows))
-    lines = [line[1:] for line in page.table(page.heading(library)) if line[0] == rows]
+    lines = [line[1:] for line in page.lines(library) if line[0] == rows]
     assert {name for name, _, _ in lines} >= set(found) - {"loss"}
-    for name, theirs, here in lines:
-        check(found[name], page.numbers(theirs if here == "the same" else here), f"{library}, {rows}, {name}")
-        assert here == "the same" or page.numbers(here) != page.numbers(theirs)
+    for name, _, here in lines:
+        check(found[name], page.numbers(here), f"{library}, {rows}, {name}")
 
 
 def test_whole_rows_give_what_they_give_in_trl_verl_and_openrlhf():
     """The promise of the page, which no table may take back."""
     for library in ("TRL", "verl", "OpenRLHF"):
-        lines = page.table(page.heading(library))
-        assert all(here == "the same" for rows, _, _, here in lines if rows == "whole")
-        assert library == "TRL" or all(here == "the same" for *_, here in lines)
+        lines = page.lines(library)
+        assert all(here == theirs for rows, _, theirs, here in lines if rows == "whole")
+        assert library == "TRL" or all(here == theirs for *_, theirs, here in lines)
 
 
 ONE, FIVE = torch.ones(1, 1), tensor([[5.0]]).log()
@@ -180,7 +183,7 @@ def transformed(transforms):
 def test_the_order_of_baseline_and_clip_is_that_of_the_page():
     """The configuration subtracts first; `score_transforms` of the trainer come in any order."""
     args = configuration("verl")
-    lines = {row[0]: page.numbers(row[-1]) for row in page.table("## Formulas")}
+    lines = {name: page.numbers(values["here"]) for name, values in page.formulas().items()}
     both = PPOConfig("unused", use_cpu=True, bf16=False, subtract_reference_mean=True, score_clip=10.0)
     batch = Scored(SCORES), torch.ones(4, 1, dtype=torch.long), completions_of(torch.ones(4, 1))
     check(TokenRewards(both)(*batch)[1], lines["baseline and clip at 10"], "configuration")
@@ -189,15 +192,14 @@ def test_the_order_of_baseline_and_clip_is_that_of_the_page():
 
 
 def test_formulas_are_those_of_the_page():
-    lines = {row[0]: row[-1] for row in page.table("## Formulas")}
+    lines = {name: values["here"] for name, values in page.formulas().items()}
     assert set(lines) == {*FORMULAS, "return, reward on padding"}
     for name, formula in FORMULAS.items():
         check(formula(), page.numbers(lines[name]), name)
 
 
 def test_a_reward_on_padding_is_refused_as_the_page_says():
-    (line,) = [row for row in page.table("## Formulas") if row[0] == "return, reward on padding"]
-    assert line[-1] == "refused"
+    assert page.formulas()["return, reward on padding"]["here"] == "refused"
     rewards = TokenRewards(configuration("verl"), placement=lambda scores, mask: tensor([[0.0, 1.0]]))
     with pytest.raises(ValueError, match="no token counts"):
         rewards(Scored(ONE[0]), tensor([[1, 0]]), completions_of(tensor([[1, 0]])))
@@ -218,10 +220,3 @@ def test_the_adaptive_coefficient_has_the_unit_that_the_page_says(rows):
     verl, openrlhf, per_token, per_completion = written[rows]
     assert [per_token, per_completion] == here
     assert verl == openrlhf == per_token != per_completion
-
-
-@pytest.mark.parametrize(("library", "name"), RECIPES.items())
-def test_the_recipe_has_the_fields_of_the_page(library, name):
-    recipe = yaml.safe_load((ROOT / "recipes" / "coming_from" / f"{name}.yaml").read_text())
-    named = page.settings(page.heading(library))
-    assert {key: recipe.get(key) for key in named} == named

@@ -16,7 +16,7 @@ LIBRARIES = ("trl112", "verl", "openrlhf")  # several of one stage, named by who
 CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if path.stem in (*STAGES, *LIBRARIES)]
 RECIPES = sorted({path.parent for path in CONFIGS})
 WHOLE = [folder for folder in RECIPES if (folder / "sft.yaml").exists()]  # others start from another's stages
-PAGES = [*(folder / name for folder in RECIPES for name in ("run.sh", "README.md")), ROOT / "docs" / "results.md"]
+PAGES = [folder / name for folder in RECIPES for name in ("run.sh", "README.md")]
 ON_THE_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
