@@ -314,7 +314,7 @@ FAMILIES = {
     ),
     "opt_projected": _llama(
         "opt",
-        "the same with embeddings narrower than the layers (OPT-350m)",
+        "absolute positions, dropout in its functions, embeddings narrower than the layers (OPT-350m)",
         fast=True,
         ffn_dim=48,
         word_embed_proj_dim=16,
@@ -470,7 +470,7 @@ FAMILIES = {
     # Encoders that can be asked for as causal models
     "bert_decoder": _llama(
         "bert",
-        "absolute positions",
+        "as a decoder, absolute positions",
         is_decoder=True,
         other_head=True,
         ppo=OTHER_LOGITS,

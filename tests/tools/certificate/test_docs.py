@@ -35,18 +35,16 @@ def test_every_field_has_its_default(text, repo_root):
 
 
 def test_every_line_has_its_value(text):
-    rows = table(text, "| line | value | why |")
-    assert {name.strip("`"): float(value) for name, value, _ in rows} == vars(Thresholds())
-    rules = " ".join(cell for row in table(text, "| not fit | use with care |") for cell in row)
-    assert {field.name for field in fields(Thresholds)} <= set(re.findall(r"`([^`]+)`", rules))
+    rules = text.split("\n## The verdict\n")[1].split("\n## ")[0]
+    lines = re.findall(r"`(\w+)` = ([\d.]*\d)", rules)
+    assert len(lines) == len(dict(lines)), "a line is drawn twice"
+    assert {name: float(value) for name, value in lines} == vars(Thresholds())
 
 
 def test_every_measure_is_explained(text, rule_scorer, pairs, train_pairs, samples):
     measures = certify(rule_scorer(), pairs, train=train_pairs, samples=samples, category_column="kind")
-    explained = {
-        name.split(".")[0]
-        for name in names(row[0] for row in table(text, "| part of the JSON | what it is | how to read it |"))
-    }
+    parts = text.split("\nParts of `certificate.json`:\n")[1].split("\n| probe |")[0]
+    explained = {name.split(".")[0] for name in names(re.findall(r"(?m)^- (`[^:]+`): ", parts))}
     assert explained - {"by_confidence"} == set(measures) - {"data", "readout", "samples", "verdict"}
     assert names(row[0] for row in table(text, "| probe | change | healthy |")) == list(measures["probes"])
 
