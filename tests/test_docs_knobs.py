@@ -29,7 +29,7 @@ from rlhf_recipes.shaping import place_terminal, place_uniform, potential_shapin
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 SFT, REWARD = (ROOT / "docs" / "recipes" / f"{stage}.md" for stage in ("sft", "reward"))
-PPO, SHAPING = ROOT / "docs" / "ppo.md", ROOT / "docs" / "shaping.md"
+PPO, SHAPING = ROOT / "docs" / "ppo_fields.md", ROOT / "docs" / "shaping.md"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 METRICS = ROOT / "docs" / "metrics.md"
 GUIDE = ROOT / "docs" / "guides" / "custom_reward.md"
@@ -86,13 +86,13 @@ def test_tables_are_read():
 
 def test_every_field_of_ppo_has_its_default():
     own = list(PPOConfig.__annotations__)
-    documented = documented_defaults(PPO, "### PPO's own fields")
+    documented = documented_defaults(PPO, "## PPO's own fields")
     assert list(documented) == own
     assert documented == {name: defaults(PPOConfig)[name] for name in own}
 
 
 def test_every_argument_of_the_script_has_its_default():
-    assert documented_defaults(PPO, "### Fields of the script") == defaults(script_arguments())
+    assert documented_defaults(PPO, "## Fields of the script") == defaults(script_arguments())
 
 
 def test_every_argument_for_rows_has_its_default():
@@ -106,7 +106,7 @@ def test_every_weight_of_the_gold_score_has_its_value():
 @pytest.mark.parametrize(
     ("page", "heading", "classes"),
     [
-        (PPO, "### Fields of TRL that matter", [PPOConfig]),
+        (PPO, "## Fields of TRL that matter", [PPOConfig]),
         (SFT, "## Knobs", [SFTConfig, ModelConfig]),
         (REWARD, "## Knobs", [PreferenceConfig, RewardModelConfig]),
     ],
@@ -118,16 +118,16 @@ def test_other_fields_have_their_defaults(page, heading, classes):
 
 
 def test_refused_fields_are_named():
-    text = section(PPO, "### What GRPO has and PPO refuses")
+    text = section(PPO, "## What GRPO has and PPO refuses")
     assert set(re.findall(r"`(\w+)`", text)) == set(_NOT_HONOURED)
 
 
 def test_every_argument_of_the_trainer_is_explained():
-    rows = table_rows(section(PPO, "### Arguments of the constructor"))
+    rows = table_rows(section(PPO, "## Arguments of the constructor"))
     assert [row[0].strip("`") for row in rows] == list(inspect.signature(PPOTrainer.__init__).parameters)[1:]
 
 
-REFUSED = [row[0] for row in table_rows(section(PPO, "### Combinations that are refused"))]
+REFUSED = [row[0] for row in table_rows(section(PPO, "## Combinations that are refused"))]
 
 
 @pytest.mark.parametrize("combination", REFUSED)
@@ -166,7 +166,7 @@ def test_every_choice_of_a_field_is_explained():
     }
     for name, choices in explained.items():
         assert choices == set(get_args(get_type_hints(PPOConfig)[name])), name
-    text = section(PPO, "### PPO's own fields")
+    text = section(PPO, "## PPO's own fields")
     for name, hint in get_type_hints(PPOConfig).items():
         if name in PPOConfig.__annotations__ and get_origin(hint) is Literal:
             [row] = [row for row in table_rows(text) if row[0] == f"`{name}`"]
