@@ -162,7 +162,7 @@ def test_every_choice_of_a_field_is_explained():
     explained = {
         "reward_placement": names_in_first_cells(section(SHAPING, "## Placements")),
         "kl_estimator": {row[0].strip("`") for row in table_rows(section(SHAPING, "## KL"))[:4]},
-        "kl_anchor": names_in_first_cells(section(SHAPING, "### Anchors")),
+        "kl_anchor": names_in_first_cells(section(SHAPING, "### To which policy")),
     }
     for name, choices in explained.items():
         assert choices == set(get_args(get_type_hints(PPOConfig)[name])), name
