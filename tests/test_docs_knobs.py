@@ -19,6 +19,7 @@ from trl import ModelConfig, SFTConfig
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.config import DataArguments
+from rlhf_recipes.data import to_completions, to_preferences, to_prompts
 from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.ppo.config_checks import _NOT_HONOURED, contradictions
@@ -33,6 +34,7 @@ PPO, SHAPING = ROOT / "docs" / "ppo_fields.md", ROOT / "docs" / "shaping.md"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 METRICS = ROOT / "docs" / "metrics.md"
 GUIDE = ROOT / "docs" / "guides" / "custom_reward.md"
+YOUR_DATA = ROOT / "docs" / "your_model_and_data.md"
 
 
 def section(page, heading):
@@ -278,6 +280,17 @@ def test_placement_and_potential_of_the_examples_train(run_example, make_trainer
 def test_rewards_of_another_tokenizer_are_aligned(run_example):
     rewards = run_example(SHAPING, 3)["rewards"]
     assert rewards == ast.literal_eval(re.search(r"print\(rewards\)  # (.*)", SHAPING.read_text())[1])
+
+
+def test_rows_of_your_data_are_read_by_every_stage():
+    [block] = re.findall(r"```json\n(.*?)```", YOUR_DATA.read_text(), re.DOTALL)
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert [type(row["prompt"]) for row in rows] == [str, list]
+    for row in rows:
+        dataset = Dataset.from_list([row])
+        assert to_completions(dataset)[0] == {"prompt": row["prompt"], "completion": row["chosen"]}
+        assert to_preferences(dataset)[0] == row
+        assert to_prompts(dataset)[0]["prompt"] == row["prompt"]
 
 
 def test_loading_a_reward_model_works(run_example):
