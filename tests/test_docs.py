@@ -35,6 +35,16 @@ def expand(braces):
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
+def anchors(text):
+    """The anchors that GitHub gives the headings of a page: of two equal ones the second ends in `-1`."""
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
+    found = []
+    for heading in re.findall(r"(?m)^#+ +(.+?) *$", text):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.append(re.sub(r"[^\w -]", "", heading).replace(" ", "-"))
+    return {name if (before := found[:i].count(name)) == 0 else f"{name}-{before}" for i, name in enumerate(found)}
+
+
 def missing_files(text):
     named = {path for match in OURS.findall(text) for path in expand(match)}
     return sorted(path for path in named if not (ROOT / path).exists())
@@ -100,6 +110,14 @@ def test_pages_name_existing_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_to_existing_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            known = anchors((page.parent / target if target else page).read_text())
+            assert anchor in known, f"{target or 'this page'} has no heading for #{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_pages_name_existing_flags_and_targets(page):
     text = page.read_text()
     known = set.union(*(flags_of(script) for script in SCRIPTS)) | OTHER_FLAGS
@@ -117,6 +135,8 @@ def test_commands_run_existing_scripts_with_known_flags(path):
 
 
 def test_problems_are_seen():
+    page = "# PPO's `gae_lambda`, by [Schulman](x.md)\n```\n# no heading\n```\n## A b\n### A b\n"
+    assert anchors(page) == {"ppos-gae_lambda-by-schulman", "a-b", "a-b-1"}
     assert missing_files("see `rlhf_recipes/ppo/{config,nothing}.py`") == ["rlhf_recipes/ppo/nothing.py"]
     [command] = commands("```\n$ accelerate launch recipes/ppo.py \\\n    --learning_rte 1e-5 --config no.yaml\n```")
     assert problems(command) == ["no file no.yaml", "no flag --learning_rte"]

@@ -19,6 +19,7 @@ from trl import ModelConfig, SFTConfig
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.config import DataArguments
+from rlhf_recipes.data import to_completions, to_preferences, to_prompts
 from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.ppo.config import contradictions
@@ -30,10 +31,11 @@ from rlhf_recipes.shaping import place_terminal, place_uniform, potential_shapin
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 SFT, REWARD = (ROOT / "docs" / "recipes" / f"{stage}.md" for stage in ("sft", "reward"))
-PPO, SHAPING = ROOT / "docs" / "ppo.md", ROOT / "docs" / "shaping.md"
+PPO, SHAPING = ROOT / "docs" / "ppo_fields.md", ROOT / "docs" / "shaping.md"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 METRICS = ROOT / "docs" / "metrics.md"
 GUIDE = ROOT / "docs" / "guides" / "custom_reward.md"
+YOUR_DATA = ROOT / "docs" / "your_model_and_data.md"
 
 
 def section(page, heading):
@@ -87,13 +89,13 @@ def test_tables_are_read():
 
 def test_every_field_of_ppo_has_its_default():
     own = list(PPOConfig.__annotations__)
-    documented = documented_defaults(PPO, "### PPO's own fields")
+    documented = documented_defaults(PPO, "## PPO's own fields")
     assert list(documented) == own
     assert documented == {name: defaults(PPOConfig)[name] for name in own}
 
 
 def test_every_argument_of_the_script_has_its_default():
-    assert documented_defaults(PPO, "### Fields of the script") == defaults(script_arguments())
+    assert documented_defaults(PPO, "## Fields of the script") == defaults(script_arguments())
 
 
 def test_every_argument_for_rows_has_its_default():
@@ -107,7 +109,7 @@ def test_every_weight_of_the_gold_score_has_its_value():
 @pytest.mark.parametrize(
     ("page", "heading", "classes"),
     [
-        (PPO, "### Fields of TRL that matter", [PPOConfig]),
+        (PPO, "## Fields of TRL that matter", [PPOConfig]),
         (SFT, "## Knobs", [SFTConfig, ModelConfig]),
         (REWARD, "## Knobs", [PreferenceConfig, RewardModelConfig]),
     ],
@@ -119,16 +121,16 @@ def test_other_fields_have_their_defaults(page, heading, classes):
 
 
 def test_refused_fields_are_named():
-    text = section(PPO, "### What GRPO has and PPO refuses")
+    text = section(PPO, "## What GRPO has and PPO refuses")
     assert set(re.findall(r"`(\w+)`", text)) == set(NOT_HONOURED)
 
 
 def test_every_argument_of_the_trainer_is_explained():
-    rows = table_rows(section(PPO, "### Arguments of the constructor"))
+    rows = table_rows(section(PPO, "## Arguments of the constructor"))
     assert [row[0].strip("`") for row in rows] == list(inspect.signature(PPOTrainer.__init__).parameters)[1:]
 
 
-REFUSED = [row[0] for row in table_rows(section(PPO, "### Combinations that are refused"))]
+REFUSED = [row[0] for row in table_rows(section(PPO, "## Combinations that are refused"))]
 
 
 @pytest.mark.parametrize("combination", REFUSED)
@@ -163,11 +165,11 @@ def test_every_choice_of_a_field_is_explained():
     explained = {
         "reward_placement": names_in_first_cells(section(SHAPING, "## Placements")),
         "kl_estimator": {row[0].strip("`") for row in table_rows(section(SHAPING, "## KL"))[:4]},
-        "kl_anchor": names_in_first_cells(section(SHAPING, "### Anchors")),
+        "kl_anchor": names_in_first_cells(section(SHAPING, "### To which policy")),
     }
     for name, choices in explained.items():
         assert choices == set(get_args(get_type_hints(PPOConfig)[name])), name
-    text = section(PPO, "### PPO's own fields")
+    text = section(PPO, "## PPO's own fields")
     for name, hint in get_type_hints(PPOConfig).items():
         if name in PPOConfig.__annotations__ and get_origin(hint) is Literal:
             [row] = [row for row in table_rows(text) if row[0] == f"`{name}`"]
@@ -279,6 +281,17 @@ def test_placement_and_potential_of_the_examples_train(run_example, make_trainer
 def test_rewards_of_another_tokenizer_are_aligned(run_example):
     rewards = run_example(SHAPING, 3)["rewards"]
     assert rewards == ast.literal_eval(re.search(r"print\(rewards\)  # (.*)", SHAPING.read_text())[1])
+
+
+def test_rows_of_your_data_are_read_by_every_stage():
+    [block] = re.findall(r"```json\n(.*?)```", YOUR_DATA.read_text(), re.DOTALL)
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert [type(row["prompt"]) for row in rows] == [str, list]
+    for row in rows:
+        dataset = Dataset.from_list([row])
+        assert to_completions(dataset)[0] == {"prompt": row["prompt"], "completion": row["chosen"]}
+        assert to_preferences(dataset)[0] == row
+        assert to_prompts(dataset)[0]["prompt"] == row["prompt"]
 
 
 def test_loading_a_reward_model_works(run_example):
