@@ -23,7 +23,7 @@ from rlhf_recipes.data import to_completions, to_preferences, to_prompts
 from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.ppo.config import contradictions
-from rlhf_recipes.ppo.token_rewards import configured_transforms
+from rlhf_recipes.ppo.setup import configured_transforms
 from rlhf_recipes.ppo.unused import NOT_HONOURED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig, pairwise_evaluation
 from rlhf_recipes.shaping import place_terminal, place_uniform, potential_shaping

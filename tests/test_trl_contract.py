@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.ppo.passes import states_at
+from rlhf_recipes.models.states import states_at
 
 PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
 

@@ -8,24 +8,39 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf_recipes.data.chat_templates import encode_prompt
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.resumed import check_same_adapter, fingerprint
-from rlhf_recipes.models.roles import CRITIC_MODEL, FROZEN, Roles
+from rlhf_recipes.models.roles import CRITIC_MODEL, FROZEN, Roles, is_critic_parameter
 from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
+from rlhf_recipes.ppo.resume import (
+    OF_THE_OPTIMIZER,
+    both_settings,
+    check_settings,
+    follow_rates,
+    recut,
+    settings_of,
+)
+from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase, TrainerState
 
+    from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
+    from rlhf_recipes.ppo.token_rewards import TokenRewards
+    from rlhf_recipes.ppo.updates import UpdateControl
+    from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
 
 _STATE = "ppo_state.json"
 _OF_AN_ADAPTER = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
@@ -139,27 +154,94 @@ def load_models(folder: str | Path, policy: Any, roles: Roles, critic: Critic) -
     critic.load(Path(folder) / "critic")
 
 
-def check_models(
-    folder: str, state: dict[str, Any], policy: Any, roles: Roles, critic: Critic, reference: str | None
-) -> None:
-    """Refuse another adapter, base, critic or reference than those that a checkpoint was made with.
+class Run(Protocol):
+    """What of a trainer a checkpoint holds, or is checked against."""
 
-    Args:
-        folder: Folder of the checkpoint.
-        state: What `load_ppo_state` read there.
-        policy: The policy.
-        roles: The roles.
-        critic: The critic.
-        reference: The role of the reference.
+    args: PPOConfig
+    accelerator: Accelerator
+    state: TrainerState
+    model: Any
+    roles: Roles
+    critic: Critic
+    reference: str | None
+    token_rewards: TokenRewards
+    updates: UpdateControl
+    kl_controller: FixedKLController | AdaptiveKLController
+    kl_coef: float
+    optimizer: Any
+    lr_scheduler: Any
+    optimizer_given: bool
+    _step: int
+    _buffered_inputs: Any
+    _train_sampler: Any
+
+
+def folder_of(resume_from_checkpoint: Any, args: PPOConfig) -> Any:
+    """The folder to resume from as text, of `True` the last one; `True` where there is none, for TRL to say so."""
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = get_last_checkpoint(str(args.output_dir)) or True
+    return str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str | Path) else resume_from_checkpoint
+
+
+def check_run(run: Run, folder: str) -> None:
+    """Honour or refuse, by name, what differs from the run of a checkpoint.
 
     Raises:
-        ValueError: With what differs.
+        ValueError: If settings or models differ with which the run could not go on.
+        FileNotFoundError: If the checkpoint is not complete.
     """
-    check_same_adapter(folder, policy, what="this run's policy")
-    critic.check_saved(Path(folder) / "critic")
-    ours = reference_fingerprint(policy, roles, reference)
+    rank = run.accelerator.process_index
+    state, rollout = load_ppo_state(folder, rank, "cpu")
+    check_settings(folder, state, rollout, settings_of(run.args, run.accelerator.num_processes), rank)
+    check_same_adapter(folder, run.model, what="this run's policy")
+    run.critic.check_saved(Path(folder) / "critic")
+    ours = reference_fingerprint(run.model, run.roles, run.reference)
     if state.get("reference", ours) != ours:  # a checkpoint of an earlier version says nothing of it
         raise ValueError(
             f"The run of {folder!r} started from another `model` than this one, which is its reference: the KL would "
             "be that to another policy. Resume with the `model` of that run."
         )
+
+
+def save_controls(run: Run, folder: str) -> None:
+    """Write where in a rollout a run is, and the state of PPO's controls."""
+    state = {
+        "step": run._step,
+        "kl_coef": run.kl_coef,
+        "kl_controller": run.kl_controller.state_dict(),
+        "transforms": transforms_state(run.token_rewards.transforms),
+        "updates": run.updates.state_dict(),
+        "settings": settings_of(run.args, run.accelerator.num_processes),
+        "reference": reference_fingerprint(run.model, run.roles, run.reference),
+    }
+    rollout = run._buffered_inputs if run._step % run.args.micro_batches_of_all_epochs != 0 else None
+    save_ppo_state(folder, state, rollout, run.accelerator.process_index)
+
+
+def load_controls(run: Run, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `save_controls` wrote, and return the settings of the checkpoint and of this run."""
+    state, rollout = load_ppo_state(folder, run.accelerator.process_index, run.accelerator.device)
+    old, new = both_settings(state, settings_of(run.args, run.accelerator.num_processes))
+    run._buffered_inputs, run._step = recut(rollout, state["step"], old, new)
+    run.kl_coef = state["kl_coef"]
+    run.kl_controller.load_state_dict(state["kl_controller"])
+    load_transforms_state(run.token_rewards.transforms, state["transforms"])
+    run.updates.load_state_dict(state["updates"])
+    return old, new
+
+
+def continue_run(run: Run, folder: str, fresh: list[dict[str, Any]]) -> None:
+    """Go on where a checkpoint stopped, after optimizer and schedule were loaded.
+
+    Args:
+        run: The trainer.
+        folder: The checkpoint.
+        fresh: For each parameter group its options before the checkpoint's were loaded.
+    """
+    old, new = load_controls(run, folder)
+    if not run.optimizer_given and any(old[name] != new[name] for name in OF_THE_OPTIMIZER):
+        names = {parameter: name for name, parameter in run.model.named_parameters()}
+        of_critic = [is_critic_parameter(names[group["params"][0]]) for group in run.optimizer.param_groups]
+        follow_rates(run.optimizer, run.lr_scheduler, of_critic, fresh, old, new)
+    for _ in range(int(run.state.epoch or 0) if run._train_sampler is not None else 0):
+        next(iter(run._train_sampler))  # each pass over the prompts goes on drawing where the last one stopped

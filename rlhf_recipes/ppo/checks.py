@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.ppo.functional import masked_mean
 from rlhf_recipes.ppo.rollout import join
+from rlhf_recipes.shaping import looks_like_per_token
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_optimizer(policy: nn.Module, optimizer: Any, args: PPOConfig) -> None:
@@ -182,6 +186,20 @@ def check_same_distribution(
         )
 
 
+def check_reference(logps: Tensor, ref_logps: Tensor, mask: Tensor, half_precision: bool) -> None:
+    """Check that the policy equals its reference, as `check_same_distribution` does."""
+    what = "the policy must equal its reference"
+    cause = "The policy's adapter changed after the reference was copied from it, or the base did."
+    check_same_distribution(logps, ref_logps, mask, half_precision, what, cause)
+
+
+def check_first_ratios(logps: Tensor, old_logps: Tensor, mask: Tensor, half_precision: bool) -> None:
+    """Check that the new policy equals the old one, as `check_same_distribution` does."""
+    what = "every ratio of new to old policy must be 1"
+    cause = "Dropout, or a layer that computes differently in training and in evaluation, is on."
+    check_same_distribution(logps, old_logps, mask, half_precision, what, cause)
+
+
 def check_rewards(rewards_per_func: Tensor, names: Sequence[str]) -> None:
     """Check that every completion got a reward from at least one function.
 
@@ -197,4 +215,52 @@ def check_rewards(rewards_per_func: Tensor, names: Sequence[str]) -> None:
         raise ValueError(
             f"Every reward function ({', '.join(names)}) returned None for completion {missing[0]} and "
             f"{len(missing) - 1} more of {len(rewards_per_func)}. At least one must return a number."
+        )
+
+
+def warn_of_kl_unit(args: PPOConfig, kl: float, per_token: float) -> bool:
+    """Say that `kl_target` fits the KL of a token, where it is compared with that of a completion.
+
+    Args:
+        args: The configuration.
+        kl: KL of a rollout in nats per completion.
+        per_token: The same per token.
+
+    Returns:
+        Whether it was said.
+    """
+    adaptive = args.kl_controller == "adaptive" and args.kl_target_per == "completion"
+    if not (adaptive and looks_like_per_token(args.kl_target, kl, per_token)):
+        return False
+    logger.warning(
+        "`kl_target` is %g nats per completion, but completions are %.3g nats from the reference, %.3g for each of "
+        "their tokens. If it was meant for a token, set `kl_target_per: token`, or multiply it with the usual length; "
+        "else `kl_coef` goes on rising until completions as a whole are that near.",
+        *(args.kl_target, kl, per_token),
+    )
+    return True
+
+
+def check_on_tokens(placed: Tensor, mask: Tensor) -> None:
+    """Check what a placement returned: one reward per token, and none where no token counts.
+
+    Args:
+        placed: Token rewards.
+        mask: 1 where a token counts, shape `(B, T)`.
+
+    Raises:
+        ValueError: If the shape is another one, or a completion's reward would be lost on padding.
+    """
+    if placed.shape != mask.shape:
+        raise ValueError(
+            f"The placement returned token rewards of shape {tuple(placed.shape)}; expected (B, T) = "
+            f"{tuple(mask.shape)}, one for each completion token."
+        )
+    lost = (placed.nan_to_num(0.0) != 0.0) & ~mask.bool() & mask.bool().any(dim=1, keepdim=True)
+    if lost.any():
+        row, place = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"The placement put {placed[row, place].item():.4g} on position {place} of completion {row}, where no "
+            f"token counts: its {int(mask[row].sum())} tokens are those with a 1 in `mask`. Place rewards on them "
+            "only, for example by multiplying with `mask`."
         )

@@ -293,6 +293,11 @@ class PPOConfig(GRPOConfig):
         return self.steps_per_generation
 
     @property
+    def micro_batches_of_all_epochs(self) -> int:
+        """Micro-batches of each process in all epochs over a rollout."""
+        return self.micro_batches_per_rollout * self.num_iterations
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps on one rollout, in all of its epochs."""
         return self.micro_batches_per_rollout // self.gradient_accumulation_steps * self.num_iterations

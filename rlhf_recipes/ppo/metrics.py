@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -172,10 +173,45 @@ class EvaluatedRows:
         """Add a batch, of all processes."""
         self._parts.append(facts)
 
-    def collect(self, kl_coef: float, functions: Sequence[str], weights: Tensor) -> dict[str, float]:
-        """Sum up all completions since `begin`, as `RolloutFacts` does a rollout's."""
-        if not self._parts:
-            return {}
+    def log(
+        self,
+        logs: dict[str, float],
+        batches: dict[str, list[float]],
+        of_steps: dict[str, float],
+        vf_coef: float,
+        kl_coef: float,
+        functions: Sequence[str],
+        weights: Tensor,
+    ) -> None:
+        """Write what is logged of an evaluation, over all of its completions.
+
+        Args:
+            logs: What is logged; its names begin with that of the data set.
+            batches: TRL's metrics of each batch, by name. The means of these are replaced, and those that stay are
+                metrics of the reward functions' own.
+            of_steps: Means over the items of all micro-batches.
+            vf_coef: The weight of the value loss.
+            kl_coef: The weight of the KL penalty.
+            functions: The names of the reward functions.
+            weights: Their weights, shape `(functions,)`.
+        """
+        prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
+        if "loss" in of_steps:
+            logs[f"{prefix}_loss"] = of_steps.pop("loss") + vf_coef * of_steps.get("critic/value_loss", 0.0)
+        batches.update({name: [value] for name, value in of_steps.items()})
+        if self._parts:
+            facts = self._joined()
+            exact = facts.metrics(kl_coef) | facts.metrics_of_trl(functions, weights)
+            batches.update({name: [value] for name, value in exact.items()})
+            self.begin(None)
+        if prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
+            for name, values in batches.items():
+                known = [value for value in values if not math.isnan(value)]
+                mean: Any = sum(known) / len(known) if known else None
+                logs[f"{prefix}_{name}"] = mean
+            batches.clear()
+
+    def _joined(self) -> RolloutFacts:
         length = max(part.mask.size(1) for part in self._parts)
         joined: dict[str, Any] = {}
         for name in vars(self._parts[0]):
@@ -187,9 +223,7 @@ class EvaluatedRows:
                 joined[name] = torch.cat(padded)[: self._total]
             else:
                 joined[name] = torch.cat(columns)[: self._total if name != "moments" else None]
-        facts = RolloutFacts(**joined)
-        self.begin(None)
-        return facts.metrics(kl_coef) | facts.metrics_of_trl(functions, weights)
+        return RolloutFacts(**joined)
 
 
 _PER_TOKEN = ("kl", "values", "returns", "mask", "value_mask", "surprise")

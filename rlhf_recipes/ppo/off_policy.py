@@ -12,8 +12,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.states import states_at
 from rlhf_recipes.ppo.functional import masked_mean
-from rlhf_recipes.ppo.passes import states_at
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts

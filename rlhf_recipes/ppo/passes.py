@@ -6,8 +6,7 @@ the right), `H` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import add_fused_lm_head, pad
+from trl.trainer.utils import pad
 
 from rlhf_recipes.models.generation import sample, sample_with_transformers
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
+from rlhf_recipes.models.states import states_at
 
 
 # 1. Sampling
@@ -151,39 +151,3 @@ class KeptPass:
             return None
         values = None if kept.kept is None else kept.kept[rows, :length]
         return PolicyPass(kept.logps[rows, :length], kept.entropies[rows, :length], values)
-
-
-@contextmanager
-def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
-    """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
-
-    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: what it would say
-    of prompts and padding is not computed.
-
-    Args:
-        model: The model, with or without adapters.
-        places: Places among all states of a pass, shape `(n,)`.
-
-    Yields:
-        A list that gets the last hidden states `(1, n, H)` at these places, once for each pass.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    captured: list[Tensor] = []
-    places = torch.cat([places, places.new_zeros(1)])
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places)[None]
-        captured.append(output.last_hidden_state[:, :-1])
-        return output
-
-    handle = base.base_model.register_forward_hook(keep)
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
-def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
-    """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
-    args: Any = trainer.args
-    add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
@@ -24,7 +28,18 @@ from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
+from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
+from rlhf_recipes.shaping import (
+    ClipScores,
+    LengthPenalty,
+    MissingEos,
+    OverlongPenalty,
+    RepetitionPenalty,
+    ScaleScores,
+    ScoreTransform,
+    SubtractReferenceMean,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -32,6 +47,19 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
+
+
+PAPER = {  # for model cards
+    "title": "Proximal Policy Optimization Algorithms",
+    "id": "1707.06347",
+    "citation": textwrap.dedent("""\
+        @article{schulman2017proximal,
+            title        = {{Proximal Policy Optimization Algorithms}},
+            author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+            year         = 2017,
+            eprint       = {arXiv:1707.06347},
+        }"""),
+}
 
 
 def build_policy(
@@ -101,6 +129,32 @@ def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:
     return REFERENCE
 
 
+def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
+    """Score transforms that the configuration asks for: normalisation first, then clipping, then penalties."""
+    transforms: list[ScoreTransform] = []
+    if args.score_scaling != "none":
+        transforms.append(ScaleScores(running=args.score_scaling == "running"))
+    if args.subtract_reference_mean:
+        transforms.append(SubtractReferenceMean())
+    if args.score_clip is not None:
+        transforms.append(ClipScores(-args.score_clip, args.score_clip))
+    if args.missing_eos_penalty is not None:
+        transforms.append(MissingEos(args.missing_eos_penalty, args.missing_eos_mode))
+    if args.length_penalty is not None:
+        transforms.append(LengthPenalty(args.length_penalty))
+    if args.overlong_buffer is not None:
+        transforms.append(OverlongPenalty(args.overlong_buffer, args.overlong_penalty))
+    if args.ngram_penalty is not None:
+        transforms.append(RepetitionPenalty(args.ngram_penalty))
+    return transforms
+
+
+def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
+    """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
+    args: Any = trainer.args
+    add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+
+
 def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:
     """Train the policy and the critic, and check that nothing else is trained.
 
@@ -127,8 +181,9 @@ def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:
         )
 
 
-def separate_critic(optimizer: Any, policy: nn.Module, rate: float) -> None:
+def separate_critic(optimizer: Any, policy: nn.Module, args: PPOConfig) -> None:
     """Give the critic's parameters groups of their own in an optimizer, with their own learning rate."""
+    rate = critic_rate(args.critic_learning_rate, args.learning_rate)
     names = {parameter: name for name, parameter in policy.named_parameters()}
     groups = []
     for group in optimizer.param_groups:
@@ -329,3 +384,19 @@ def _has_other_architecture(path: str | Path, roles: Roles, trust_remote_code: b
         return bool(config.model_type != roles.model.config.model_type)
     except (OSError, ValueError):
         return False  # not to be found: refused as an adapter of another base, by name
+
+
+def seed_sampling(seed: int, rank: int) -> None:
+    """Let each process sample from a stream of its own: by TRL's seed + rank, the next seed would share it."""
+    if rank > 0:
+        set_seed(process_seed(seed, rank))
+
+
+def process_seed(seed: int, rank: int) -> int:
+    """Seed of a process's sampling, so that runs and processes have nothing in common.
+
+    Example:
+        >>> process_seed(42, 0), process_seed(42, 1) == process_seed(43, 0)
+        (42, False)
+    """
+    return seed if rank == 0 else int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4])

@@ -12,18 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.checks import check_not_bandit
+from rlhf_recipes.ppo.checks import check_not_bandit, check_on_tokens
 from rlhf_recipes.ppo.functional import estimate_advantages, length_adaptive_lambda
+from rlhf_recipes.ppo.setup import configured_transforms
 from rlhf_recipes.shaping import (
-    ClipScores,
     Completions,
-    LengthPenalty,
-    MissingEos,
-    OverlongPenalty,
-    RepetitionPenalty,
-    ScaleScores,
     ScoreTransform,
-    SubtractReferenceMean,
     apply_transforms,
     place_scores,
     potential_shaping,
@@ -129,45 +123,8 @@ class TokenRewards:
                 scores, mask, args.reward_placement, args.placement_gamma, attention, args.attention_weight
             )
         placed = self._placement(scores, mask)
-        if placed.shape != mask.shape:
-            raise ValueError(
-                f"The placement returned token rewards of shape {tuple(placed.shape)}; expected (B, T) = "
-                f"{tuple(mask.shape)}, one for each completion token."
-            )
-        _check_on_tokens(placed, mask)
+        check_on_tokens(placed, mask)
         return placed.detach().masked_fill(~mask.bool(), 0.0)
-
-
-def _check_on_tokens(placed: Tensor, mask: Tensor) -> None:
-    """Refuse rewards where no token counts, of completions that have some: they would be lost without a word."""
-    lost = (placed.nan_to_num(0.0) != 0.0) & ~mask.bool() & mask.bool().any(dim=1, keepdim=True)
-    if lost.any():
-        row, place = lost.nonzero()[0].tolist()
-        raise ValueError(
-            f"The placement put {placed[row, place].item():.4g} on position {place} of completion {row}, where no "
-            f"token counts: its {int(mask[row].sum())} tokens are those with a 1 in `mask`. Place rewards on them "
-            "only, for example by multiplying with `mask`."
-        )
-
-
-def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
-    """Score transforms that the configuration asks for: normalisation first, then clipping, then penalties."""
-    transforms: list[ScoreTransform] = []
-    if args.score_scaling != "none":
-        transforms.append(ScaleScores(running=args.score_scaling == "running"))
-    if args.subtract_reference_mean:
-        transforms.append(SubtractReferenceMean())
-    if args.score_clip is not None:
-        transforms.append(ClipScores(-args.score_clip, args.score_clip))
-    if args.missing_eos_penalty is not None:
-        transforms.append(MissingEos(args.missing_eos_penalty, args.missing_eos_mode))
-    if args.length_penalty is not None:
-        transforms.append(LengthPenalty(args.length_penalty))
-    if args.overlong_buffer is not None:
-        transforms.append(OverlongPenalty(args.overlong_buffer, args.overlong_penalty))
-    if args.ngram_penalty is not None:
-        transforms.append(RepetitionPenalty(args.ngram_penalty))
-    return transforms
 
 
 def configured_advantages(

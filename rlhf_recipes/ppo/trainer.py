@@ -7,10 +7,7 @@ token rewards with the KL penalty, advantages, and the loss. The maths is in `fu
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +17,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
@@ -28,56 +24,27 @@ from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.parameter_table import roles_table
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
-from rlhf_recipes.ppo import checkpoint, checks
+from rlhf_recipes.ppo import checkpoint, checks, setup
+from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
 from rlhf_recipes.ppo.given import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
-from rlhf_recipes.ppo.objective import (
-    Outputs,
-    count_items,
-    critic_loss,
-    policy_loss,
-    share_of_step,
-)
+from rlhf_recipes.ppo.objective import Outputs, count_items, critic_loss, policy_loss, share_of_step
 from rlhf_recipes.ppo.off_policy import sampled_moments
 from rlhf_recipes.ppo.out_of_memory import phase, sizes_of
-from rlhf_recipes.ppo.passes import KeptPass, PolicyPass, add_log_probs, keep_states, policy_pass, sample_completions
+from rlhf_recipes.ppo.passes import KeptPass, PolicyPass, keep_states, policy_pass, sample_completions
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows
 from rlhf_recipes.ppo.reference import exact_kl, reference_pass
-from rlhf_recipes.ppo.resume import (
-    OF_THE_OPTIMIZER,
-    both_settings,
-    check_settings,
-    critic_rate,
-    follow_rates,
-    recut,
-    settings_of,
-)
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
-from rlhf_recipes.ppo.setup import (
-    build_policy,
-    build_rewards,
-    load_base_tokenizer,
-    restore_checkpointing,
-    separate_critic,
-    set_trainable,
-)
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
-from rlhf_recipes.ppo.updates import UpdateControl, make_kl_controller, warn_of_kl_unit
+from rlhf_recipes.ppo.updates import UpdateControl, make_kl_controller
 from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.rewards.record import COLUMN, RewardRecord
-from rlhf_recipes.shaping import (
-    Completions,
-    ScoreTransform,
-    kl_estimate,
-    load_transforms_state,
-    steered_kl,
-    transforms_state,
-)
+from rlhf_recipes.shaping import Completions, ScoreTransform, kl_estimate, steered_kl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,17 +97,7 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _paper = {
-        "title": "Proximal Policy Optimization Algorithms",
-        "id": "1707.06347",
-        "citation": textwrap.dedent("""\
-            @article{schulman2017proximal,
-                title        = {{Proximal Policy Optimization Algorithms}},
-                author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
-                year         = 2017,
-                eprint       = {arXiv:1707.06347},
-            }"""),
-    }
+    _paper = setup.PAPER
 
     def __init__(
         self,
@@ -164,12 +121,12 @@ class PPOTrainer(GRPOTrainer):
         check_given(args, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
-        policy, self.roles, self.reference = build_policy(model, args, quantization_config, peft_config)
-        tokenizer = processing_class or load_base_tokenizer(policy, args)
+        policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
+        tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
         self.prompt_rules = prompt_rules(policy, tokenizer, args)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
-        reward_funcs, args.reward_weights = build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
+        reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
@@ -188,14 +145,14 @@ class PPOTrainer(GRPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        seed_sampling(args.seed, self.accelerator.process_index)
+        setup.seed_sampling(args.seed, self.accelerator.process_index)
         if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
             self.shuffle_dataset = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
-            add_log_probs(self, self.roles.model.get_base_model())
-        set_trainable(self.model, self.roles, self.critic)
+            setup.add_log_probs(self, self.roles.model.get_base_model())
+        setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
         self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
@@ -244,16 +201,13 @@ class PPOTrainer(GRPOTrainer):
             models = {f"reward_{i}": getattr(reward, "model", None) for i, reward in enumerate(self.reward_funcs)}
             own = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
             sys.stdout.write(roles_table(self.model, self.roles, own))
-        if resume_from_checkpoint is True:
-            # TRL says that there is none
-            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir)) or True
-        if isinstance(resume_from_checkpoint, str | Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self._check_checkpoint(resume_from_checkpoint)
-            if (finished := load_finished(self, resume_from_checkpoint)) is not None:
-                self._load_controls(resume_from_checkpoint)
+        folder = checkpoint.folder_of(resume_from_checkpoint, self.args)
+        if isinstance(folder, str):
+            checkpoint.check_run(self, folder)
+            if (finished := load_finished(self, folder)) is not None:
+                checkpoint.load_controls(self, folder)
                 return finished
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(folder, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -270,7 +224,7 @@ class PPOTrainer(GRPOTrainer):
                 checks.check_optimizer(self.model, optimizer, self.args)
                 self.optimizer_given = True
             return optimizer
-        separate_critic(optimizer, self.model, critic_rate(self.args.critic_learning_rate, self.args.learning_rate))
+        setup.separate_critic(optimizer, self.model, self.args)
         return optimizer
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -287,7 +241,7 @@ class PPOTrainer(GRPOTrainer):
     @phase("train")
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch as TRL does (3 to 8), unless the rest of the rollout is left out, and drop updates."""
-        if self.updates.stopped and self._step % self._micro_batches_of_all_epochs != 0:
+        if self.updates.stopped and self._step % self.args.micro_batches_of_all_epochs != 0:
             self._step += 1
             if self.accelerator.sync_gradients:
                 self._metrics["train"]["ppo/updates_made"].append(0.0)
@@ -297,15 +251,11 @@ class PPOTrainer(GRPOTrainer):
             self._end_of_step()
         return loss
 
-    @property
-    def _micro_batches_of_all_epochs(self) -> int:
-        return self.args.micro_batches_per_rollout * self.args.num_iterations
-
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.model.training and self.args.disable_dropout:
             compute_as_in_evaluation(self.model)  # for the rollout and for the loss
         micro_batches = self.args.micro_batches_per_rollout
-        new_epoch = self._step % micro_batches == 0 and self._step % self._micro_batches_of_all_epochs != 0
+        new_epoch = self._step % micro_batches == 0 and self._step % self.args.micro_batches_of_all_epochs != 0
         if self.model.training and new_epoch and micro_batches > 1 and self._buffered_inputs is not None:
             # TRL shuffles a rollout once; each further epoch over it gets minibatches of its own
             self._buffered_inputs = reshuffle(self._buffered_inputs)
@@ -360,7 +310,7 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         record, args = RewardRecord(), self.args
         texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in inputs]))
-        restore_checkpointing(self.model, args)
+        setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)
         mask = texts.completion_mask
@@ -417,14 +367,7 @@ class PPOTrainer(GRPOTrainer):
         if critic is None:
             critic = CriticRollout(self.critic.read(old.kept) if exact else old.kept)
         if training and self.state.global_step == self._step == 0:
-            checks.check_same_distribution(
-                old.logps,
-                ref.logps,
-                mask,
-                self.half_precision,
-                what="the policy must equal its reference",
-                cause="The policy's adapter changed after the reference was copied from it, or the base did.",
-            )
+            checks.check_reference(old.logps, ref.logps, mask, self.half_precision)
         if args.kl_estimator == "full":
             return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)
         kl = kl_estimate(old.logps, ref.logps, args.kl_estimator)
@@ -495,14 +438,7 @@ class PPOTrainer(GRPOTrainer):
         new = self._policy_outputs(model, batch)
         mask, old_logps = batch.completion_mask, batch.old_per_token_logps
         if self.model.training and self._step == 0:
-            checks.check_same_distribution(
-                new.logps,
-                old_logps,
-                mask,
-                self.half_precision,
-                what="every ratio of new to old policy must be 1",
-                cause="Dropout, or a layer that computes differently in training and in evaluation, is on.",
-            )
+            checks.check_first_ratios(new.logps, old_logps, mask, self.half_precision)
         if self.model.training:
             self.updates.record(new.logps - old_logps, new.entropies, mask)
         kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
@@ -557,7 +493,9 @@ class PPOTrainer(GRPOTrainer):
             self.kl_controller.update(
                 steered_kl(facts.kl, facts.mask, self.args.kl_target_per).mean().item(), len(facts)
             )
-            self._told_of_unit = self._told_of_unit or warn_of_kl_unit(self.args, means["kl"], means["kl_per_token"])
+            self._told_of_unit = self._told_of_unit or checks.warn_of_kl_unit(
+                self.args, means["kl"], means["kl_per_token"]
+            )
             self.updates.begin_rollout(means["critic/explained_variance"], self.state.global_step)
         else:
             self.evaluated.add(facts)
@@ -583,20 +521,8 @@ class PPOTrainer(GRPOTrainer):
         """Log as TRL does, with the metrics of micro-batches since the last log, or of all rows of an evaluation."""
         metrics, of_steps = self._metrics[self.mode], self.step_metrics[self.mode].collect()
         if self.mode == "eval":
-            prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
-            if "loss" in of_steps:  # in the place of the mean of the batches' means
-                value_loss = of_steps.get("critic/value_loss", 0.0)
-                logs[f"{prefix}_loss"] = of_steps.pop("loss") + self.args.vf_coef * value_loss
-            exact = of_steps | self.evaluated.collect(
-                self.kl_controller.value, self.reward_func_names, self.reward_weights
-            )
-            metrics.update({name: [value] for name, value in exact.items()})
-            if prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
-                for name, values in metrics.items():
-                    known = [value for value in values if not math.isnan(value)]
-                    mean: Any = sum(known) / len(known) if known else None
-                    logs[f"{prefix}_{name}"] = mean
-                metrics.clear()
+            rewards = (self.reward_func_names, self.reward_weights)
+            self.evaluated.log(logs, metrics, of_steps, self.args.vf_coef, self.kl_controller.value, *rewards)
         else:
             for name, value in of_steps.items():
                 metrics[name].append(value)
@@ -619,67 +545,15 @@ class PPOTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "step": self._step,
-            "kl_coef": self.kl_coef,
-            "kl_controller": self.kl_controller.state_dict(),
-            "transforms": transforms_state(self.token_rewards.transforms),
-            "updates": self.updates.state_dict(),
-            "settings": settings_of(self.args, self.accelerator.num_processes),
-            "reference": checkpoint.reference_fingerprint(self.model, self.roles, self.reference),
-        }
-        rollout = self._buffered_inputs if self._step % self._micro_batches_of_all_epochs != 0 else None
-        checkpoint.save_ppo_state(output_dir, state, rollout, self.accelerator.process_index)
+        checkpoint.save_controls(self, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The main process now calls the checkpoint complete and removes older ones: all must have written theirs
         self.accelerator.wait_for_everyone()
 
-    def _check_checkpoint(self, folder: str) -> None:
-        """Honour or refuse, by name, what differs from the run of a checkpoint."""
-        rank = self.accelerator.process_index
-        state, rollout = checkpoint.load_ppo_state(folder, rank, "cpu")
-        check_settings(folder, state, rollout, settings_of(self.args, self.accelerator.num_processes), rank)
-        checkpoint.check_models(folder, state, self.model, self.roles, self.critic, self.reference)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = [dict(group) for group in self.optimizer.param_groups] if checkpoint and self.optimizer else []
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        old, new = self._load_controls(checkpoint)
-        if not self.optimizer_given and any(old[name] != new[name] for name in OF_THE_OPTIMIZER):
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            groups: Any = self.optimizer.param_groups  # type: ignore[union-attr]
-            of_critic = [is_critic_parameter(names[group["params"][0]]) for group in groups]
-            follow_rates(self.optimizer, self.lr_scheduler, of_critic, fresh, old, new)
-        for _ in range(int(self.state.epoch or 0) if self._train_sampler is not None else 0):
-            next(iter(self._train_sampler))  # each pass over the prompts goes on drawing where the last one stopped
-
-    def _load_controls(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Load what is PPO's own, and return the settings of the checkpoint and of this run."""
-        state, rollout = checkpoint.load_ppo_state(folder, self.accelerator.process_index, self.accelerator.device)
-        old, new = both_settings(state, settings_of(self.args, self.accelerator.num_processes))
-        self._buffered_inputs, self._step = recut(rollout, state["step"], old, new)
-        self.kl_coef = state["kl_coef"]
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        load_transforms_state(self.token_rewards.transforms, state["transforms"])
-        self.updates.load_state_dict(state["updates"])
-        return old, new
-
-
-def seed_sampling(seed: int, rank: int) -> None:
-    """Let each process sample from a stream of its own: by TRL's seed + rank, the next seed would share it."""
-    if rank > 0:
-        set_seed(process_seed(seed, rank))
-
-
-def process_seed(seed: int, rank: int) -> int:
-    """Seed of a process's sampling, so that runs and processes have nothing in common.
-
-    Example:
-        >>> process_seed(42, 0), process_seed(42, 1) == process_seed(43, 0)
-        (42, False)
-    """
-    return seed if rank == 0 else int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4])
+        if checkpoint is not None:
+            continue_run(self, checkpoint, fresh)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController, looks_like_per_token
+from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,37 +15,11 @@ if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
 
 
-logger = logging.getLogger(__name__)
-
-
 def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLController:
     """The controller of the KL coefficient that the configuration asks for."""
     if args.kl_controller == "adaptive":
         return AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
     return FixedKLController(args.kl_coef)
-
-
-def warn_of_kl_unit(args: PPOConfig, kl: float, per_token: float) -> bool:
-    """Say that `kl_target` fits the KL of a token, where it is compared with that of a completion.
-
-    Args:
-        args: The configuration.
-        kl: KL of a rollout in nats per completion.
-        per_token: The same per token.
-
-    Returns:
-        Whether it was said.
-    """
-    adaptive = args.kl_controller == "adaptive" and args.kl_target_per == "completion"
-    if not (adaptive and looks_like_per_token(args.kl_target, kl, per_token)):
-        return False
-    logger.warning(
-        "`kl_target` is %g nats per completion, but completions are %.3g nats from the reference, %.3g for each of "
-        "their tokens. If it was meant for a token, set `kl_target_per: token`, or multiply it with the usual length; "
-        "else `kl_coef` goes on rising until completions as a whole are that near.",
-        *(args.kl_target, kl, per_token),
-    )
-    return True
 
 
 class UpdateControl:

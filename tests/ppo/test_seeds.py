@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf_recipes.ppo.trainer import process_seed, seed_sampling
+from rlhf_recipes.ppo.setup import process_seed, seed_sampling
 
 
 def test_no_two_processes_of_neighbouring_seeds_share_a_stream():

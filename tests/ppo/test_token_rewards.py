@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.models import load_causal_lm, load_policy
-from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, configured_transforms, pad_rows
+from rlhf_recipes.ppo.setup import configured_transforms
+from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, pad_rows
 from rlhf_recipes.shaping import Completions
 from tests.ppo.support import EOS, logged, rollout, unpadded, without_chance
 
