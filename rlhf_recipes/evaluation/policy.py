@@ -15,8 +15,7 @@ from datasets import Dataset
 from rlhf_recipes.evaluation.sampling import in_batches, measured, with_scores
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo._trl import generate, rewards
-from rlhf_recipes.ppo.passes import policy_pass
-from rlhf_recipes.ppo.reference import reference_pass
+from rlhf_recipes.ppo.passes import policy_pass, reference_pass
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.statistics.metrics import bootstrap_interval, win_outcomes
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.models.adapters import WEIGHTS, base_of, is_adapter
 from rlhf_recipes.models.fused_lora import fuse_lora
-from rlhf_recipes.models.loading import load_new_classifier
+from rlhf_recipes.models.loading import load_new_classifier, load_sequence_classifier
 from rlhf_recipes.models.quantized import merges_exactly
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, raw_score
 
@@ -45,6 +45,25 @@ def load_reward_model(
     adapted = _adapted(base, adapter)
     check_trained_on(adapter, adapted, raw_score, OF_THE_SPREAD, tolerance)
     return adapted.merge_and_unload() if merges_exactly(base) else adapted, tokenizer
+
+
+def load_scoring_model(path: str, tolerance: float, trust_remote_code: bool) -> PreTrainedModel | PeftModel:
+    """Load a sequence classifier to be trained on as a critic, with the adapter of an adapter's folder merged into it.
+
+    Args:
+        path: Folder or hub id of a model, whose head may start at random, or folder of an adapter.
+        tolerance: As for `load_reward_model`.
+        trust_remote_code: Whether code of the hub's may be run.
+
+    Raises:
+        FileNotFoundError: If it cannot be loaded.
+    """
+    try:
+        if is_adapter(path):
+            return load_reward_model(path, tolerance, trust_remote_code=trust_remote_code)[0]
+        return load_sequence_classifier(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(f"`critic_model` {path!r} cannot be loaded: {error}") from error
 
 
 def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -136,9 +136,10 @@ def check_finite(what: str, value: Tensor, batch: dict[str, Tensor], output_dir:
 
 
 def check_gradient(
-    gradients: list[Tensor], rollout: list[dict[str, Tensor]] | None, output_dir: str | None, rank: int
+    policy: nn.Module, rollout: list[dict[str, Tensor]] | None, output_dir: str | None, rank: int
 ) -> None:
     """Check the norm of a step's gradient as `check_finite` does; what is kept is the rollout."""
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     check_finite("norm of the gradient", nn.utils.get_total_norm(gradients), join(rollout or [{}]), output_dir, rank)
 
 
@@ -263,4 +264,55 @@ def check_on_tokens(placed: Tensor, mask: Tensor) -> None:
             f"The placement put {placed[row, place].item():.4g} on position {place} of completion {row}, where no "
             f"token counts: its {int(mask[row].sum())} tokens are those with a 1 in `mask`. Place rewards on them "
             "only, for example by multiplying with `mask`."
+        )
+
+
+def check_critic(args: PPOConfig, reward_role: str | None, model: Any) -> None:
+    """Check that there is what the critic is to start from, and that the options have a meaning for it.
+
+    Args:
+        args: The configuration.
+        reward_role: The reward adapter to start from, if there is one.
+        model: What was given as `critic_model`.
+
+    Raises:
+        ValueError: If it is missing, or something has no meaning.
+    """
+    if (model is not None) != (args.critic == "model"):
+        raise ValueError(
+            f"`critic` is {args.critic!r}, and `critic_model` is {'missing' if model is None else 'given'}. Give it "
+            "with `critic: model`, and only then."
+        )
+    if args.critic_layers is not None and args.critic != "adapter":
+        raise ValueError(f"`critic_layers` is about the critic's adapter, but `critic` is {args.critic!r}. Remove it.")
+    if args.critic_init == "reward" and args.critic == "adapter" and reward_role is None:
+        raise ValueError(
+            "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. Give "
+            "the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts from the "
+            "policy."
+        )
+
+
+def check_classifier(model: Any, vocabulary: int) -> None:
+    """Check that a model can be a critic: a decoder with one output at each position, which knows all tokens.
+
+    Args:
+        model: The model.
+        vocabulary: Token ids that the policy's embeddings know.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"`critic_model` is a {type(model).__name__}, which has no score head of one output that reads each "
+            "position. Give a decoder with `AutoModelForSequenceClassification` and `num_labels=1`."
+        )
+    known = model.get_input_embeddings().weight.size(0)
+    if known < vocabulary:
+        raise ValueError(
+            f"The embeddings of `critic_model` end at {known - 1}, and those of the policy, whose tokens it reads,"
+            f" at {vocabulary - 1}. Give a critic with the policy's tokenizer, or call "
+            f"`resize_token_embeddings({vocabulary})`."
         )

@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 
 from rlhf_recipes.models.adapters import POLICY, is_adapter
 from rlhf_recipes.models.arguments import positions_follow_mask
-from rlhf_recipes.models.loading import load_sequence_classifier
 from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.resumed import check_same_adapter
-from rlhf_recipes.models.reward import load_reward_model
+from rlhf_recipes.models.reward import load_scoring_model
 from rlhf_recipes.models.roles import CRITIC, CRITIC_MODEL, Roles
 from rlhf_recipes.models.rows import Texts, scatter_rows
 from rlhf_recipes.models.top_layers import check_top_layers
+from rlhf_recipes.ppo.checks import check_classifier, check_critic
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
@@ -105,7 +105,39 @@ class Critic(ABC):
         return
 
 
-class AdapterCritic(Critic):
+class _RoleCritic(Critic):
+    """A critic that is a role on the shared base: an adapter, its own or the policy's, and a head."""
+
+    def __init__(self, roles: Roles, adapter: str) -> None:
+        self._roles, self._adapter = roles, adapter
+        self._bias = 0.0  # of the normalised score that the critic starts from, which a head without bias cannot hold
+
+    def read(self, states: Tensor) -> Tensor:
+        """Values `(...)` from last hidden states `(..., H)`."""
+        with torch.autocast(states.device.type, enabled=False):  # the network may run in 16 bits, the head does not
+            return self._roles.apply_head(CRITIC, states) + self._bias
+
+    def set_trainable(self) -> None:
+        """Train the head, and the adapter if it is the critic's own."""
+        self._roles.unfreeze(CRITIC)
+
+    def save(self, folder: str | Path) -> None:
+        """Save adapter and head as an adapter for sequence classification."""
+        self._roles.save_scalar_role(CRITIC, self._adapter, folder)
+        Readout(bias=self._bias).save(folder)
+
+    def check_saved(self, folder: str | Path) -> None:
+        """Check that a saved adapter is one as this critic has it."""
+        if is_adapter(folder):
+            check_same_adapter(folder, self._roles.model, self._adapter, what="this run's critic")
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote."""
+        self._roles.load(folder, CRITIC, self._adapter)
+        self._bias = Readout.load(folder).bias
+
+
+class AdapterCritic(_RoleCritic):
     """An adapter of its own on the shared base, with a head.
 
     Separate adapters for policy and critic cost one more forward pass, and learn better than one adapter for both
@@ -122,9 +154,9 @@ class AdapterCritic(Critic):
     """
 
     def __init__(self, roles: Roles, source: str, layers: int | None = None) -> None:
-        self._roles, self._layers = roles, layers
+        super().__init__(roles, CRITIC)
+        self._layers = layers
         self._checked = False  # whether the upper layers alone were compared with the network
-        self._bias = 0.0  # of the normalised score that the critic starts from, which a head without bias cannot hold
         roles.add_copy(CRITIC, source=source)
         readout = roles.readouts.get(source, Readout())
         if source == POLICY or readout.readout != "last":  # a number of one token says nothing of the rest of the text
@@ -146,11 +178,7 @@ class AdapterCritic(Critic):
                 below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
                 states = rows.join(torch.cat(below, dim=1))
                 hidden = self._roles.hidden_states_of_top(states, self._layers, **rows.arguments)
-        return self._values(rows.gather(hidden, texts.positions_before))
-
-    def _values(self, states: Tensor) -> Tensor:
-        with torch.autocast(states.device.type, enabled=False):  # the network may run in 16 bits, the head does not
-            return self._roles.apply_head(CRITIC, states) + self._bias
+        return self.read(rows.gather(hidden, texts.positions_before))
 
     @torch.no_grad()
     def rollout(self, texts: Texts, batch_size: int) -> CriticRollout:
@@ -181,31 +209,16 @@ class AdapterCritic(Critic):
                     )
                 self._checked = True
         states = rows.split(below)
-        return self._values(rows.gather(hidden, part.positions_before)), states[:, :width], states[:, width:]
+        return self.read(rows.gather(hidden, part.positions_before)), states[:, :width], states[:, width:]
 
     def set_trainable(self) -> None:
         """Train adapter and head, the adapter in the upper layers only where they are told."""
-        self._roles.unfreeze(CRITIC)
+        super().set_trainable()
         if self._layers is not None:
             self._roles.freeze_below(CRITIC, self._layers)
 
-    def save(self, folder: str | Path) -> None:
-        """Save it as an adapter for sequence classification."""
-        self._roles.save_scalar_role(CRITIC, CRITIC, folder)
-        Readout(bias=self._bias).save(folder)
 
-    def check_saved(self, folder: str | Path) -> None:
-        """Check that a saved adapter is one as this critic has it."""
-        if is_adapter(folder):
-            check_same_adapter(folder, self._roles.model, CRITIC, what="this run's critic")
-
-    def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote."""
-        self._roles.load(folder, CRITIC, CRITIC)
-        self._bias = Readout.load(folder).bias
-
-
-class HeadCritic(Critic):
+class HeadCritic(_RoleCritic):
     """Only a head, on the policy's own last states. It costs almost nothing, and its loss trains the policy too.
 
     Args:
@@ -216,7 +229,8 @@ class HeadCritic(Critic):
     reads_policy = True
 
     def __init__(self, policy: PreTrainedModel | PeftModel, roles: Roles) -> None:
-        self._policy, self._roles, self._on_adapter = policy, roles, policy is roles.model
+        super().__init__(roles, POLICY)
+        self._policy, self._on_adapter = policy, policy is roles.model
         roles.add_head(CRITIC)
 
     def forward(self, texts: Rollout | Texts) -> Tensor:
@@ -227,33 +241,18 @@ class HeadCritic(Critic):
             hidden = trunk.base_model(input_ids=rows.join(texts.ids), **rows.arguments, use_cache=False)
         return self.read(rows.gather(hidden.last_hidden_state, texts.positions_before))
 
-    def read(self, states: Tensor) -> Tensor:
-        """Values `(...)` from the policy's last hidden states `(..., H)`."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self._roles.apply_head(CRITIC, states)
-
-    def set_trainable(self) -> None:
-        """Train the head."""
-        self._roles.unfreeze(CRITIC)
-
     def save(self, folder: str | Path) -> None:
         """Save the head, with the policy's adapter as an adapter for sequence classification."""
         if self._on_adapter:
-            self._roles.save_scalar_role(CRITIC, POLICY, folder)
-            Readout().save(folder)
+            super().save(folder)
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(self._roles.heads[CRITIC].state_dict(), Path(folder) / _HEAD_FILE)
 
-    def check_saved(self, folder: str | Path) -> None:
-        """Check that a saved adapter is one as this policy has it."""
-        if self._on_adapter and is_adapter(folder):
-            check_same_adapter(folder, self._roles.model, POLICY, what="this run's critic")
-
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote."""
         if self._on_adapter:
-            self._roles.load(folder, CRITIC, POLICY)
+            super().load(folder)
         else:
             self._roles.heads[CRITIC].load_state_dict(load_file(Path(folder) / _HEAD_FILE))
 
@@ -272,19 +271,7 @@ class ModelCritic(Critic):
     network: PreTrainedModel
 
     def __init__(self, model: Any, vocabulary: int) -> None:
-        head = getattr(model, "score", None)
-        if not isinstance(head, nn.Linear) or head.out_features != 1:
-            raise ValueError(
-                f"`critic_model` is a {type(model).__name__}, which has no score head of one output that reads each "
-                "position. Give a decoder with `AutoModelForSequenceClassification` and `num_labels=1`."
-            )
-        known = model.get_input_embeddings().weight.size(0)
-        if known < vocabulary:
-            raise ValueError(
-                f"The embeddings of `critic_model` end at {known - 1}, and those of the policy, whose tokens it reads,"
-                f" at {vocabulary - 1}. Give a critic with the policy's tokenizer, or call "
-                f"`resize_token_embeddings({vocabulary})`."
-            )
+        check_classifier(model, vocabulary)
         positions_follow_mask(model)
         pack(model)
         self.network = model
@@ -329,19 +316,7 @@ def build_critic(
     Raises:
         ValueError: If what the critic is to start from is not there, or an option has no meaning for it.
     """
-    if (model is not None) != (args.critic == "model"):
-        raise ValueError(
-            f"`critic` is {args.critic!r}, and `critic_model` is {'missing' if model is None else 'given'}. Give it "
-            "with `critic: model`, and only then."
-        )
-    if args.critic_layers is not None and args.critic != "adapter":
-        raise ValueError(f"`critic_layers` is about the critic's adapter, but `critic` is {args.critic!r}. Remove it.")
-    if args.critic_init == "reward" and args.critic == "adapter" and reward_role is None:
-        raise ValueError(
-            "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. Give "
-            "the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts from the "
-            "policy."
-        )
+    check_critic(args, reward_role, model)
     critic: Critic
     if args.critic == "head":
         critic = HeadCritic(policy, roles)
@@ -351,7 +326,9 @@ def build_critic(
     elif isinstance(model, Critic):
         critic = model
     else:
-        classifier: Any = _load_classifier(str(model), args) if isinstance(model, str | Path) else model
+        classifier: Any = model
+        if isinstance(model, str | Path):
+            classifier = load_scoring_model(str(model), args.adapter_tolerance, args.trust_remote_code)
         embeddings: Any = policy.get_input_embeddings()
         critic = ModelCritic(classifier, embeddings.weight.size(0))
         if args.critic_init == "policy":
@@ -359,13 +336,3 @@ def build_critic(
     if critic.network is not None:
         policy.add_module(CRITIC_MODEL, critic.network)
     return critic
-
-
-def _load_classifier(path: str, args: PPOConfig) -> PreTrainedModel | PeftModel:
-    """Load a classifier, with the adapter of a reward adapter's folder merged into it."""
-    try:
-        if is_adapter(path):
-            return load_reward_model(path, args.adapter_tolerance, trust_remote_code=args.trust_remote_code)[0]
-        return load_sequence_classifier(path, trust_remote_code=args.trust_remote_code)
-    except OSError as error:
-        raise FileNotFoundError(f"`critic_model` {path!r} cannot be loaded: {error}") from error

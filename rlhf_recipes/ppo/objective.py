@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,27 +18,8 @@ from rlhf_recipes.shaping import kl_estimate
 
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.passes import PolicyPass
     from rlhf_recipes.ppo.rollout import Rollout
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the policy says about a micro-batch, with gradients.
-
-    Attributes:
-        logps: Log-probabilities of the completion tokens in nats, shape `(B, T)`.
-        entropies: Entropies of the distributions that they were drawn from, in nats, shape `(B, T)`.
-        values: What a head on the policy expects before each token, in reward units, shape `(B, T)`; `None` where the
-            critic has a pass of its own.
-        full_kl: Exact KL per token in nats, shape `(B, T)`, where the loss needs it.
-        router_loss: How unevenly a mixture of experts uses them, a scalar, where the loss needs it.
-    """
-
-    logps: Tensor
-    entropies: Tensor
-    values: Tensor | None = None
-    full_kl: Tensor | None = None
-    router_loss: Tensor | None = None
 
 
 def count_items(mask: Tensor, args: PPOConfig) -> Tensor:
@@ -64,18 +44,24 @@ def share_of_step(batch: Rollout, args: PPOConfig, accumulated: int, processes: 
 
 
 def policy_loss(
-    new: Outputs, batch: Rollout, args: PPOConfig, kl_coef: float, entropy_coef: float
+    new: PolicyPass,
+    batch: Rollout,
+    args: PPOConfig,
+    kl_coef: float,
+    entropy_coef: float,
+    exact_kl: Tensor | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """Compute the policy's terms of the loss of a micro-batch, `-(L_CLIP - beta L_KL + c2 L_entropy)`.
 
     `critic_loss` is the remaining one.
 
     Args:
-        new: The outputs of the policy as it is now.
+        new: What the policy says as it is now, with gradients.
         batch: The micro-batch.
         args: Clips, weights and how to average.
         kl_coef: Weight of the KL in the loss: 0 where the penalty is part of the rewards.
         entropy_coef: Weight of the entropy bonus.
+        exact_kl: KL per token in nats, shape `(B, T)`, in the place of an estimate from the samples.
 
     Returns:
         The loss, a scalar, and the metrics.
@@ -96,7 +82,8 @@ def policy_loss(
     entropy = aggregate(new.entropies, mask, args.loss_aggregation, args.max_completion_length)
     kl = new.logps.new_zeros(())
     if kl_coef:
-        kl = aggregate(kl_per_token(new, batch, args), mask, args.loss_aggregation, args.max_completion_length)
+        per_token = kl_per_token(new.logps, batch, args) if exact_kl is None else exact_kl
+        kl = aggregate(per_token, mask, args.loss_aggregation, args.max_completion_length)
     none = kl.new_zeros(())  # the critic's term may have to wait until the policy's activations are gone
     loss = total_loss(clipped_loss, none, kl, entropy, vf_coef=0.0, kl_coef=kl_coef, entropy_coef=entropy_coef)
     log_ratio = (new.logps - old_logps).detach().masked_fill(~mask.bool(), 0.0)
@@ -131,7 +118,7 @@ def critic_loss(values: Tensor, batch: Rollout, args: PPOConfig) -> tuple[Tensor
     return args.vf_coef * loss, LossMetrics.of(means, {})
 
 
-def kl_per_token(new: Outputs, batch: Rollout, args: PPOConfig) -> Tensor:
+def kl_per_token(logps: Tensor, batch: Rollout, args: PPOConfig) -> Tensor:
     """KL of the loss at each token, `(B, T)`, with a gradient that is the KL's over the old policy's samples.
 
     Towards the reference it is KL(policy || reference), and the samples are the old policy's: the estimate is weighted
@@ -140,13 +127,11 @@ def kl_per_token(new: Outputs, batch: Rollout, args: PPOConfig) -> Tensor:
     are the policy's. Towards the old policy it is KL(old || policy), the penalty of
     https://huggingface.co/papers/1707.06347, equation 8, whose samples they are.
     """
-    if new.full_kl is not None:
-        return new.full_kl
     old_logps, estimator = batch.old_per_token_logps, args.kl_estimator
-    assert estimator != "full"  # then `full_kl` is given
+    assert estimator != "full"  # it is computed from states, not estimated
     if args.kl_anchor == "old":
-        return kl_estimate(old_logps, new.logps, estimator)
+        return kl_estimate(old_logps, logps, estimator)
     if estimator == "k2":
-        return kl_estimate(new.logps, batch.ref_per_token_logps, estimator)
-    ratio = (new.logps - old_logps).masked_fill(~batch.completion_mask.bool(), 0.0).exp()
-    return ratio * kl_estimate(new.logps, batch.ref_per_token_logps, estimator)
+        return kl_estimate(logps, batch.ref_per_token_logps, estimator)
+    ratio = (logps - old_logps).masked_fill(~batch.completion_mask.bool(), 0.0).exp()
+    return ratio * kl_estimate(logps, batch.ref_per_token_logps, estimator)

@@ -68,10 +68,10 @@ def explain_out_of_memory(phase: str, sizes: Callable[[], str]) -> Iterator[None
         raise
 
 
-class _HasSizes(Protocol):
-    def phase_sizes(self, phase: str) -> str:
-        """What the batch of a phase was, for the error."""
-        ...
+class _Run(Protocol):
+    args: PPOConfig
+    model: Any
+    _buffered_inputs: list[Batch] | None
 
 
 def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -79,8 +79,8 @@ def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def marked(self: _HasSizes, *args: Any, **kwargs: Any) -> Any:
-            with explain_out_of_memory(name, lambda: self.phase_sizes(name)):
+        def marked(self: _Run, *args: Any, **kwargs: Any) -> Any:
+            with explain_out_of_memory(name, lambda: _sizes(self, name)):
                 return method(self, *args, **kwargs)
 
         return marked
@@ -88,15 +88,9 @@ def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def sizes_of(phase: str, args: PPOConfig, training: bool, rollout: list[Batch] | None) -> str:
-    """Say what the batch of a phase was.
-
-    Args:
-        phase: `"generate"`, `"score"` or `"train"`.
-        args: The configuration.
-        training: Whether the run trains, or evaluates.
-        rollout: The micro-batches that are trained on, if there are any yet.
-    """
+def _sizes(run: _Run, phase: str) -> str:
+    """What the batch of a phase was."""
+    args, training, rollout = run.args, run.model.training, run._buffered_inputs
     micro_batch = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     if phase == "generate":
         rows = micro_batch * args.micro_batches_per_rollout if training else micro_batch

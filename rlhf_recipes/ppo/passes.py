@@ -1,4 +1,4 @@
-"""How PPO runs its networks: completions are sampled, and a pass over them gives their log-probabilities.
+"""How PPO runs policy and reference: completions are sampled, and a pass over them gives log-probabilities and the KL.
 
 This file and `_trl.py` are the places that call what is inside TRL. `B` completions, `T` completion tokens (padded on
 the right), `H` hidden size, `V` vocabulary.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,13 @@ from rlhf_recipes.models.generation import sample, sample_with_transformers
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
 from rlhf_recipes.models.states import states_at
+from rlhf_recipes.shaping import chunked_full_kl
+
+if TYPE_CHECKING:
+    from rlhf_recipes.models.roles import Roles
+    from rlhf_recipes.ppo.rollout import Rollout
+
+_POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 
 # 1. Sampling
@@ -125,6 +132,72 @@ def keep_states(states: Tensor) -> Tensor:
     return states
 
 
+# 3. The frozen reference, and the exact KL to it or to the old policy.
+@torch.no_grad()
+def reference_pass(
+    trainer: GRPOTrainer,
+    roles: Roles,
+    reference: str | None,
+    texts: Texts,
+    batch_size: int | None = None,
+    keep: bool = False,
+) -> PolicyPass:
+    """Compute the reference's log-probabilities of completions.
+
+    Args:
+        trainer: The trainer whose engine is used.
+        roles: The roles on the shared base.
+        reference: The role of the reference: a frozen copy of the policy's adapter, or `None` for the bare base.
+        texts: Prompts and completions.
+        batch_size: Sequences per forward pass; all at once by default.
+        keep: Whether to keep the last hidden states before each token, `(B, T, H)`.
+    """
+    with roles.use(reference):
+        return policy_pass(trainer, roles.model, texts, batch_size, keep_states if keep else None)
+
+
+def exact_kl(
+    trainer: GRPOTrainer,
+    roles: Roles,
+    reference: str | None,
+    hidden: Tensor,
+    anchor_hidden: Tensor,
+    mask: Tensor,
+    to_old: bool = False,
+) -> Tensor:
+    """Exact KL per token `(B, T)`, 0 on padding, between the distributions that last hidden states give.
+
+    Args:
+        trainer: The trainer, whose policy gave `hidden`.
+        roles: The roles on the shared base.
+        reference: The role of the reference.
+        hidden: The policy's states before each token, shape `(B, T, H)`.
+        anchor_hidden: The reference's, or the old policy's, shape `(B, T, H)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        to_old: KL(old policy || policy) in place of KL(policy || reference).
+    """
+    policy: Any = trainer.model
+    head = policy.get_output_embeddings()
+
+    def reference_head(states: Tensor) -> Tensor:
+        with roles.use(reference):  # an adapter may bring an output layer of its own
+            logits: Tensor = roles.model.get_output_embeddings()(states)
+        return logits
+
+    counts = mask.bool()
+    with trainer.accelerator.autocast():
+        kl = chunked_full_kl(
+            hidden[counts],
+            anchor_hidden[counts],
+            head,
+            trainer.temperature,
+            _POSITIONS_PER_CHUNK,
+            to_old,
+            head if to_old else reference_head,
+        )
+    return kl.new_zeros(mask.shape).masked_scatter(counts, kl)
+
+
 class KeptPass:
     """The old policy's pass over a rollout of one micro-batch, kept with its graph for the first update.
 
@@ -139,15 +212,11 @@ class KeptPass:
         """Keep a pass, or none, until it is taken or another one is kept."""
         self._outputs = outputs
 
-    def take(self, rows: Tensor, length: int) -> PolicyPass | None:
-        """Hand the pass over, once.
-
-        Args:
-            rows: For each row its number in the pass that was kept, shape `(B,)`.
-            length: `T` of the rows.
-        """
+    def take(self, batch: Rollout) -> PolicyPass | None:
+        """Hand the pass over, once, with its rows in the order of a batch."""
         kept, self._outputs = self._outputs, None
         if kept is None:
             return None
+        rows, length = batch.row, batch.completion_mask.size(1)
         values = None if kept.kept is None else kept.kept[rows, :length]
         return PolicyPass(kept.logps[rows, :length], kept.entropies[rows, :length], values)

@@ -31,7 +31,9 @@ from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_token
 from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 from rlhf_recipes.shaping import (
+    AdaptiveKLController,
     ClipScores,
+    FixedKLController,
     LengthPenalty,
     MissingEos,
     OverlongPenalty,
@@ -153,6 +155,13 @@ def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
     """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
     args: Any = trainer.args
     add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+
+
+def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLController:
+    """The controller of the KL coefficient that the configuration asks for."""
+    if args.kl_controller == "adaptive":
+        return AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+    return FixedKLController(args.kl_coef)
 
 
 def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:

@@ -31,17 +31,24 @@ from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
 from rlhf_recipes.ppo.given import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
-from rlhf_recipes.ppo.objective import Outputs, count_items, critic_loss, policy_loss, share_of_step
+from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
 from rlhf_recipes.ppo.off_policy import sampled_moments
-from rlhf_recipes.ppo.out_of_memory import phase, sizes_of
-from rlhf_recipes.ppo.passes import KeptPass, PolicyPass, keep_states, policy_pass, sample_completions
+from rlhf_recipes.ppo.out_of_memory import phase
+from rlhf_recipes.ppo.passes import (
+    KeptPass,
+    PolicyPass,
+    exact_kl,
+    keep_states,
+    policy_pass,
+    reference_pass,
+    sample_completions,
+)
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows
-from rlhf_recipes.ppo.reference import exact_kl, reference_pass
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
-from rlhf_recipes.ppo.updates import UpdateControl, make_kl_controller
+from rlhf_recipes.ppo.updates import UpdateControl
 from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.rewards.record import COLUMN, RewardRecord
 from rlhf_recipes.shaping import Completions, ScoreTransform, kl_estimate, steered_kl
@@ -157,7 +164,7 @@ class PPOTrainer(GRPOTrainer):
         self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
         self.evaluated = EvaluatedRows(self.accelerator)
-        self.kl_coef, self.kl_controller = args.kl_coef, make_kl_controller(args)
+        self.kl_coef, self.kl_controller = args.kl_coef, setup.make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
 
     # TRL leaves the types of these open
@@ -188,10 +195,6 @@ class PPOTrainer(GRPOTrainer):
         """Whose metrics these are: `train` or `eval`."""
         return "train" if self.model.training else "eval"
 
-    def phase_sizes(self, phase: str) -> str:
-        """What the batch of a phase was, for an out-of-memory error."""
-        return sizes_of(phase, self.args, self.model.training, self._buffered_inputs)
-
     # 1. A run: the roles are shown, a checkpoint's settings are compared, and TRL's loop begins.
     @phase("train")  # of what is in no other phase, such as the first step of the optimizer
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -219,12 +222,11 @@ class PPOTrainer(GRPOTrainer):
         """Create TRL's optimizer, with groups of its own for the critic, which learns faster than the policy."""
         given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if given:
-            if not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
-                checks.check_optimizer(self.model, optimizer, self.args)
-                self.optimizer_given = True
-            return optimizer
-        setup.separate_critic(optimizer, self.model, self.args)
+        if not given:
+            setup.separate_critic(optimizer, self.model, self.args)
+        elif not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
+            checks.check_optimizer(self.model, optimizer, self.args)
+            self.optimizer_given = True
         return optimizer
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -321,6 +323,7 @@ class PPOTrainer(GRPOTrainer):
         if args.whiten_rewards:
             token_rewards = self._whiten(token_rewards, mask, center=False)
         advantages, returns, value_mask = configured_advantages(args, token_rewards, critic.values, mask)
+        ends: Any = [*self.eos_token_ids, self.processing_class.pad_token_id]  # as TRL counts what is cut off
         facts = RolloutFacts(
             kl=kl,
             values=critic.values,
@@ -333,7 +336,7 @@ class PPOTrainer(GRPOTrainer):
             moments=sampled_moments(self, texts)[None],
             rewards=record.rewards,
             lengths=mask.new_tensor([len(ids) for ids in record.completion_ids]),
-            ended=mask.new_tensor(which_ended(len(mask), record.completion_ids, self._ends_and_padding, None)),
+            ended=mask.new_tensor(which_ended(len(mask), record.completion_ids, ends, None)),
         )
         self._log_rollout(facts, advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
         if args.whiten_advantages and self.model.training:  # over a rollout, and an evaluation has none
@@ -435,14 +438,14 @@ class PPOTrainer(GRPOTrainer):
 
     def _policy_loss(self, model: Any, batch: Rollout) -> tuple[Tensor, Tensor | None, LossMetrics]:
         """Compute the policy's terms, and the values if the critic reads them there; else its activations are free."""
-        new = self._policy_outputs(model, batch)
+        new, values, kl = self._policy_outputs(model, batch)
         mask, old_logps = batch.completion_mask, batch.old_per_token_logps
         if self.model.training and self._step == 0:
             checks.check_first_ratios(new.logps, old_logps, mask, self.half_precision)
         if self.model.training:
             self.updates.record(new.logps - old_logps, new.entropies, mask)
         kl_coef = self.kl_coef if self.args.kl_placement == "loss" else 0.0
-        loss, metrics = policy_loss(new, batch, self.args, kl_coef, self.updates.entropy_coef)
+        loss, metrics = policy_loss(new, batch, self.args, kl_coef, self.updates.entropy_coef, kl)
         if new.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * new.router_loss
             metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
@@ -450,31 +453,28 @@ class PPOTrainer(GRPOTrainer):
         if not self.critic.reads_policy and loss.requires_grad and self.accelerator.scaler is None:
             named = self.model.named_parameters()
             loss = backward_now(loss, [parameter for name, parameter in named if not is_critic_parameter(name)])
-        return loss, new.values, metrics
+        return loss, values, metrics
 
-    def _policy_outputs(self, model: Any, batch: Rollout) -> Outputs:
-        """Run the policy on a micro-batch, with gradients, or take up the pass that the rollout kept."""
-        args, mask = self.args, batch.completion_mask
-        if self.model.training and batch.row is not None:
-            kept = self.kept_pass.take(batch.row, mask.size(1))
-            if kept is not None:
-                return Outputs(kept.logps, kept.entropies, kept.kept)
+    def _policy_outputs(self, model: Any, batch: Rollout) -> tuple[PolicyPass, Tensor | None, Tensor | None]:
+        """Run the policy with gradients, or take the pass that the rollout kept; its values, and an exact KL."""
+        args, reads = self.args, self.critic.reads_policy
+        kept = self.kept_pass.take(batch) if self.model.training else None
+        if kept is not None:
+            return kept, kept.kept, None
         exact = args.kl_placement == "loss" and args.kl_estimator == "full"
         new = policy_pass(self, model, batch, read=self._read(exact), router_loss=self.aux_loss_enabled)
         if not exact:
-            return Outputs(new.logps, new.entropies, new.kept, router_loss=new.router_loss)
-        values, anchor = self.critic.read(new.kept) if self.critic.reads_policy else None, batch.anchor_hidden
+            return new, new.kept, None
+        anchor, to_old = batch.anchor_hidden, args.kl_anchor == "old"
         assert anchor is not None  # the rollout keeps it for such a loss
-        kl = exact_kl(self, self.roles, self.reference, new.kept, anchor, mask, args.kl_anchor == "old")
-        return Outputs(new.logps, new.entropies, values, kl, new.router_loss)
+        kl = exact_kl(self, self.roles, self.reference, new.kept, anchor, batch.completion_mask, to_old)
+        return new, self.critic.read(new.kept) if reads else None, kl
 
     # 7. The end of an optimizer step: is it made?
     def _end_of_step(self) -> None:
         if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            checks.check_gradient(
-                gradients, self._buffered_inputs, self.args.output_dir, self.accelerator.process_index
-            )
+            rank, rollout = self.accelerator.process_index, self._buffered_inputs
+            checks.check_gradient(self.model, rollout, self.args.output_dir, rank)
         made = self.updates.end_step()
         self._metrics["train"]["ppo/updates_made"].append(float(made))
         self._metrics["train"]["ppo/entropy_coef"].append(self.updates.entropy_coef)
@@ -490,12 +490,10 @@ class PPOTrainer(GRPOTrainer):
             for name, mean in means.items():
                 self._metrics["train"][name].append(mean)
             self.kl_coef = self.kl_controller.value
-            self.kl_controller.update(
-                steered_kl(facts.kl, facts.mask, self.args.kl_target_per).mean().item(), len(facts)
-            )
-            self._told_of_unit = self._told_of_unit or checks.warn_of_kl_unit(
-                self.args, means["kl"], means["kl_per_token"]
-            )
+            steered = steered_kl(facts.kl, facts.mask, self.args.kl_target_per).mean().item()
+            self.kl_controller.update(steered, len(facts))
+            if not self._told_of_unit:
+                self._told_of_unit = checks.warn_of_kl_unit(self.args, means["kl"], means["kl_per_token"])
             self.updates.begin_rollout(means["critic/explained_variance"], self.state.global_step)
         else:
             self.evaluated.add(facts)
@@ -505,10 +503,6 @@ class PPOTrainer(GRPOTrainer):
         for _ in gathered:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(gathered)
-
-    @property
-    def _ends_and_padding(self) -> list[int]:
-        return [*self.eos_token_ids, int(self.processing_class.pad_token_id)]  # as TRL counts what is cut off
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, but count each row once, however the batches and processes are cut."""

@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from rlhf_recipes.ppo.config import PPOConfig
-
-
-def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLController:
-    """The controller of the KL coefficient that the configuration asks for."""
-    if args.kl_controller == "adaptive":
-        return AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
-    return FixedKLController(args.kl_coef)
 
 
 class UpdateControl:

@@ -349,9 +349,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_traine
     before = trained(trainer)
 
     def steep(trainer, *arguments):
-        outputs = policy_outputs(trainer, *arguments)
+        outputs, *others = policy_outputs(trainer, *arguments)
         zero = (outputs.logps * 0).abs().sqrt()
-        return dataclasses.replace(outputs, logps=outputs.logps + zero)
+        return dataclasses.replace(outputs, logps=outputs.logps + zero), *others
 
     policy_outputs = PPOTrainer._policy_outputs
     monkeypatch.setattr(PPOTrainer, "_policy_outputs", steep)

@@ -1,5 +1,7 @@
 """The pass that scores a rollout of one micro-batch is also the first update's: the run is the same without it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -60,22 +62,23 @@ def test_the_pass_is_handed_over_once_and_no_batch_holds_it(make_trainer):
     trainer.train()
     assert [outputs is not None for outputs in taken] == [False, False, True, False, True, False]
     assert all(outputs.kept is not None for outputs in taken if outputs is not None), "the values of the head"
-    assert take(torch.arange(8), 8) is None
+    assert take(None) is None
 
 
 def test_the_kept_rows_are_taken_in_the_order_of_the_batch():
     kept, logps = KeptPass(), torch.arange(6.0).view(2, 3).requires_grad_()
     kept.keep(PolicyPass(logps, logps + 10, logps + 20))
-    taken = kept.take(torch.tensor([1, 0]), 2)
+    batch = SimpleNamespace(row=torch.tensor([1, 0]), completion_mask=torch.ones(2, 2))
+    taken = kept.take(batch)
     assert taken.logps.tolist() == [[3.0, 4.0], [0.0, 1.0]]
     assert (taken.entropies - taken.logps == 10).all()
     assert (taken.kept - taken.logps == 20).all()
     taken.logps.sum().backward()
     assert logps.grad.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
-    assert kept.take(torch.tensor([0]), 1) is None
+    assert kept.take(batch) is None
     kept.keep(PolicyPass(logps, logps))
     kept.keep(None)
-    assert kept.take(torch.tensor([0]), 1) is None
+    assert kept.take(batch) is None
 
 
 @pytest.mark.parametrize(
@@ -106,4 +109,5 @@ def kept_of(trainer, training=True):
     """What a rollout keeps for the first update."""
     trainer.model.train(training)
     trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
-    return trainer.kept_pass.take(torch.arange(8), 8)
+    order = SimpleNamespace(row=torch.arange(8), completion_mask=torch.ones(8, 8))
+    return trainer.kept_pass.take(order)

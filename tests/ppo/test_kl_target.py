@@ -5,7 +5,7 @@ import logging
 import pytest
 
 import rlhf_recipes.ppo.trainer as ppo_trainer
-from rlhf_recipes.ppo import updates
+from rlhf_recipes.ppo import checks
 
 ADAPTIVE = {"kl_controller": "adaptive", "kl_coef": 0.1, "kl_horizon": 16}
 THREE_ROLLOUTS = {"max_steps": 6, "learning_rate": 5e-3}  # two optimizer steps on each
@@ -35,7 +35,7 @@ def rollouts(monkeypatch):
 def test_the_coefficient_follows_the_kl_in_the_unit_of_its_target(make_trainer, rollouts, unit, monkeypatch):
     target, seen = 1e-3, []
     trainer = make_trainer(**ADAPTIVE, **THREE_ROLLOUTS, kl_target=target, kl_target_per=unit)
-    monkeypatch.setattr(updates, "looks_like_per_token", lambda *given: seen.append(given))
+    monkeypatch.setattr(checks, "looks_like_per_token", lambda *given: seen.append(given))
     trainer.train()
     assert len({len(row) for row in rollouts[1]}) > 1, "the test needs completions of different lengths"
     expected, value = [], 0.1
@@ -51,7 +51,7 @@ def test_the_coefficient_follows_the_kl_in_the_unit_of_its_target(make_trainer, 
 
 def test_a_target_in_the_wrong_unit_is_reported_once(make_trainer, caplog):
     trainer = make_trainer(**ADAPTIVE, kl_target=0.1)
-    with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.updates"):
+    with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.checks"):
         trainer._check_kl_unit({"kl": 0.4, "kl_per_token": 0.05})
         assert not caplog.records, "missed, but not by the length of a completion"
         for _ in range(2):
@@ -66,6 +66,6 @@ def test_a_target_in_the_wrong_unit_is_reported_once(make_trainer, caplog):
 )
 def test_a_target_that_is_not_read_or_is_per_token_is_not_reported(make_trainer, caplog, fields):
     trainer = make_trainer(kl_target=0.1, **fields)
-    with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.updates"):
+    with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.checks"):
         trainer._check_kl_unit({"kl": 3.6, "kl_per_token": 0.12})
     assert not caplog.records

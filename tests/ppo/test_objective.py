@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo.functional import backward_now
-from rlhf_recipes.ppo.objective import Outputs, critic_loss, kl_per_token, policy_loss
-from rlhf_recipes.ppo.passes import policy_pass
+from rlhf_recipes.ppo.objective import critic_loss, kl_per_token, policy_loss
+from rlhf_recipes.ppo.passes import PolicyPass, policy_pass
 from rlhf_recipes.ppo.rollout import texts_of
 from tests.ppo.support import answer, rollout, trained, unpadded, without_chance
 
@@ -105,8 +105,7 @@ def expected_kl(estimator, anchor, new, old, ref):
         "ref_per_token_logps": ref[:, None],
     }
     args = type("Args", (), {"kl_anchor": anchor, "kl_estimator": estimator})
-    unused = torch.zeros(tokens, 1)
-    per_token = kl_per_token(Outputs(new[:, None], unused), SimpleNamespace(**batch), args)
+    per_token = kl_per_token(new[:, None], SimpleNamespace(**batch), args)
     return (old.exp() * per_token[:, 0]).sum()
 
 
@@ -144,7 +143,7 @@ def numbers_of_a_batch(mask, args):
         "old_values": old_values,
         "returns": returns,
     }
-    return Outputs(0.2 * logps + old, entropies), values, batch
+    return PolicyPass(0.2 * logps + old, entropies), values, batch
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
