@@ -92,7 +92,7 @@ def start_stage(
         output_dir=str(training_args.output_dir),
         config=stage_config(*arguments, training_args),
         parent=[parent for parent in parents if parent is not None],
-        report_to=training_args.report_to,
+        report_to=training_args.report_to or (),
     )
 
 
