@@ -32,7 +32,7 @@ def main(args: TextbookArguments, data_args: DataArguments, training_args: PPOCo
     from rlhf_recipes.checkpoints import check_output_dir, is_finished
     from rlhf_recipes.data import load_splits, to_prompts
     from rlhf_recipes.data.synthetic import GoldScore
-    from rlhf_recipes.evaluation import evaluate_policy, write_evaluation
+    from rlhf_recipes.evaluation import FrontierTracker, RewardHackingAlarm, evaluate_policy, write_evaluation
     from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, model_options
     from rlhf_recipes.tracking import log_outputs, start_stage
 
@@ -58,7 +58,10 @@ def main(args: TextbookArguments, data_args: DataArguments, training_args: PPOCo
     #    comes after the trainer, which makes the critic.
     trainer.optimizer = TensorFlowAdamW(trainer.create_optimizer().param_groups)
 
-    # 3. Train.
+    # 3. Train. The hooks watch how the score grows with the KL, and warn of a hacked reward.
+    judge = trainer.reward_func_names[-1]
+    trainer.add_callback(FrontierTracker(trainer, gold=judge))
+    trainer.add_callback(RewardHackingAlarm(trainer, gold=judge))
     run = start_stage(
         "ppo", training_args, args, data_args, model_args, parents=[args.sft_adapter, args.reward_adapter]
     )
@@ -67,7 +70,6 @@ def main(args: TextbookArguments, data_args: DataArguments, training_args: PPOCo
     trainer.save_state()
 
     # 4. Is the policy better than its reference on prompts that no stage has seen?
-    judge = trainer.reward_func_names[-1]
     evaluation = evaluate_policy(trainer, rows["test"], gold=judge, rows=args.evaluation_rows)
     if trainer.is_world_process_zero():
         print(write_evaluation(evaluation, training_args.output_dir))
