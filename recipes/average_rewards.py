@@ -4,7 +4,6 @@ python recipes/average_rewards.py --reward_models outputs/my/run_0 outputs/my/ru
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.reward_modeling.finished import average_reward_models
@@ -24,13 +23,7 @@ ARGUMENTS = (AverageArguments,)
 
 def main(args: AverageArguments) -> None:
     average_reward_models(args.reward_models, args.output_dir)
-    start_run(
-        recipe=Path(args.output_dir).resolve().parent.name,
-        stage="reward",
-        output_dir=args.output_dir,
-        config=asdict(args),
-        parent=args.reward_models,
-    )
+    start_run(stage="reward", output_dir=args.output_dir, config=asdict(args), parent=args.reward_models)
     print(f"The mean of {len(args.reward_models)} reward models is in {args.output_dir}")
 
 

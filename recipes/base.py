@@ -3,7 +3,6 @@
 python recipes/base.py --dataset_name texts.jsonl --output_dir outputs/my_recipe/base
 """
 
-import json
 import math
 import random
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.models.tiny import bpe_tokenizer, language_model_loss, tiny_llama, train_language_model
@@ -85,17 +85,10 @@ def main(args: BaseArguments) -> None:
     loss = language_model_loss(model, tokenizer, documents[:held_out], args.max_length)
 
     # 3. A folder that every stage takes as `model_name_or_path`.
-    start_run(
-        recipe=folder.resolve().parent.name,
-        stage="base",
-        output_dir=args.output_dir,
-        config=asdict(args),
-        parent=args.dataset_name,
-    )
+    start_run(stage="base", output_dir=args.output_dir, config=asdict(args), parent=args.dataset_name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    evaluation = {"loss": loss, "perplexity": math.exp(loss), "n": held_out}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    save_evaluation({"loss": loss, "perplexity": math.exp(loss), "n": held_out}, folder)
     print(f"{model.num_parameters():,} parameters in {folder}; held-out loss {loss:.3f} nats per token.")
 
 

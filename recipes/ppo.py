@@ -3,31 +3,34 @@
 accelerate launch recipes/ppo.py --config recipes/quickstart/ppo.yaml [--learning_rate 1e-5]
 """
 
+from functools import partial
+
 from trl import ModelConfig
 
-from rlhf_recipes import PPOConfig
+from rlhf_recipes import PPOArguments, PPOConfig
 from rlhf_recipes.config import DataArguments, parse_stage
-from rlhf_recipes.ppo.arguments import PPOArguments
 
 ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
 
 
+def brevity(completion_ids, **kwargs):
+    """A reward of your own: a number for each completion. It also gets `prompts`, `completions` and all columns."""
+    return [-0.01 * len(ids) for ids in completion_ids]
+
+
+def spread_evenly(scores, mask):
+    """A placement of your own: from scores `(B,)` and a mask of tokens `(B, T)` to token rewards `(B, T)`."""
+    return scores[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     # Imported here, so that --help does not wait for them.
-    from pathlib import Path
-
-    from datasets import Dataset
-
     from rlhf_recipes import PPOTrainer
     from rlhf_recipes.checkpoints import check_output_dir, is_finished
-    from rlhf_recipes.data import load_rows, to_prompts
-    from rlhf_recipes.data.instructions import instructions_as_chats
-    from rlhf_recipes.data.splits import load_splits
-    from rlhf_recipes.data.synthetic import GoldScore
-    from rlhf_recipes.evaluation.policy import evaluate_policy, write_evaluation
-    from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, quantization_config
-    from rlhf_recipes.rewards import EnsembleReward, RemoteReward
-    from rlhf_recipes.tracking import log_outputs, stage_config, start_run
+    from rlhf_recipes.data import load_rows, load_splits, to_prompts
+    from rlhf_recipes.evaluation import evaluate_policy, watch_training, write_evaluation
+    from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, model_options
+    from rlhf_recipes.tracking import log_outputs, start_stage
 
     checkpoint = check_output_dir(training_args)
     if is_finished(training_args, checkpoint):
@@ -36,43 +39,22 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
-
-    def to_rows(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
-        dataset = instructions_as_chats(dataset, tokenizer.chat_template)
-        return to_prompts(dataset, prompt_words=ppo_args.prompt_words, drop_bad_rows=drop_bad_rows)
-
-    rows = load_splits(data_args, to_rows)
-    policy = load_causal_lm(
-        model_args.model_name_or_path,
-        quantization_config=quantization_config(model_args),
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        **source,
-    )
+    rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words), tokenizer.chat_template)
+    policy = load_causal_lm(model_args.model_name_or_path, **model_options(model_args), **source)
     if ppo_args.sft_adapter is not None:
         policy = load_policy(policy, ppo_args.sft_adapter, training_args.adapter_tolerance)
 
-    # 2. Rewards: add your own functions to this list, and their weights to `reward_weights`. The judge has weight 0:
-    #    it is logged beside the reward, and PPO does not see it.
-    reward_funcs = [] if ppo_args.reward_adapter is None else [ppo_args.reward_adapter]
-    if ppo_args.reward_adapters is not None:
-        reward_funcs.append(
-            EnsembleReward(ppo_args.reward_adapters, ppo_args.reward_ensemble, ppo_args.reward_ensemble_k)
-        )
-    if ppo_args.reward_url is not None:
-        reward_funcs.append(RemoteReward(ppo_args.reward_url))
+    # 2. Rewards: `reward_adapter`, `reward_adapters`, `reward_url`, and your own functions, in the order of
+    #    `reward_weights`. The judge has weight 0: it is logged beside the reward, and PPO does not see it.
+    reward_funcs = ppo_args.rewards()
+    # reward_funcs.append(brevity)  # yours: take away the first `#`
     if not reward_funcs:
-        raise ValueError(
-            "PPO needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or add functions to "
-            "`reward_funcs` in this script."
-        )
-    weights = training_args.reward_weights or [1.0] * len(reward_funcs)
-    gold = ppo_args.gold_score
-    if gold is not None:
-        reward_funcs.append(GoldScore.from_file(gold) if gold.endswith(".json") else gold)
-        training_args.reward_weights = [*weights, 0.0]
+        raise ValueError("PPO needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or append one.")
+    if ppo_args.gold_score is not None:
+        training_args.reward_weights = [*(training_args.reward_weights or [1.0] * len(reward_funcs)), 0.0]
+        reward_funcs.append(ppo_args.judge())
 
-    # 3. Train.
+    # 3. Train. The hooks watch, on held-out prompts, how the score grows with the KL, and for a hacked reward.
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=reward_funcs,
@@ -82,19 +64,13 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         processing_class=tokenizer,
         peft_config=lora_config(model_args, "CAUSAL_LM") if ppo_args.sft_adapter is None else None,
         critic_model=ppo_args.critic_model,
+        placement=None,  # `reward_placement` says which tokens are paid; or a function of yours: spread_evenly
         ptx_dataset=None if ppo_args.ptx_dataset is None else load_rows(ppo_args.ptx_dataset, split="train"),
     )
-    judge = None if gold is None else trainer.reward_func_names[len(reward_funcs) - 1]
-    add_hooks(trainer, rows["test"], ppo_args, judge)
-    run = start_run(
-        recipe=Path(training_args.output_dir).resolve().parent.name,
-        stage="ppo",
-        output_dir=training_args.output_dir,
-        config=stage_config(ppo_args, data_args, training_args, model_args),
-        parent=[path for path in (ppo_args.sft_adapter, ppo_args.reward_adapter) if path is not None]
-        + (ppo_args.reward_adapters or []),
-        report_to=training_args.report_to,
-    )
+    judge = None if ppo_args.gold_score is None else trainer.reward_func_names[-1]
+    watch_training(trainer, rows["test"], ppo_args, gold=judge)
+    parents = [ppo_args.sft_adapter, ppo_args.reward_adapter, *(ppo_args.reward_adapters or [])]
+    run = start_stage("ppo", training_args, ppo_args, data_args, model_args, parents=parents)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -105,19 +81,6 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         print(write_evaluation(evaluation, training_args.output_dir))
     log_outputs(run, training_args.output_dir)
     trainer.end()
-
-
-def add_hooks(trainer, rows, ppo_args: PPOArguments, judge: str | None) -> None:
-    """Watch the training: on held-out prompts, how the score grows with the KL, and for signs of a hacked reward."""
-    from rlhf_recipes.evaluation.callbacks import FrontierTracker, PolicyEvaluation, RewardHackingAlarm
-    from rlhf_recipes.evaluation.hacking_signs import AlarmLimits
-
-    if ppo_args.evaluation_steps is not None:
-        trainer.add_callback(PolicyEvaluation(trainer, rows, ppo_args.evaluation_steps, gold=judge, at_end=False))
-    trainer.add_callback(FrontierTracker(trainer, gold=judge))
-    if ppo_args.alarm != "off":
-        limits = AlarmLimits(kl_budget=ppo_args.alarm_kl_budget)
-        trainer.add_callback(RewardHackingAlarm(trainer, gold=judge, action=ppo_args.alarm, limits=limits))
 
 
 if __name__ == "__main__":

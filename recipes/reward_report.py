@@ -4,17 +4,14 @@ python recipes/reward_report.py --config recipes/quickstart/reward_report.yaml [
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
 from rlhf_recipes.config import DataArguments, parse_stage, validate_fields
-from rlhf_recipes.data import load_rows, to_preferences
-from rlhf_recipes.data.instructions import instructions_as_chats
+from rlhf_recipes.data import load_rows, load_splits, to_preferences
 from rlhf_recipes.data.preferences import compared_pairs, to_preference_table
-from rlhf_recipes.data.splits import load_splits
-from rlhf_recipes.models import quantization_config
+from rlhf_recipes.models import model_options
 from rlhf_recipes.reward_modeling import RewardModelConfig
 from rlhf_recipes.tools.certificate import certify, load_scorer, reward_bench, write_certificate
 
@@ -65,15 +62,13 @@ def main(data_args: DataArguments, args: ReportArguments, model_args: RewardMode
         args.reward_adapter,
         max_length=args.max_length,
         batch_size=args.batch_size,
-        quantization_config=quantization_config(model_args),
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
+        **model_options(model_args),
     )
 
     # 2. The same split as the reward stage: what it held out is measured, what it saw gives the gap.
-    rows = load_splits(data_args, partial(to_rows, chat_template=scorer.tokenizer.chat_template))
+    rows = load_splits(data_args, to_rows, scorer.tokenizer.chat_template)
     if "completions" in rows["test"].column_names:
         rows = DatasetDict({name: compared_pairs(split) for name, split in rows.items()})
     samples = None if args.samples is None else load_rows(args.samples)
@@ -102,9 +97,8 @@ def main(data_args: DataArguments, args: ReportArguments, model_args: RewardMode
         print(f"  [{reason['level']}] {reason['text']}")
 
 
-def to_rows(dataset: Dataset, *, chat_template: str | None = None, drop_bad_rows: bool = False) -> Dataset:
+def to_rows(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
     """Pairs of `chosen` and `rejected` as they are; rows of any other kind as the preference table."""
-    dataset = instructions_as_chats(dataset, chat_template)
     names = set(dataset.column_names)
     pairs = {"chosen", "rejected"} <= names and "num_correct" not in names
     return (to_preferences if pairs else to_preference_table)(dataset, drop_bad_rows=drop_bad_rows)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_recipes.ppo.arguments import PPOArguments as PPOArguments
     from rlhf_recipes.ppo.config import PPOConfig as PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer as PPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PPOConfig", "PPOTrainer", "__version__"]
+__all__ = ["PPOArguments", "PPOConfig", "PPOTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # TRL takes seconds to import, and the pure functions do without it: it is loaded with the trainer's first use.
+    if name == "PPOArguments":
+        from rlhf_recipes.ppo.arguments import PPOArguments
+
+        return PPOArguments
     if name == "PPOConfig":
         from rlhf_recipes.ppo.config import PPOConfig
 

@@ -95,6 +95,26 @@ def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> boo
     return evaluated
 
 
+def save_evaluation(evaluation: dict[str, Any], output_dir: str | Path) -> Path:
+    r"""Write `evaluation.json` into a stage's folder: the stage is finished then, see `is_finished`.
+
+    Args:
+        evaluation: What JSON can hold.
+        output_dir: The folder, which exists.
+
+    Returns:
+        Path of the file.
+
+    Example:
+        >>> import tempfile
+        >>> save_evaluation({"accuracy": 0.75}, tempfile.mkdtemp()).read_text()
+        '{\n  "accuracy": 0.75\n}\n'
+    """
+    path = Path(output_dir, "evaluation.json")
+    path.write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
 def load_finished(trainer: Trainer, checkpoint: str | None) -> TrainOutput | None:
     """Load a checkpoint of the last step, after which transformers would make one more if it lies within a pass.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_recipes.config import parse_stage
-from rlhf_recipes.data.loading import load_rows
+from rlhf_recipes.data import load_rows
 
 # Every passage starts with it. It is the prompt that a positive and a negative passage have in common.
 LEAD = "Film review:"

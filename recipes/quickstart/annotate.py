@@ -37,6 +37,9 @@ class AnnotationArguments:
     seed: int = field(default=0, metadata={"help": "Seed of prompts, samples and choices."})
 
 
+ARGUMENTS = (AnnotationArguments,)
+
+
 def main(args: AnnotationArguments) -> None:
     folder = Path(args.output_dir)
     if folder.exists():
@@ -69,13 +72,7 @@ def main(args: AnnotationArguments) -> None:
             row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *seen[index]).values())
         rows.append(row)
 
-    start_run(
-        recipe=folder.resolve().parent.name,
-        stage="preferences",
-        output_dir=args.output_dir,
-        config=asdict(args),
-        parent=args.sft_adapter,
-    )
+    start_run(stage="preferences", output_dir=args.output_dir, config=asdict(args), parent=args.sft_adapter)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choices = [row for row in rows if row["label"] == 1.0]
     agree = sum(row["gold_chosen"] > row["gold_rejected"] for row in choices) / len(choices)
@@ -99,4 +96,4 @@ def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> l
 
 
 if __name__ == "__main__":
-    main(*parse_stage(AnnotationArguments))
+    main(*parse_stage(ARGUMENTS))

@@ -43,6 +43,9 @@ class WorldArguments:
     batch_size: int = field(default=32, metadata={"help": "Reviews per step of the base model."})
 
 
+ARGUMENTS = (WorldArguments,)
+
+
 def main(world: WorldArguments) -> None:
     folder = Path(world.output_dir)
     if is_finished(folder, world):
@@ -117,4 +120,4 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_stage(WorldArguments))
+    main(*parse_stage(ARGUMENTS))

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_recipes.config import parse_stage
-from rlhf_recipes.data.loading import load_rows
+from rlhf_recipes.data import load_rows
 from rlhf_recipes.models.tiny import tiny_llama, word_tokenizer
 from rlhf_recipes.tracking import start_run
 
@@ -67,13 +67,7 @@ def main(args: BaseArguments) -> None:
     model.get_input_embeddings().weight.data[rows] = torch.tensor(vectors, dtype=torch.float32)
     model.config.initializer_range = 0.002  # a reward model's head starts near 0, not in a random direction
 
-    start_run(
-        recipe=folder.resolve().parent.name,
-        stage="base",
-        output_dir=args.output_dir,
-        config=asdict(args),
-        parent=args.dataset_name,
-    )
+    start_run(stage="base", output_dir=args.output_dir, config=asdict(args), parent=args.dataset_name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"{model.num_parameters():,} parameters, {len(words):,} words in {folder}")

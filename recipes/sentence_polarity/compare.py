@@ -12,7 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from rlhf_recipes.config import parse_stage
-from rlhf_recipes.data.loading import load_rows
+from rlhf_recipes.data import load_rows
 from rlhf_recipes.models import load_reward_model
 from rlhf_recipes.reward_modeling import score_sequences
 from rlhf_recipes.reward_modeling.baselines import fit_tfidf

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config import parse_stage
-from rlhf_recipes.data.loading import load_rows
+from rlhf_recipes.data import load_rows
 
 PROMPT = "review :"  # what a positive and a negative snippet have in common
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from datasets import Dataset, DatasetDict
 
 from rlhf_recipes.config import DataArguments
 from rlhf_recipes.data.formats import prompt_keys, split_by_prompt
+from rlhf_recipes.data.instructions import instructions_as_chats
 from rlhf_recipes.data.loading import load_rows
 from rlhf_recipes.data.preferences import load_preferences
 
@@ -24,7 +25,7 @@ class Converter(Protocol):
         ...
 
 
-def load_splits(data_args: DataArguments, convert: Converter) -> DatasetDict:
+def load_splits(data_args: DataArguments, convert: Converter, chat_template: Any = None) -> DatasetDict:
     r"""Load the rows that a stage trains on and those that it is evaluated on.
 
     Without a test split of its own, `test_size` of the prompts are held out with all of their rows. The same prompts
@@ -34,6 +35,8 @@ def load_splits(data_args: DataArguments, convert: Converter) -> DatasetDict:
     Args:
         data_args: Which rows, and how many at most: the first ones.
         convert: What makes the stage's columns.
+        chat_template: The tokenizer's template, with which instructions that are text become chats
+            (`instructions_as_chats`).
 
     Returns:
         The splits `train` and `test`, converted.
@@ -56,7 +59,7 @@ def load_splits(data_args: DataArguments, convert: Converter) -> DatasetDict:
 
     def load(split: str) -> Dataset:
         rows = load_rows(data_args.dataset_name or "", config=data_args.dataset_config, split=split)
-        return convert(rows, drop_bad_rows=data_args.drop_bad_rows)
+        return convert(instructions_as_chats(rows, chat_template), drop_bad_rows=data_args.drop_bad_rows)
 
     return _load_both(data_args, load)
 

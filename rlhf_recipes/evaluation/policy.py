@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.evaluation.sampling import in_batches, measured, with_scores
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.ppo._trl import generate, rewards
@@ -104,8 +104,7 @@ def side_by_side(
 
 def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
     """Write `evaluation.json` into a run's folder and return the comparison as a small table of text."""
-    path = Path(folder) / "evaluation.json"
-    path.write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = save_evaluation(evaluation, folder)
     lines = [f"{'':<14}{'policy':>10}{'reference':>12}"]
     for name in SUMMARY:
         values = [evaluation[side][name] for side in ("policy", "reference")]

@@ -6,6 +6,7 @@ from rlhf_recipes.models.loading import (
     load_sequence_classifier,
     load_tokenizer,
     lora_config,
+    model_options,
     quantization_config,
     upcast_trainable,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_sequence_classifier",
     "load_tokenizer",
     "lora_config",
+    "model_options",
     "quantization_config",
     "stage_table",
     "upcast_trainable",

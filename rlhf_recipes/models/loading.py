@@ -67,6 +67,30 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     )
 
 
+def model_options(model_args: ModelConfig) -> dict[str, Any]:
+    """Collect what a stage's model arguments say about weights and attention, for `load_causal_lm` and its like.
+
+    Args:
+        model_args: TRL's model arguments.
+
+    Returns:
+        `quantization_config`, `dtype` and `attn_implementation`.
+
+    Raises:
+        ImportError: If quantization is asked for and bitsandbytes is not installed.
+
+    Example:
+        >>> from trl import ModelConfig
+        >>> model_options(ModelConfig(dtype="bfloat16"))
+        {'quantization_config': None, 'dtype': 'bfloat16', 'attn_implementation': None}
+    """
+    return {
+        "quantization_config": quantization_config(model_args),
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
+
+
 def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module | None = None) -> LoraConfig:
     """Build the LoRA configuration of a stage.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -53,3 +53,32 @@ class PPOArguments:
     alarm_kl_budget: float | None = field(
         default=None, metadata={"help": "KL to the reference, in nats per completion, that the alarm allows."}
     )
+
+    def rewards(self) -> list[Any]:
+        """List the rewards of `reward_adapter`, `reward_adapters` and `reward_url`, as `PPOTrainer` takes them.
+
+        Example:
+            >>> PPOArguments(reward_adapter="outputs/quickstart/reward").rewards()
+            ['outputs/quickstart/reward']
+        """
+        from rlhf_recipes.rewards import EnsembleReward, RemoteReward  # slow to import: `--help` does without
+
+        rewards: list[Any] = [] if self.reward_adapter is None else [self.reward_adapter]
+        if self.reward_adapters is not None:
+            rewards.append(EnsembleReward(self.reward_adapters, self.reward_ensemble, self.reward_ensemble_k))
+        if self.reward_url is not None:
+            rewards.append(RemoteReward(self.reward_url))
+        return rewards
+
+    def judge(self) -> Any:
+        """Load the judge of `gold_score`: the gold score of the embedded task, or the path of a reward model.
+
+        Example:
+            >>> PPOArguments(gold_score="outputs/judge").judge(), PPOArguments().judge()
+            ('outputs/judge', None)
+        """
+        from rlhf_recipes.data.synthetic import GoldScore
+
+        if self.gold_score is not None and self.gold_score.endswith(".json"):
+            return GoldScore.from_file(self.gold_score)
+        return self.gold_score

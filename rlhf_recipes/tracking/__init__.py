@@ -2,6 +2,6 @@
 
 from rlhf_recipes.tracking.lineage import git_commit, read_run, stage_config
 from rlhf_recipes.tracking.outputs import log_outputs
-from rlhf_recipes.tracking.wandb_run import start_run
+from rlhf_recipes.tracking.wandb_run import start_run, start_stage
 
-__all__ = ["git_commit", "log_outputs", "read_run", "stage_config", "start_run"]
+__all__ = ["git_commit", "log_outputs", "read_run", "stage_config", "start_run", "start_stage"]

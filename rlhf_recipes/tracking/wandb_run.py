@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import PartialState
 
-from rlhf_recipes.tracking.lineage import describe_run, read_run, write_run
+from rlhf_recipes.tracking.lineage import describe_run, read_run, stage_config, write_run
 from rlhf_recipes.tracking.outputs import use_parents
 
 if TYPE_CHECKING:
     import wandb
+    from transformers import TrainingArguments
 
 _PROJECT = "rlhf-recipes"
 
 
 def start_run(
     *,
-    recipe: str,
     stage: str,
     output_dir: str,
     config: Mapping[str, Any],
     parent: str | Sequence[str] | None = None,
+    recipe: str | None = None,
     report_to: Sequence[str] = (),
 ) -> wandb.Run | None:
     """Record where this stage comes from, and start its W&B run if it reports there.
@@ -34,13 +36,14 @@ def start_run(
     its run.
 
     Args:
-        recipe: Name of the recipe: the group that its stages share.
         stage: Name of the stage: the job type.
         output_dir: Folder of the stage, which gets `run.json` with or without W&B.
         config: The full configuration of the stage, see `stage_config`.
         parent: What the stage starts from: the folder of an earlier stage, a hub id, or several (PPO starts from an
             SFT and a reward adapter). The W&B runs of earlier stages are found by their `run.json`; an online run
             uses the artifacts that they have logged (`log_outputs`), which joins them in W&B's lineage graph.
+        recipe: Name of the recipe: the group that its stages share. By default the name of the folder that
+            `output_dir` lies in.
         report_to: The trainer's `report_to`.
 
     Returns:
@@ -50,14 +53,15 @@ def start_run(
         >>> import tempfile
         >>> from rlhf_recipes.tracking import read_run
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     start_run(recipe="quickstart", stage="sft", output_dir=folder, config={}, parent="some/model")
-        ...     read_run(folder)["parents"]
-        [{'path': 'some/model'}]
+        ...     start_run(stage="sft", output_dir=f"{folder}/films/sft", config={}, parent="some/model")
+        ...     record = read_run(f"{folder}/films/sft")
+        ...     record["recipe"], record["stage"], record["parents"]
+        ('films', 'sft', [{'path': 'some/model'}])
     """
     if not PartialState().is_main_process:
         return None
     parents = [parent] if isinstance(parent, str) else list(parent or [])
-    record = describe_run(recipe, stage, parents)
+    record = describe_run(recipe or Path(output_dir).resolve().parent.name, stage, parents)
     run = None
     if "wandb" in report_to:
         run = _init(record, output_dir, config)
@@ -67,6 +71,29 @@ def start_run(
                 use_parents(run, record)
     write_run(output_dir, record)
     return run
+
+
+def start_stage(
+    stage: str, training_args: TrainingArguments, *arguments: Any, parents: Sequence[str | None]
+) -> wandb.Run | None:
+    """Record where a stage with a trainer comes from, and start its W&B run if it reports there: `start_run`.
+
+    Args:
+        stage: Name of the stage.
+        training_args: The trainer's configuration, which names the folder and where to report.
+        *arguments: The other dataclasses of the stage's configuration.
+        parents: What the stage starts from; `None` stands for what it does without.
+
+    Returns:
+        The W&B run, or `None` without `"wandb"` in `report_to` and on every process but the first.
+    """
+    return start_run(
+        stage=stage,
+        output_dir=str(training_args.output_dir),
+        config=stage_config(*arguments, training_args),
+        parent=[parent for parent in parents if parent is not None],
+        report_to=training_args.report_to or (),
+    )
 
 
 def _init(record: Mapping[str, Any], output_dir: str, config: Mapping[str, Any]) -> wandb.Run:

@@ -131,3 +131,11 @@ def test_bad_rows_are_refused_or_dropped(write):
 def test_a_stage_without_a_dataset_says_so():
     with pytest.raises(ValueError, match="Set `dataset_name`"):
         load_splits(DataArguments(), to_completions)
+
+
+def test_instructions_become_chats_where_there_is_a_chat_template(write):
+    rows = [{"prompt": f"p{number}", "response": "yes", "helpfulness": 4} for number in range(4)]
+    data_args = DataArguments(write(rows), dataset_test_split="train")
+    chats, texts = (load_splits(data_args, to_prompts, *template)["test"] for template in [("{{ x }}",), ()])
+    assert texts["prompt"][:] == ["p0", "p1", "p2", "p3"]
+    assert chats["prompt"][:] == [[{"role": "user", "content": text}] for text in texts["prompt"]]

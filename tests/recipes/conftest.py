@@ -27,16 +27,22 @@ _TINY = {
 
 
 @pytest.fixture
-def load_stage(repo_root):
-    """Import `recipes/<stage>.py` anew."""
+def load_script():
+    """Import a script anew."""
 
-    def load(stage):
-        spec = importlib.util.spec_from_file_location(f"recipes_{stage}", repo_root / "recipes" / f"{stage}.py")
+    def load(path):
+        spec = importlib.util.spec_from_file_location(f"recipes_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
     return load
+
+
+@pytest.fixture
+def load_stage(load_script, repo_root):
+    """Import `recipes/<stage>.py` anew."""
+    return lambda stage: load_script(repo_root / "recipes" / f"{stage}.py")
 
 
 @pytest.fixture

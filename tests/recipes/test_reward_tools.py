@@ -56,6 +56,29 @@ def test_normalisation_of_a_folder(load_stage, copies, tiny_texts, write_rows, c
         run(load_stage, "normalize_reward", "--reward_model", copies[1], "--dataset_name", texts)
 
 
+def test_normalisation_reads_instructions_as_the_reward_model_was_trained(
+    load_stage, reward_adapter, write_rows, tmp_path, monkeypatch
+):
+    """Of HelpSteer2 with a chat template: the chat, not the two texts joined."""
+    folder = shutil.copytree(reward_adapter, tmp_path / "reward")
+    tokenizer = load_reward_model(folder)[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '<eos>' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    tokenizer.save_pretrained(folder)
+    seen = []
+    monkeypatch.setattr(ClassifierReward, "scores", lambda self, *columns: seen.extend(columns) or [0.0, 1.0])
+    texts = {"the film": ("bad", "good"), "the story": ("cold", "warm")}
+    rows = [
+        {"prompt": prompt, "response": answer, "helpfulness": grade}
+        for prompt, answers in texts.items()
+        for grade, answer in enumerate(answers)
+    ]
+    options = ["--dataset_name", write_rows(rows), "--dataset_test_split", "train"]
+    run(load_stage, "normalize_reward", "--reward_model", folder, *options)
+    assert seen[0] == [[{"role": "user", "content": prompt}] for prompt in texts]
+    assert seen[1] == [[{"role": "assistant", "content": better}] for _, better in texts.values()]
+
+
 def ppo_options(tiny_model_path, sft_adapter, tmp_path, tiny_texts, write_rows):
     return [
         *(

@@ -1,13 +1,18 @@
 """TensorFlow's Adam against hand-computed numbers, its formula in plain floats, and torch's AdamW."""
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from recipes.textbook_ppo.tensorflow_adam import TensorFlowAdamW
+from rlhf_recipes.data.synthetic import write_gold
 
 
 def parameter(*numbers):
@@ -118,3 +123,45 @@ def test_closure_computes_gradients_anew():
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TensorFlowAdamW([parameter(0.0)], **options)
+
+
+def test_the_textbook_recipe_trains_with_it(
+    repo_root, tiny_model_path, tiny_texts, sft_adapter, reward_adapter, tmp_path
+):
+    """Launched with the recipe's YAML: the state of the optimizer, saved after two steps, is this Adam's."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tiny_texts))
+    write_gold(tmp_path / "gold.json", eos_token_id=1)
+    folder = tmp_path / "tiny" / "ppo"
+    options = {
+        "config": "recipes/textbook_ppo/ppo.yaml",
+        "model_name_or_path": tiny_model_path,
+        "sft_adapter": sft_adapter,
+        "reward_adapter": reward_adapter,
+        "gold_score": tmp_path / "gold.json",
+        "dataset_name": tmp_path / "prompts.jsonl",
+        "dataset_train_split": "train",
+        "dataset_test_split": "train",
+        "output_dir": folder,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 1,
+        "max_completion_length": 6,
+        "logging_steps": 1,
+        "evaluation_rows": 8,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+    }
+    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/textbook_ppo/train.py", *argv]
+    environment = os.environ | {"PYTHONPATH": str(repo_root)}
+    result = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "win rate of the policy by gold_score" in result.stdout
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert (evaluation["win_rate_by"], evaluation["rows"]) == ("gold_score", 8)
+    saved = torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert all(state["step"] == 2 and isinstance(state["step"], int) for state in saved["state"].values())
+    rates = sorted({group["initial_lr"] for group in saved["param_groups"]})
+    assert rates == pytest.approx([3e-4, 3e-3]), "policy and critic"
+    assert len(saved["state"]) == sum(len(group["params"]) for group in saved["param_groups"])

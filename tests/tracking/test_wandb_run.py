@@ -5,8 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainingArguments
+from trl import ModelConfig
 
-from rlhf_recipes.tracking import read_run, start_run, wandb_run
+from rlhf_recipes.tracking import read_run, start_run, start_stage, wandb_run
 
 STAGE = {"recipe": "quickstart", "stage": "sft", "config": {"learning_rate": 0.5}}
 
@@ -114,6 +116,22 @@ def test_without_wandb_the_lineage_is_written_and_wandb_is_not_imported(tmp_path
     record = read_run(tmp_path)
     assert record["parents"] == [{"path": "org/model"}]
     assert "wandb_run_id" not in record
+
+
+def test_a_stage_is_recorded_under_its_folders_names(tmp_path):
+    training_args = TrainingArguments(str(tmp_path / "films" / "sft"), use_cpu=True, report_to="none")
+    assert start_stage("sft", training_args, ModelConfig("org/model"), parents=["org/model", None]) is None
+    record = read_run(tmp_path / "films" / "sft")
+    assert (record["recipe"], record["stage"], record["parents"]) == ("films", "sft", [{"path": "org/model"}])
+
+
+def test_a_stage_gives_its_run_all_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_run, "start_run", lambda **given: given)
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=["wandb"], learning_rate=0.25)
+    given = start_stage("sft", training_args, ModelConfig("org/model", lora_r=8), parents=[])
+    assert given["report_to"] == ["wandb"]
+    config = given["config"]
+    assert (config["learning_rate"], config["lora_r"], config["model_name_or_path"]) == (0.25, 8, "org/model")
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
