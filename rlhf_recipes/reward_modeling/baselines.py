@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from rlhf_recipes.data.dialogues import contents
 from rlhf_recipes.extras import from_extra
 from rlhf_recipes.statistics.metrics import proportion_interval
 
@@ -171,7 +172,7 @@ def winners_and_losers(pairs: Dataset) -> tuple[list[str], list[str]]:
         (['Hello!'], [''])
     """
     pairs = _decided(pairs)
-    sides = [[_text(value) for value in pairs[side]] for side in ("chosen", "rejected")]
+    sides = [[contents(value) for value in pairs[side]] for side in ("chosen", "rejected")]
     rows = [(a, b) if label > 0.5 else (b, a) for a, b, label in zip(*sides, _labels(pairs), strict=True)]
     return [winner for winner, _ in rows], [loser for _, loser in rows]
 
@@ -190,14 +191,6 @@ def _decided(pairs: Dataset) -> Dataset:
 def _labels(pairs: Dataset) -> list[float]:
     given = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
     return [1.0 if label is None else label for label in given]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    contents = [message["content"] for message in value or ()]
-    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return "\n".join((part.get("text") or "") if isinstance(part, dict) else part or "" for part in parts)
 
 
 def _fold_pairs(train: Dataset, chosen: list[str], rejected: list[str]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_recipes.extras import from_extra
 
-with from_extra("wandb", needed_by="The dashboards"):
+with from_extra("wandb", needed_by="Making dashboards"):
     import wandb_workspaces.workspaces as ws
 
 
