@@ -15,6 +15,8 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from rlhf_recipes.extras import from_extra
+
 # Fields of TRL and transformers that take more than their annotation says.
 _ALSO_TAKES = {"resume_from_checkpoint": (bool,), "scale_rewards": (bool,), "lora_target_modules": (str,)}
 _NULL_OF_THE_PARSER = ("debug",)  # for which it gives null in place of the default, an empty text
@@ -125,6 +127,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
         FileNotFoundError: If the YAML file does not exist.
         ValueError: If a key or option is unknown (the error names the nearest one), a value has the wrong type, an
             option has several values where one is allowed, or the file is not a YAML mapping.
+        ModuleNotFoundError: If `report_to` names W&B, and it is not installed.
 
     Example:
         >>> (data,) = parse_stage(DataArguments, ["--dataset_name", "pairs.jsonl", "--test_size", "0.2"])
@@ -162,6 +165,9 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
         raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
     for config in configs:
         validate_fields(config)
+        if "wandb" in (getattr(config, "report_to", None) or ()):
+            with from_extra("wandb", needed_by="`report_to: wandb`"):
+                import wandb  # noqa: F401  # the trainer would say so only after the model is loaded
     return tuple(configs)
 
 

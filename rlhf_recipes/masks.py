@@ -32,7 +32,7 @@ def check_shapes(mask: Tensor, **tensors: Tensor) -> None:
         **tensors: Tensors by the names that the error is to call them.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or are not of two dimensions.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ def check_shapes(mask: Tensor, **tensors: Tensor) -> None:
     """
     # Tensors of shape (B, 1) or (T,) would be broadcast to a wrong result without any sign.
     for name, tensor in tensors.items():
-        if tensor.shape != mask.shape:
+        if mask.dim() != 2 or tensor.shape != mask.shape:
             raise ValueError(
                 f"`{name}` has shape {tuple(tensor.shape)}, but `mask` has shape {tuple(mask.shape)}. "
                 "Give every tensor one entry per token, shape (B, T)."

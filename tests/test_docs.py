@@ -76,6 +76,12 @@ def flags_of(script):
     return {field.name for cls in classes for field in fields(cls) if field.init} | {"config"}
 
 
+@cache
+def flags_of_the_command():
+    """Flags that `rlhf-recipes` takes."""
+    return set(re.findall(r'add_argument\(\s*"--([a-z_]+)"', (ROOT / "rlhf_recipes/tools/cli.py").read_text()))
+
+
 def problems(command):
     """What a launch command names and is not there."""
     words = [word.strip("[]") for word in shlex.split(command, comments=True)]
@@ -120,9 +126,9 @@ def test_links_lead_to_existing_headings(page):
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_pages_name_existing_flags_and_targets(page):
     text = page.read_text()
-    known = set.union(*(flags_of(script) for script in SCRIPTS)) | OTHER_FLAGS
+    known = set.union(*(flags_of(script) for script in SCRIPTS)) | OTHER_FLAGS | flags_of_the_command()
     inline = {flag for span in re.findall(r"`(--[^`]+)`", text) for flag in re.findall(r"--([a-z_]+)", span)}
-    assert inline <= known, f"no script takes {sorted(inline - known)}"
+    assert inline <= known, f"no script and no command takes {sorted(inline - known)}"
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     named = set(re.findall(r"(?m)(?:^|`)make ([a-z-]+)", text))
     assert named <= targets, f"the Makefile has no {sorted(named - targets)}"

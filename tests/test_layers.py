@@ -18,6 +18,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 # From the bottom up: a room may use its own layer's rooms that it is named with, and the layers before it. The longest
 # matching name counts.
 PURE = (
+    "extras",
     "masks",
     "models.readout",
     "statistics",

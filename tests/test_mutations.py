@@ -318,7 +318,7 @@ BUGS = [
     Bug(BENCHMARK, "accuracies[subset] * weight", "accuracies[subset]", "TestSectionScores.test_numbers"),
     Bug(BENCHMARK, "highest[0] / highest.sum()", "highest[0]", "TestBestOfKCredit.test_numbers"),
     Bug(BENCHMARK, "max(good) - min(good)", "max(good) - max(bad)", "TestTiesScore.test_numbers"),
-    Bug(REASONS, "map(_is_number, (value, *ends))", "map(_is_number, ends)", "TestKnownInterval.test_what_is_known"),
+    Bug(REASONS, "map(is_number, (value, *ends))", "map(is_number, ends)", "TestKnownInterval.test_what_is_known"),
     Bug(REASONS, 'if signed else ""', 'if not signed else ""', "TestStated.test_texts"),
     Bug(
         REASONS,

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_recipes.statistics.numbers import is_number
+
 Kind = Literal["over_optimization", "kl_budget", "entropy_collapse", "length_drift", "ngram_takeover"]
 
 
@@ -99,11 +101,7 @@ def read_series(history: Iterable[Mapping[str, Any]], key: str) -> Series:
         >>> read_series([{"step": 1, "kl": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "kl": None}], "kl")
         Series(steps=array([1]), values=array([0.5]))
     """
-    found = [
-        (entry["step"], entry[key])
-        for entry in history
-        if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-    ]
+    found = [(entry["step"], entry[key]) for entry in history if is_number(entry.get(key))]
     return Series(np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64))
 
 

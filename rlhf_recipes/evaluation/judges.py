@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import httpx
 from scipy.stats import binomtest
 
 from rlhf_recipes.data.dialogues import as_text
+from rlhf_recipes.extras import from_extra
 from rlhf_recipes.statistics.metrics import bootstrap_interval
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +187,9 @@ class EndpointJudge:
         question: The question, with `{prompt}`, `{first}` and `{second}`.
         max_tokens: Longest reply.
         transport: Transport of httpx, for tests and proxies.
+
+    Raises:
+        ModuleNotFoundError: Without the extra `judges`, which brings httpx.
     """
 
     def __init__(
@@ -197,6 +203,9 @@ class EndpointJudge:
         max_tokens: int = 16,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        with from_extra("judges", needed_by="EndpointJudge"):
+            import httpx
+
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(timeout=timeout, headers=headers, transport=transport)
         self._url, self._model = f"{url.rstrip('/')}/chat/completions", model
@@ -218,6 +227,8 @@ class EndpointJudge:
             raise ValueError(f"{self._url} answered no chat completion: {answer.text[:200]!r}") from error
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
+        import httpx
+
         for attempt in range(self._retries + 1):
             try:
                 answer = self._client.post(self._url, json=body)

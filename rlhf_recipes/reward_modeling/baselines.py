@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,11 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from rlhf_recipes.data.dialogues import contents
+from rlhf_recipes.extras import from_extra
 from rlhf_recipes.statistics.metrics import proportion_interval
+
+logger = logging.getLogger(__name__)
 
 _FOLDS = 5
 _STRENGTHS = tuple(float(10.0**power) for power in np.arange(-1.0, 3.1, 0.5))  # sklearn's `C`, from strong to weak
@@ -44,8 +49,8 @@ def pair_baselines(train: Dataset, test: Dataset, level: float = 0.95) -> dict[s
     """Measure three simple rules on held-out pairs, to compare a reward model with.
 
     `longer` and `shorter` prefer the completion with more or with fewer characters, without the white space around
-    it. `tfidf` is `fit_tfidf` on the training pairs. A rule that does not tell the two completions apart is half
-    right on that pair.
+    it. `tfidf` is `fit_tfidf` on the training pairs; without scikit-learn it is left out, and the log says so. A rule
+    that does not tell the two completions apart is half right on that pair.
 
     Args:
         train: Training pairs with the columns `prompt`, `chosen` and `rejected`, text or chats, and maybe `label`,
@@ -69,16 +74,15 @@ def pair_baselines(train: Dataset, test: Dataset, level: float = 0.95) -> dict[s
     """
     chosen, rejected = winners_and_losers(test)
     longer = np.array([len(text.strip()) for text in chosen]) - [len(text.strip()) for text in rejected]
-    scorer = fit_tfidf(train)
-    return {
-        "longer": margin_accuracy(longer, level),
-        "shorter": margin_accuracy(-longer, level),
-        "tfidf": {
-            **margin_accuracy(scorer(chosen) - scorer(rejected), level),
-            "C": scorer.strength,
-            "features": len(scorer.weights),
-        },
-    }
+    baselines = {"longer": margin_accuracy(longer, level), "shorter": margin_accuracy(-longer, level)}
+    try:
+        scorer = fit_tfidf(train)
+    except ModuleNotFoundError as error:
+        logger.warning("Left out: %s", error)
+        return baselines
+    tfidf = margin_accuracy(scorer(chosen) - scorer(rejected), level)
+    baselines["tfidf"] = {**tfidf, "C": scorer.strength, "features": len(scorer.weights)}
+    return baselines
 
 
 def margin_accuracy(margins: Sequence[float] | NDArray[Any], level: float = 0.95) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
 
     Raises:
         ValueError: If a column is missing, or no completion has a word.
+        ModuleNotFoundError: Without the extra `report`, which brings scikit-learn.
 
     Example:
         >>> rows = {"prompt": list("abcdefgh") * 3, "chosen": ["good film"] * 24, "rejected": ["bad film"] * 24}
@@ -129,7 +134,8 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
         >>> bool(good > 0 > bad), float(unknown)
         (True, 0.0)
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and needed only here
+    with from_extra("report", needed_by="The baseline `tfidf`"):
+        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and needed only here
 
     train = _decided(train)
     chosen, rejected = winners_and_losers(train)
@@ -166,7 +172,7 @@ def winners_and_losers(pairs: Dataset) -> tuple[list[str], list[str]]:
         (['Hello!'], [''])
     """
     pairs = _decided(pairs)
-    sides = [[_text(value) for value in pairs[side]] for side in ("chosen", "rejected")]
+    sides = [[contents(value) for value in pairs[side]] for side in ("chosen", "rejected")]
     rows = [(a, b) if label > 0.5 else (b, a) for a, b, label in zip(*sides, _labels(pairs), strict=True)]
     return [winner for winner, _ in rows], [loser for _, loser in rows]
 
@@ -185,14 +191,6 @@ def _decided(pairs: Dataset) -> Dataset:
 def _labels(pairs: Dataset) -> list[float]:
     given = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
     return [1.0 if label is None else label for label in given]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    contents = [message["content"] for message in value or ()]
-    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return "\n".join((part.get("text") or "") if isinstance(part, dict) else part or "" for part in parts)
 
 
 def _fold_pairs(train: Dataset, chosen: list[str], rejected: list[str]) -> list[tuple[int, int]]:

@@ -11,10 +11,10 @@ from datasets import Dataset
 
 from rlhf_recipes.data.chat_templates import encode_prompt, options_of
 from rlhf_recipes.data.preferences import check_preferences
-from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.schema import JUDGEMENTS, place_of, quoted
 from rlhf_recipes.reward_modeling.collator import Row, ranks_of, sequences_of
 from rlhf_recipes.reward_modeling.preparation import cut_after_eos
+from rlhf_recipes.statistics.numbers import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,12 +8,13 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
+from rlhf_recipes.extras import from_extra
 from rlhf_recipes.rewards.encoding import which_ended
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+
+    import httpx
 
     Row = tuple[Any, Any, bool]  # prompt, completion, whether it is finished
 
@@ -45,6 +46,7 @@ class RemoteReward:
     Raises:
         ValueError: If a value is out of range. When called: if the answer is not what was asked for.
         RuntimeError: When called: if the server does not answer, or refuses.
+        ModuleNotFoundError: Without the extra `judges`, which brings httpx.
 
     Example:
         >>> reward = RemoteReward("http://127.0.0.1:8000/score", timeout=5.0)
@@ -66,6 +68,9 @@ class RemoteReward:
         key_variable: str | None = None,
         eos_token_ids: Collection[int] | None = None,
     ) -> None:
+        with from_extra("judges", needed_by="A reward from a server"):
+            import httpx
+
         address = httpx.URL(url)
         if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"`url` must be an address that starts with http:// or https://, got {url!r}.")
@@ -92,6 +97,8 @@ class RemoteReward:
         **kwargs: Any,
     ) -> list[float]:
         """Return one score per completion."""
+        import httpx
+
         ended = which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
         rows = list(zip(prompts, completions, ended, strict=True))
         chunks = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
@@ -128,6 +135,8 @@ class RemoteReward:
 
     async def _post(self, client: httpx.AsyncClient, payload: Mapping[str, Any]) -> Any:
         """Send a request until it is answered, and return the JSON of the answer."""
+        import httpx
+
         problem = ""
         for number in range(self._retries + 1):
             if number:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_recipes.masks import check_shapes
 from rlhf_recipes.shaping.placement import place_discounted, place_every_token, place_terminal, place_uniform
 
 RewardPlacement = Literal["terminal", "uniform", "discounted", "every_token", "redistributed", "attention"]
@@ -89,7 +90,7 @@ def place_differences(prefix_scores: Tensor, mask: Tensor, prompt_scores: Tensor
         >>> place_differences(torch.tensor([[0.5, 2.0, 1.5, 9.0]]), torch.tensor([[1, 1, 1, 0]])).tolist()
         [[0.5, 1.5, -0.5, 0.0]]
     """
-    _check_shapes(mask, prefix_scores=prefix_scores)
+    check_shapes(mask, prefix_scores=prefix_scores)
     if prompt_scores is None:
         prompt_scores = prefix_scores.new_zeros(len(prefix_scores))
     elif prompt_scores.shape != mask.shape[:1]:
@@ -130,7 +131,7 @@ def place_attention(scores: Tensor, mask: Tensor, attention: Tensor, weight: flo
         [[1.0, 3.0, 6.0, 0.0]]
     """
     terminal = place_terminal(scores, mask)
-    _check_shapes(mask, attention=attention)
+    check_shapes(mask, attention=attention)
     if not 0 <= weight <= 1:
         raise ValueError(f"`weight` is the share of the score that follows the attention: give 0 to 1, got {weight}.")
     # In float64, because the attention may be half precision, and sums of that would not give the score back.
@@ -170,7 +171,7 @@ def potential_shaping(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
         >>> potential_shaping(torch.tensor([[0.0, 1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 1, 0]]), gamma=1.0).tolist()
         [[1.0, 2.0, -3.0, 0.0]]
     """
-    _check_shapes(mask, potentials=potentials)
+    check_shapes(mask, potentials=potentials)
     if not 0 <= gamma <= 1:
         raise ValueError(f"`gamma` must be the discount of the returns, from 0 to 1, got {gamma}.")
     counts, potentials = mask.bool(), potentials.detach()
@@ -246,13 +247,3 @@ def _at_previous_counted(values: Tensor, counts: Tensor, first: Tensor) -> Tenso
     last_counted = torch.where(counts, positions, -1).cummax(-1).values
     before = torch.cat([torch.full_like(last_counted[:, :1], -1), last_counted[:, :-1]], dim=-1)
     return torch.where(before < 0, first[:, None], values.gather(-1, before.clamp(min=0)))
-
-
-def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
-    # Tensors of shape (B, 1) or (T,) would be broadcast to a wrong result without any sign.
-    for name, tensor in tensors.items():
-        if mask.dim() != 2 or tensor.shape != mask.shape:
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}, but `mask` has shape {tuple(mask.shape)}. "
-                "Give one entry per token, shape (B, T)."
-            )

@@ -8,7 +8,6 @@ from numbers import Real
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
-from sklearn.metrics import cohen_kappa_score
 
 from rlhf_recipes.statistics.metrics import proportion_interval
 
@@ -59,7 +58,8 @@ def human_agreement(outcomes: ArrayLike, human: ArrayLike) -> dict[str, float | 
     ties = outcomes == 0.5
     accuracy = (right + 0.5 * (decided & ties).sum()) / decided.sum() if decided.any() else float("nan")
     one_answer = len(set(outcomes.tolist()) | set(labels.tolist())) == 1
-    kappa = float("nan") if one_answer else cohen_kappa_score((2 * outcomes).astype(int), (2 * labels).astype(int))
+    by_chance = sum((outcomes == answer).mean() * (labels == answer).mean() for answer in (0.0, 0.5, 1.0))
+    kappa = float("nan") if one_answer else ((outcomes == labels).mean() - by_chance) / (1 - by_chance)
     interval = proportion_interval(right, int(both.sum())) if both.any() else (float("nan"), float("nan"))
     return {
         "accuracy": float(accuracy),

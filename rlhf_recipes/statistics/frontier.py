@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
+from rlhf_recipes.statistics.numbers import is_number
+
 Form = Literal["rl", "best_of_n"]
 
 
@@ -107,8 +109,8 @@ def frontier(history: Iterable[Mapping[str, Any]], kl: str, scores: Mapping[str,
     """
     points: list[dict[str, float]] = []
     for entry in history:
-        found = {name: entry[key] for name, key in scores.items() if _is_finite(entry.get(key))}
-        if found and _is_finite(entry.get(kl)):
+        found = {name: entry[key] for name, key in scores.items() if is_number(entry.get(key))}
+        if found and is_number(entry.get(kl)):
             distance = float(max(entry[kl], 0.0)) ** 0.5
             points.append({"step": entry["step"], "kl": entry[kl], "distance": distance, **found})
     fits = {}
@@ -117,7 +119,3 @@ def frontier(history: Iterable[Mapping[str, Any]], kl: str, scores: Mapping[str,
         if len(own) >= 8:
             fits[name] = asdict(fit_frontier([point["distance"] for point in own], [point[name] for point in own]))
     return {"points": points, "fits": fits}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))

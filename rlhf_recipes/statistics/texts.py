@@ -7,6 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
+from rlhf_recipes.extras import from_extra
+
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
     """Share of the n-grams of all sequences that are different from each other.
@@ -98,12 +100,14 @@ def self_bleu(sequences: Sequence[Sequence[Hashable]], rows: int = 100, seed: in
 
     Raises:
         ValueError: If there are fewer than two completions.
+        ModuleNotFoundError: Without the extra `report`, which brings sacrebleu.
 
     Example:
         >>> self_bleu(["a fine film".split(), "a fine film".split()])
         1.0
     """
-    from sacrebleu.metrics import BLEU  # slow to import
+    with from_extra("report", needed_by="Self-BLEU"):
+        from sacrebleu.metrics import BLEU  # slow to import
 
     if len(sequences) < 2:
         raise ValueError(f"Self-BLEU compares completions with each other; got {len(sequences)}. Give at least two.")

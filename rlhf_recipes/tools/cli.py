@@ -7,10 +7,10 @@ import pkgutil
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.tools.certificate.page import printable
-from rlhf_recipes.tools.report import write_report
+from rlhf_recipes.tools.pages.html import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="make one HTML file of what runs left on disk")
     report.add_argument("folders", nargs="+", help="folders of recipes or of single stages; several are compared")
     report.add_argument("--output_dir", help="where the files go (default: report/ in the first folder)")
+    report.set_defaults(run=_report)
     commands.add_parser(
         "plan",
         help="print what memory a PPO run takes, before it is started",
         usage="%(prog)s --config FILE [--field value] [--budget_gib GIB] [--prompt_length TOKENS]",
     )
     _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
+    _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
+    _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
     given, words = parser.parse_known_args(arguments)
     try:
         if given.command == "plan":
@@ -42,14 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(words)}")
         if given.command == "verifier":
             return _verifier(given)
-        path = write_report(given.folders, given.output_dir)
-    except (OSError, ValueError) as error:
+        sys.stdout.write(f"{printable(given.run(given))}\n")
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         if given.command == "report" and isinstance(error, ValueError):
             raise
         sys.stderr.write(f"rlhf-recipes {given.command}: {printable(error)}\n")
         return 2
-    sys.stdout.write(f"{printable(path)}\n")
     return 0
+
+
+def _report(given: argparse.Namespace) -> Path:
+    from rlhf_recipes.tools.report import write_report
+
+    return write_report(given.folders, given.output_dir)
 
 
 def _plan(words: list[str]) -> str:
@@ -77,6 +85,44 @@ def _add_verifier(parser: argparse.ArgumentParser) -> None:
         "--bound", type=float, default=0.1, help="share of it that wrong answers may get (default: 0.1)"
     )
     parser.add_argument("--number", type=int, default=200, help="rows to try, drawn at random (default: 200)")
+
+
+def _add_rank(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("votes", help="file, folder or dataset id with `winner`, `loser`, `tie`, `group`, `annotator`")
+    parser.add_argument("--split", default="train", help="split of the votes (default: train)")
+    parser.add_argument("--next", type=int, metavar="N", help="also name the N pairs to ask about next")
+    parser.set_defaults(run=_rank)
+
+
+def _rank(given: argparse.Namespace) -> str:
+    from rlhf_recipes.data import load_rows
+    from rlhf_recipes.tools.ranking.report import rank_votes
+
+    return rank_votes(load_rows(given.votes, split=given.split), given.next)
+
+
+def _add_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rankings", help="file, folder or dataset id with `prompt`, `completions` and `ranks`")
+    parser.add_argument("output", type=Path, help="jsonl file to write, with `ratings` in the place of `ranks`")
+    parser.add_argument("--split", default="train", help="split of the rankings (default: train)")
+    parser.add_argument(
+        "--pool",
+        choices=("row", "prompt", "all"),
+        default="row",
+        help="what is rated together: one ranking, all of a prompt, or the whole table (default: row)",
+    )
+    parser.set_defaults(run=_rate)
+
+
+def _rate(given: argparse.Namespace) -> Path:
+    from rlhf_recipes.data import load_rows
+    from rlhf_recipes.tools.ranking.ratings import rate_rankings
+
+    if given.output.exists():
+        raise FileExistsError(f"{given.output} is there already. Name another file, or remove it.")
+    rated = rate_rankings(load_rows(given.rankings, split=given.split), pool=given.pool)
+    rated.to_json(given.output)
+    return given.output  # type: ignore[no-any-return]
 
 
 def _verifier(given: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import PartialState
 
+from rlhf_recipes.extras import from_extra
 from rlhf_recipes.tracking.lineage import describe_run, read_run, stage_config, write_run
 from rlhf_recipes.tracking.outputs import use_parents
 
@@ -97,7 +98,8 @@ def start_stage(
 
 
 def _init(record: Mapping[str, Any], output_dir: str, config: Mapping[str, Any]) -> wandb.Run:
-    import wandb  # slow to import, and not every run reports to it
+    with from_extra("wandb", needed_by="`report_to: wandb`"):
+        import wandb  # slow to import, and not every run reports to it
 
     resumed_id = (read_run(output_dir) or {}).get("wandb_run_id")
     os.makedirs(output_dir, exist_ok=True)  # W&B would fall back to a temporary folder

@@ -78,7 +78,7 @@ class TestEveryPlacement:
     @pytest.mark.parametrize("shape", [(3, 1), (4,), (3, 5)])
     def test_shapes_that_would_broadcast_are_refused(self, place, shape):
         with pytest.raises(
-            ValueError, match=r"`mask` has shape \(3, 4\)\. Give one entry per token, shape \(B, T\)\.$"
+            ValueError, match=r"`mask` has shape \(3, 4\)\. Give every tensor one entry per token, shape \(B, T\)\.$"
         ):
             place(torch.ones(3), torch.ones(shape), MASK)
 

@@ -51,7 +51,7 @@ def test_a_table_has_the_columns_of_its_first_row_and_the_step(run):
 def test_texts_stay_plain_strings_and_numbers_that_are_none_stay_empty():
     chat = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "tool_calls": []}]
     rows = [{"text": HOSTILE, "chat": chat, "score": math.nan, "won": True}]
-    assert as_table(rows).data == [[HOSTILE, f"user: {HOSTILE}\nassistant: None", None, True]]
+    assert as_table(rows).data == [[HOSTILE, f"user: {HOSTILE}\nassistant: ", None, True]]
     assert as_table(rows).data[0][-1] is True
     assert all(isinstance(cell, str | bool | float | None) for cell in as_table(rows).data[0])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeGuard
 
 from rlhf_recipes.data.dialogues import BadRow, Row, check_kind, filled
+from rlhf_recipes.statistics.numbers import is_number
 
 
 def check_row(row: Row) -> None:
@@ -88,22 +88,6 @@ def same(row: Row, first: int, second: int) -> bool:
     """
     texts, ids = row["completions"], row.get("completion_ids")
     return bool(texts[first] == texts[second] and (ids is None or ids[first] == ids[second]))
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Say whether a value is a finite number: not text, nan, infinite, true or false.
-
-    Args:
-        value: Any value, also of numpy.
-
-    Returns:
-        Whether it is one.
-
-    Example:
-        >>> [is_number(value) for value in (1.5, 2, "1.5", True, None, float("nan"))]
-        [True, True, False, False, False, False]
-    """
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -10,7 +10,6 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
-from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.pairs import (
     LABEL_WORDS,
     SIDES,
@@ -20,6 +19,7 @@ from rlhf_recipes.data.preferences.pairs import (
     two_completions,
 )
 from rlhf_recipes.data.preferences.reading import Rows, column_names, read
+from rlhf_recipes.statistics.numbers import is_number
 
 LLAMA2_SMALL_MARGINS: Mapping[str, float] = MappingProxyType(
     {

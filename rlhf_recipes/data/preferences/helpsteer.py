@@ -10,9 +10,9 @@ from datasets import Dataset
 from rlhf_recipes.data.bad_rows import BadRows
 from rlhf_recipes.data.conversations import as_chat
 from rlhf_recipes.data.dialogues import BadRow, Row, check_kind, filled
-from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.reading import Rows, check_columns, column_names, iterate, read
 from rlhf_recipes.data.preferences.schema import PROVENANCE, place_of
+from rlhf_recipes.statistics.numbers import is_number
 
 Aspect = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 

@@ -6,8 +6,8 @@ from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
 from rlhf_recipes.data.instructions import without_space
-from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.reading import Rows, read
+from rlhf_recipes.statistics.numbers import is_number
 
 
 def from_nectar(rows: Rows, *, drop_bad_rows: bool = False, source: str | None = None) -> Dataset:

@@ -7,9 +7,9 @@ from typing import Literal
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
-from rlhf_recipes.data.preferences.checks import is_number
 from rlhf_recipes.data.preferences.pairs import read_pairs, two_completions
 from rlhf_recipes.data.preferences.reading import Rows
+from rlhf_recipes.statistics.numbers import is_number
 
 _SIDES = ("response_0", "response_1")
 

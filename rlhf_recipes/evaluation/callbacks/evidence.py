@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from trl import GRPOTrainer, RLOOTrainer
 
+from rlhf_recipes.data.dialogues import contents
 from rlhf_recipes.ppo._trl import last_rollout
 from rlhf_recipes.statistics.texts import top_ngrams
 
@@ -50,14 +51,8 @@ def rollout_evidence(trainer: Any, gold: str | None = None) -> tuple[list[Row], 
 
 def _ngrams(trainer: Any, completions: Sequence[Any]) -> list[Row]:
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    ids = tokenizer([_said(completion) for completion in completions], add_special_tokens=False)["input_ids"]
+    ids = tokenizer([contents(completion) for completion in completions], add_special_tokens=False)["input_ids"]
     return [{"ngram": tokenizer.decode(ngram), "share": share} for ngram, share in top_ngrams(ids, _NGRAM)]
-
-
-def _said(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    return " ".join(str(message.get("content") or "") for message in completion)
 
 
 def most_suspicious(proxy: ArrayLike, truth: ArrayLike | None = None, most: int = 10) -> list[int]:

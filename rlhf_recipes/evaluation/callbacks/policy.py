@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -200,7 +200,8 @@ def side_metrics(rows: Sequence[Row]) -> dict[str, float]:
     Returns:
         Means of `reward_score` and `gold_score`; `kl` per completion and `kl_per_token`, in nats; `length` in tokens;
         `eos_rate` and `truncation_rate`, which add up to 1; `entropy` in nats per token; `distinct_2`, `self_bleu`
-        and `top_ngram`, the share of the completions that hold the most frequent sequence of 4 tokens.
+        (left out without sacrebleu) and `top_ngram`, the share of the completions that hold the most frequent sequence
+        of 4 tokens.
     """
     lengths, ids = [row["length"] for row in rows], [row["completion_ids"] for row in rows]
     metrics = {
@@ -213,10 +214,18 @@ def side_metrics(rows: Sequence[Row]) -> dict[str, float]:
     metrics["truncation_rate"] = 1.0 - metrics["eos_rate"]
     metrics["entropy"] = token_mean([row["entropy"] for row in rows], lengths)
     metrics["distinct_2"] = distinct_n(ids, 2)
-    metrics["self_bleu"] = self_bleu(ids) if len(ids) > 1 else 1.0
+    try:
+        metrics["self_bleu"] = self_bleu(ids) if len(ids) > 1 else 1.0
+    except ModuleNotFoundError as error:
+        _log_once(f"Left out: {error}")
     most_frequent = top_ngrams(ids, _NGRAM, most=1)
     metrics["top_ngram"] = most_frequent[0][1] if most_frequent else 0.0
     return metrics
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 def comparison(policy: Sequence[Row], reference: Sequence[Row], indices: Sequence[int], seed: int) -> dict[str, float]:

@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
+from rlhf_recipes.masks import check_shapes
+
 
 def token_loss(token_scores: Tensor, labels: Tensor, mask: Tensor, kind: Literal["mse", "bce"] = "mse") -> Tensor:
     """Error of the score at each token against a target at each token, averaged over the tokens of a sequence.
@@ -31,8 +33,7 @@ def token_loss(token_scores: Tensor, labels: Tensor, mask: Tensor, kind: Literal
         >>> token_loss(token_scores, labels, mask=torch.tensor([[0, 1, 1]])).tolist()
         [2.0]
     """
-    _check_shapes(token_scores, labels, "labels")
-    _check_shapes(token_scores, mask, "mask")
+    check_shapes(mask, token_scores=token_scores, labels=labels)
     counts = mask.bool()
     token_scores, labels = (tensor.masked_fill(~counts, 0.0) for tensor in (token_scores, labels.to(token_scores)))
     if kind == "mse":
@@ -44,11 +45,3 @@ def token_loss(token_scores: Tensor, labels: Tensor, mask: Tensor, kind: Literal
     else:
         raise ValueError(f"`kind` must be 'mse' or 'bce', got {kind!r}.")
     return losses.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
-
-
-def _check_shapes(token_scores: Tensor, other: Tensor, name: str) -> None:
-    if token_scores.dim() != 2 or other.shape != token_scores.shape:
-        raise ValueError(
-            f"`token_scores` has shape {tuple(token_scores.shape)} and `{name}` has shape {tuple(other.shape)}. Give "
-            "both one entry per token, shape (B, T)."
-        )

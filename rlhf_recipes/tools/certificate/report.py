@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.tools.certificate.page import page
+from rlhf_recipes.tools.pages.certificate import page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

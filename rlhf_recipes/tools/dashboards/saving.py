@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import wandb_workspaces.workspaces as ws
+from rlhf_recipes.extras import from_extra
+
+with from_extra("wandb", needed_by="Making dashboards"):
+    import wandb_workspaces.workspaces as ws
 
 
 def save_workspace(workspace: ws.Workspace, slug: str) -> str:

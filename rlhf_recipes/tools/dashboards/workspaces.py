@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import wandb_workspaces.reports.v2.interface as wr
-import wandb_workspaces.workspaces as ws
-from wandb_workspaces.expr import Metric
+from rlhf_recipes.extras import from_extra
+
+with from_extra("wandb", needed_by="Making dashboards"):
+    import wandb_workspaces.reports.v2.interface as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.expr import Metric
 
 _STEP = "train/global_step"
 _CONFIG = ("kl_coef", "learning_rate", "gae_lambda", "num_iterations")  # what runs of PPO often differ in

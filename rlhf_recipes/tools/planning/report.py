@@ -14,6 +14,7 @@ from trl import ModelConfig
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.tools.columns import in_columns
 from rlhf_recipes.tools.planning.memory import CUDA_CONTEXT_BYTES, HEAP_FACTOR, MIB, PhaseMemory
 from rlhf_recipes.tools.planning.phases import PHASES, largest_micro_batch, largest_rollout, peak, ppo_memory
 from rlhf_recipes.tools.planning.run import longest_prompt, run_sizes
@@ -84,8 +85,7 @@ def phase_table(phases: dict[str, PhaseMemory]) -> list[str]:
         memory = phases[name]
         parts = [getattr(memory, column) for column in columns]
         rows.append([name, *(f"{part / MIB:,.0f}" for part in parts), f"{memory.total / MIB:,.0f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return in_columns(rows)
 
 
 def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]:
@@ -126,9 +126,9 @@ def _gib(memory: float, sizes: RunSizes) -> float:
 
 
 def _parse(fields: list[str]) -> tuple[tuple[Any, ...], str]:
-    """Parse the fields of the stage on any machine: a plan for a GPU does not need one."""
+    """Parse the fields of the stage on any machine: a plan needs neither the GPU nor W&B."""
     try:
-        arguments = parse_stage(ARGUMENTS, [*fields, "--use_cpu", "true"])
+        arguments = parse_stage(ARGUMENTS, [*fields, "--use_cpu", "true", "--report_to", "none"])
     except ValueError as error:
         if "Unknown key" in str(error):
             raise ValueError(

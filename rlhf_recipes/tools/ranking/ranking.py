@@ -10,12 +10,15 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
-import evalica
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from rlhf_recipes.extras import from_extra
 from rlhf_recipes.tools.ranking.votes import Vote, check_undefeated, check_votes
+
+with from_extra("ranking", needed_by="Ranking votes"):
+    import evalica
 
 Scores = dict[Hashable, float]
 

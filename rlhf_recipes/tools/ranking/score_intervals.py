@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_recipes.tools.ranking.ranking import ScoringMethod
 from rlhf_recipes.tools.ranking.votes import Vote, identified_items
@@ -87,16 +88,7 @@ def bootstrap_scores(
         raise ValueError(f"Expected 0 < `level` < 1 and `resamples` from 1 on, got {level} and {resamples}.")
     if relative_to is not None and relative_to not in scores:
         raise ValueError(f"`relative_to` is {relative_to!r}, which is none of the {len(scores)} items.")
-    groups: dict[object, list[Vote]] = {}
-    for index, vote in enumerate(votes):
-        groups.setdefault(("alone", index) if vote.group is None else ("group", vote.group), []).append(vote)
-    if len(groups) < 2:
-        raise ValueError("All votes are in one group, which says nothing about others. Give at least two groups.")
-    pools, rng = list(groups.values()), np.random.default_rng(seed)
-    draws = np.empty((resamples, len(scores)))
-    for row in draws:
-        drawn = [vote for pool in rng.integers(len(pools), size=len(pools)) for vote in pools[pool]]
-        row[:] = list(method(drawn, list(scores), allow_disconnected=True).values())
+    draws = bootstrap_draws(votes, method, list(scores), resamples, seed)
     if relative_to is not None:
         draws -= draws[:, [list(scores).index(relative_to)]]
         scores = {item: score - scores[relative_to] for item, score in scores.items()}
@@ -106,3 +98,39 @@ def bootstrap_scores(
         item: Interval(score, float(low), float(high)) if item in identified else Interval(score, None, None)
         for (item, score), low, high in zip(scores.items(), lows, highs, strict=True)
     }
+
+
+def bootstrap_draws(
+    votes: Sequence[Vote], method: ScoringMethod, items: Sequence[Hashable], resamples: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Score items again and again, each time from votes that are drawn with replacement, whole groups together.
+
+    Args:
+        votes: The votes.
+        method: Turns votes into scores.
+        items: All items, in the wanted order.
+        resamples: Number of draws, R.
+        seed: Seed of the draws.
+
+    Returns:
+        Scores of the K items in each draw, shape `(R, K)`.
+
+    Raises:
+        ValueError: If all votes are in one group, or the votes are refused by the method.
+
+    Example:
+        >>> from rlhf_recipes.tools.ranking.ranking import bradley_terry
+        >>> bootstrap_draws([Vote("a", "b"), Vote("b", "a")], bradley_terry, ["a", "b"], resamples=5).shape
+        (5, 2)
+    """
+    groups: dict[object, list[Vote]] = {}
+    for index, vote in enumerate(votes):
+        groups.setdefault(("alone", index) if vote.group is None else ("group", vote.group), []).append(vote)
+    if len(groups) < 2:
+        raise ValueError("All votes are in one group, which says nothing about others. Give at least two groups.")
+    pools, rng = list(groups.values()), np.random.default_rng(seed)
+    draws = np.empty((resamples, len(items)))
+    for row in draws:
+        drawn = [vote for pool in rng.integers(len(pools), size=len(pools)) for vote in pools[pool]]
+        row[:] = list(method(drawn, items, allow_disconnected=True).values())
+    return draws

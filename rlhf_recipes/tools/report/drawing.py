@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
-from rlhf_recipes.tools.certificate.page import clean, printable
-from rlhf_recipes.tools.certificate.plots import draw
+from rlhf_recipes.tools.pages.drawing import Axes, draw
+from rlhf_recipes.tools.pages.html import clean, printable
 from rlhf_recipes.tools.report.charts import CHARTS, Chart
 from rlhf_recipes.tools.report.reading import Stage, finite, series
 

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 import pyarrow
 import pyarrow.parquet
 
+from rlhf_recipes.statistics.numbers import is_number
+
 Record = dict[str, Any]
 
 KINDS = ("sft", "reward", "ppo")  # the stages that have a section of their own; all others are "other"
@@ -107,9 +109,7 @@ def finite(value: Any) -> TypeGuard[float]:
         >>> [finite(value) for value in (1, 2.5, float("nan"), None, "3", True)]
         [True, True, False, False, False, False]
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 1e300 and math.isfinite(value)
+    return is_number(value) and abs(value) < 1e300
 
 
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_recipes.data.dialogues import as_text
-from rlhf_recipes.tools.certificate.page import clean
+from rlhf_recipes.tools.pages.html import clean
 from rlhf_recipes.tools.report.reading import Record, Stage, finite
 from rlhf_recipes.tools.report.sections import shown
 

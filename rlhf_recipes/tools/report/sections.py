@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.statistics.frontier import frontier
-from rlhf_recipes.tools.certificate.page import clean, sections, table, verdict_section
+from rlhf_recipes.tools.pages.certificate import sections, verdict_section
+from rlhf_recipes.tools.pages.html import clean, table
 from rlhf_recipes.tools.report.drawing import draw_charts, figure, plot_frontier
 from rlhf_recipes.tools.report.reading import Run, Stage, finite
 

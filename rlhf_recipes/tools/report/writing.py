@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_recipes.tools.certificate.page import clean, document
+from rlhf_recipes.tools.pages.html import clean, document
 from rlhf_recipes.tools.report.charts import CHARTS
 from rlhf_recipes.tools.report.reading import KINDS, Run, Stage, finite, read_runs
 from rlhf_recipes.tools.report.samples import all_samples

@@ -13,8 +13,9 @@ from rlhf_recipes.data.preferences import check_preferences
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.reward_modeling.evaluation import pairwise_evaluation
 from rlhf_recipes.tools.certificate import certify
-from rlhf_recipes.tools.certificate.page import page
+from rlhf_recipes.tools.certificate.functional.resampling import FEWEST
 from rlhf_recipes.tools.certificate.pairs import score_pairs
+from rlhf_recipes.tools.pages.certificate import page
 
 UNFIT = {
     "it ignores the prompt": (
@@ -180,6 +181,7 @@ class TestFewPrompts:
             assert (at(one, path)["unit"], at(apart, path)["unit"]) == ("rows", "prompts"), path
         text = page(one, "One prompt")
         assert "The pairs have 1. Those marked with *" in text
+        assert f"fewer than {FEWEST} different prompts" in text
         low, high = one["accuracy"]["interval"]
         assert f"{one['accuracy']['value']:.3f} [{low:.3f}, {high:.3f}]*" in text
         assert f"{low:.3f}, {high:.3f}]*" not in page(apart, "Many prompts")

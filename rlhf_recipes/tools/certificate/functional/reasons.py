@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from rlhf_recipes.statistics.numbers import is_number
 
 Level = Literal["not fit", "care", "good", "not checked"]
 
@@ -74,7 +75,7 @@ def known_interval(summary: Mapping[str, Any] | None) -> list[float] | None:
         True
     """
     ends, value = (summary or {}).get("interval"), (summary or {}).get("value")
-    return ends if ends and all(map(_is_number, (value, *ends))) else None
+    return ends if ends and all(map(is_number, (value, *ends))) else None
 
 
 def stated(summary: Mapping[str, Any], signed: bool = False) -> str:
@@ -109,7 +110,3 @@ def undecided(measure: str, text: str) -> Reason:
         'not checked'
     """
     return Reason("not checked", measure, f"{text}: beyond the line, but the interval holds 0. Give it more rows.")
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)

@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from rlhf_recipes.tools.certificate import certify, write_certificate
-from rlhf_recipes.tools.certificate.page import clean, page, sections
+from rlhf_recipes.tools.pages.certificate import page, sections
+from rlhf_recipes.tools.pages.html import clean
 
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=1> & \x00 \ud800 ]]> <!-- $x^2$"
 

@@ -1,17 +1,14 @@
-"""The certificate as one HTML page: no scripts, nothing from the network, every text escaped."""
+"""A certificate as HTML: a page of its own, or sections of another."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from html import escape
 from typing import Any
 
-from rlhf_recipes.tools.certificate.functional.resampling import FEWEST
-from rlhf_recipes.tools.certificate.plots import draw_plots
+from rlhf_recipes.tools.pages.certificate_plots import draw_plots
+from rlhf_recipes.tools.pages.html import clean, document, table
 
 _LONGEST = 400
-_NOT_XML = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
@@ -39,26 +36,6 @@ _CAPTIONS = {
     "best_of_n": "The best of n samples by the reward model. Gold that falls while the model's own score rises is "
     "over-optimisation.",
 }
-
-
-def clean(text: object) -> str:
-    """Escape text for HTML and XML. Characters that XML does not have are replaced (`printable`).
-
-    Example:
-        >>> clean('<b> & "b"')
-        '&lt;b&gt; &amp; &quot;b&quot;'
-    """
-    return escape(printable(text))
-
-
-def printable(text: object) -> str:
-    """Replace characters that XML does not have by U+FFFD, the replacement character.
-
-    Example:
-        >>> printable("a" + chr(0) + "b") == "a" + chr(0xFFFD) + "b"
-        True
-    """
-    return _NOT_XML.sub("\ufffd", str(text))
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -114,28 +91,6 @@ def sections(measures: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def document(title: str, style: str, body: str) -> str:
-    """Put HTML into a page that loads nothing and runs nothing.
-
-    Args:
-        title: Heading of the page, as text.
-        style: CSS.
-        body: HTML that is escaped where it has to be.
-
-    Returns:
-        The page.
-    """
-    # No source is allowed for anything but the style in the page itself.
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
-        f"<title>{clean(title)}</title><style>{style}</style></head><body><h1>{clean(title)}</h1>"
-        f"{body}</body></html>\n"
-    )
-
-
 def verdict_section(verdict: Mapping[str, Any]) -> str:
     """Write the verdict with its reasons; those that were not checked come last."""
     reasons = [(reason["level"], reason["measure"], reason["text"]) for reason in verdict["reasons"]]
@@ -171,7 +126,7 @@ def _pairs(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
 
 
 def _drawn(accuracy: Mapping[str, Any]) -> str:
-    few = f"fewer than {FEWEST} different prompts: single rows were drawn, and they hold for these prompts only"
+    few = "fewer than 10 different prompts: single rows were drawn, and they hold for these prompts only"
     if accuracy.get("unit") == "rows":
         return f"The pairs have {accuracy['prompts']}. Those marked with * rest on {few}."
     return f"Whole prompts were drawn. Those marked with * rest on {few}."
@@ -277,18 +232,6 @@ def _shortened(value: Any, from_end: bool) -> str:
 
 def _groups(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     return table((name, "accuracy", "pairs"), [(row["group"], number(row), row["n"]) for row in rows])
-
-
-def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """Write a table. Every cell is escaped.
-
-    Example:
-        >>> table(["a"], [["<b>"]])
-        '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>'
-    """
-    head = "".join(f"<th>{clean(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{clean(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _figure(name: str, svg: str) -> str:
