@@ -139,7 +139,7 @@ def test_head_and_adapter_are_trained_in_float32_and_nothing_else_is(run_stage, 
     assert_close(head, start, rtol=0, atol=0.05)  # two steps of 0.01 away from the start that the seed gives
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "4-bit"])
 def test_it_learns_what_is_preferred(run_stage, write_rows, four_bit):
     rng = random.Random(0)
     rows = [

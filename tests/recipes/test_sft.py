@@ -159,7 +159,7 @@ def test_the_loss_counts_completions_with_their_end_token(run_stage, write_rows,
     assert len(seen) > 10
 
 
-@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("pad_token", [pytest.param("<pad>", marks=pytest.mark.slow), "<eos>"])
 def test_the_model_learns_to_stop(run_stage, write_rows, model_with_pad, pad_token):
     """Rows of different lengths, so that padding is next to the end token."""
     rows = [{"prompt": prompt, "completion": " good" if "so" in prompt else " good and warm"} for prompt in PROMPTS]
