@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.tracking.fake_wandb import FakeWandb
 from tests.tracking.offline import facts
@@ -59,13 +60,23 @@ def server():
 @pytest.fixture(scope="session")
 def stages(tiny_model_path, sft_adapter, reward_adapter, tiny_texts, tmp_path_factory):
     """Folder of a recipe with a reward model and a PPO run that evaluates, and whose alarm goes off."""
-    folder = tmp_path_factory.mktemp("tracked")
-    pairs = [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in tiny_texts]
-    prompts = [{"prompt": text} for text in tiny_texts]
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_stages(tmp_path_factory.mktemp("tracked"), tiny_model_path, sft_adapter, reward_adapter, tiny_texts)
+    folder = tmp_path_factory.getbasetemp().parent / "tracked"  # the first worker to need them runs them for all
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_stages(folder, tiny_model_path, sft_adapter, reward_adapter, tiny_texts)
+    return folder / "tiny"
+
+
+def run_stages(folder, model, sft_adapter, reward_adapter, texts):
+    pairs = [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in texts]
+    prompts = [{"prompt": text} for text in texts]
     for name, rows in (("pairs", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "model_name_or_path": tiny_model_path,
+        "model_name_or_path": model,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
