@@ -17,7 +17,7 @@ from tests.tracking.offline import facts
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
-# The stages of the reward model and of PPO, one after the other in one process, as the scripts are.
+# The stages of the reward model and of PPO, one after the other in one process, as scripts; and what they load.
 STAGES = """
 import importlib, pathlib, sys
 from rlhf_recipes.config import parse_stage
@@ -26,6 +26,9 @@ sys.path.insert(0, sys.argv[1])
 for config in sys.argv[2:]:
     module = importlib.import_module(pathlib.Path(config).stem)
     module.main(*parse_stage(module.ARGUMENTS, ["--config", config]))
+
+import rlhf_recipes.tools.cli
+pathlib.Path("loaded").write_text("\\n".join(sys.modules))
 """
 
 
@@ -60,9 +63,9 @@ def server():
 @pytest.fixture(scope="session")
 def stages(tiny_model_path, sft_adapter, reward_adapter, tiny_texts, tmp_path_factory):
     """Folder of a recipe with a reward model and a PPO run that evaluates, and whose alarm goes off."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return run_stages(tmp_path_factory.mktemp("tracked"), tiny_model_path, sft_adapter, reward_adapter, tiny_texts)
-    folder = tmp_path_factory.getbasetemp().parent / "tracked"  # the first worker to need them runs them for all
+    # The first to need them runs them for all workers, and for the folders of tests that import this fixture
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tracked"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
