@@ -16,6 +16,7 @@ from transformers import (
 
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.ppo.critic import is_critic_parameter
+from tests.ppo.support import slow_but
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -86,10 +87,9 @@ def trained(trainer):
 
 # Those that every run of the suite tries: of each part of a step the one that is furthest from the default
 FAST = "redistributed full_kl_in_loss adaptive bandit penalties head ptx".split()
-ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(VARIANTS, *FAST))
 def test_it_trains_and_resumes_exactly_in_the_middle_of_a_rollout(make_trainer, texts, tmp_path, name):
     fields = {"steps_per_generation": 4, "per_device_train_batch_size": 2, "max_steps": 5, **VARIANTS[name]}
     fields |= {"save_strategy": "steps", "save_steps": 3, "output_dir": str(tmp_path / "run")}
@@ -202,7 +202,10 @@ def test_with_and_without_an_adapter(make_trainer, tiny_model_path, gpt2_path, t
         assert torch.equal(parameter, after[name]), name
 
 
-@pytest.mark.parametrize("name", ["full_kl_in_loss", "ptx", "redistributed", "attention", "k1_in_loss"])
+IN_4_BITS = ["full_kl_in_loss", "ptx", "redistributed", "attention", "k1_in_loss"]
+
+
+@pytest.mark.parametrize("name", slow_but(IN_4_BITS, "full_kl_in_loss", "ptx", "redistributed"))
 def test_on_a_4_bit_base_with_checkpointing(make_trainer, texts, name):
     fields = {"ptx_dataset": texts} if name == "ptx" else {}
     trainer = make_trainer(
