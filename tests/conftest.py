@@ -13,6 +13,7 @@ os.environ.update(
 )
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import gc
 import random
 from pathlib import Path
 
@@ -36,6 +37,12 @@ _CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of the collections of garbage: each run of a trainer makes full ones."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,7 @@ from rlhf_recipes.evaluation.policy import evaluate_policy
 TEXTS = ["the film was", "a story", "this actor felt", "that ending is", "the plot", "a good", "it was", "i liked"] * 2
 
 
-def make_trainer(per_device: int) -> PPOTrainer:
-    sft_adapter, reward_adapter, out, critic = sys.argv[1:5]
+def make_trainer(per_device: int, sft_adapter: str, reward_adapter: str, out: str, critic: str) -> PPOTrainer:
     args = PPOConfig(
         f"{out}/run",
         use_cpu=True,
@@ -55,8 +54,9 @@ def fixed_batch() -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
-    trainer = make_trainer(8 // int(PPOConfig("unused", use_cpu=True, bf16=False).world_size))
+def measure(*arguments: str) -> None:
+    """Write what this process and its peers find to `result_<processes>.json` in the third argument, a folder."""
+    trainer = make_trainer(8 // int(PPOConfig("unused", use_cpu=True, bf16=False).world_size), *arguments)
     processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
 
     # 1. One evaluation of the untrained policy.
@@ -73,7 +73,7 @@ def main() -> None:
     gradients = {name: p.grad.norm().item() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
     # 3. A short training: all processes must end with the same weights.
-    trainer = make_trainer(8 // processes)
+    trainer = make_trainer(8 // processes, *arguments)
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
     gathered = trainer.accelerator.gather(weights[None])
@@ -81,10 +81,17 @@ def main() -> None:
     if rank == 0:
         result = {"processes": processes, "evaluation": evaluation, "spread": spread}
         result |= {"gradients": gradients, "metrics": metrics}
-        Path(sys.argv[3], f"result_{processes}.json").write_text(json.dumps(result))
+        Path(arguments[2], f"result_{processes}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
+
+
+def measure_as(rank: int, environment: dict[str, str], *arguments: str) -> None:
+    """Measure as one of several processes that nobody but the test launches."""
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    measure(*arguments)
     os._exit(0)  # tearing two DDP models of one process down can hang in gloo, after all work is done
 
 
 if __name__ == "__main__":
-    main()
+    measure(*sys.argv[1:])
+    os._exit(0)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 
 from rlhf_recipes.models.rows import Texts
@@ -9,6 +10,11 @@ from rlhf_recipes.rewards.record import COLUMN
 
 EOS = 1  # of the tiny tokenizer
 WORDS = range(6, 30)  # ids of plain words in it
+
+
+def slow_but(values, *often):
+    """Parameters of a test, of which the default suite tries only a few that are unlike each other."""
+    return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def answer(prompt, repeat=0, longest=8):

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from scipy.stats import chisquare
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.ppo.support import logged, rollout
+from tests.ppo.support import logged, rollout, slow_but
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
@@ -16,8 +16,17 @@ def count(completion_ids, **kwargs):
     return [0.1 * len(ids) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3", "full"])
-@pytest.mark.parametrize("start", ["trained adapter", "fresh adapter", "4-bit", "whole"])
+STARTS = {"trained adapter": ("k1", "full"), "fresh adapter": ("full",), "4-bit": ("k3",), "whole": ("full",)}
+
+
+@pytest.mark.parametrize(
+    ("start", "estimator"),
+    [
+        pytest.param(start, estimator, marks=[] if estimator in often else pytest.mark.slow)
+        for start, often in STARTS.items()
+        for estimator in ("k1", "k3", "full")
+    ],
+)
 def test_kl_is_0_at_the_start_at_any_temperature(make_trainer, tiny_model_path, start, estimator):
     """C25 and C16: policy and reference are the same network, and both divide by the temperature."""
     fresh = {"model": tiny_model_path, "reward_funcs": count, "critic_init": "policy"}
@@ -36,7 +45,7 @@ def test_kl_is_0_at_the_start_at_any_temperature(make_trainer, tiny_model_path, 
     assert first["ppo/clip_fraction"] == 0.0
 
 
-@pytest.mark.parametrize("estimator", ["k1", "full"])
+@pytest.mark.parametrize("estimator", slow_but(["k1", "full"], "full"))
 def test_the_anchors_of_the_kl_loss(make_trainer, estimator):
     """C26: to the old policy it is 0 on the first minibatch of every rollout; to the reference only of the first."""
     found = {}

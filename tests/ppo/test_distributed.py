@@ -1,7 +1,9 @@
 """Two processes compute what one computes."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
+
+from tests.ppo import ddp_worker
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 TRAIN_WORKER = Path(__file__).with_name("ddp_train_worker.py")
@@ -25,10 +29,37 @@ def run(processes, arguments, repo_root, worker=WORKER):
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-@pytest.mark.parametrize("critic", ["adapter", pytest.param("head", marks=pytest.mark.slow)])
-def test_two_processes_equal_one(critic, sft_adapter, reward_adapter, tmp_path, repo_root):
+def fork(processes, arguments):
+    """Measure on so many processes, which are forked after their imports."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    environment |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ppo.ddp_worker"])
+    ranks = range(processes)
+    workers = [context.Process(target=ddp_worker.measure_as, args=(rank, environment, *arguments)) for rank in ranks]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0] * processes
+
+
+def forked_or_here(processes, arguments, repo_root):
+    """Several processes with one import between them, which takes longer than the work; a single one is this one."""
+    if processes == 1:
+        ddp_worker.measure(*arguments)
+    else:
+        fork(processes, arguments)
+
+
+@pytest.mark.parametrize(
+    ("critic", "launch"), [("adapter", forked_or_here), pytest.param("head", run, marks=pytest.mark.slow)]
+)
+def test_two_processes_equal_one(critic, launch, sft_adapter, reward_adapter, tmp_path, repo_root):
     for processes in (1, 2):
-        run(processes, [str(sft_adapter), str(reward_adapter), str(tmp_path), critic], repo_root)
+        launch(processes, [str(sft_adapter), str(reward_adapter), str(tmp_path), critic], repo_root)
     one, two = (json.loads((tmp_path / f"result_{n}.json").read_text()) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["spread"] == 0.0

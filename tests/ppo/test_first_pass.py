@@ -27,8 +27,17 @@ def run(make_trainer, monkeypatch, shared, **fields):
     return trainer, passes.count(("default", True)), passes.count(("default", False))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize(
+    ("critic", "checkpointing"),
+    [
+        ("adapter", False),
+        ("head", True),
+        ("upper_half", True),
+        pytest.param("adapter", True, marks=pytest.mark.slow),
+        pytest.param("head", False, marks=pytest.mark.slow),
+        pytest.param("upper_half", False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_run_with_a_pass_less_in_each_rollout(make_trainer, monkeypatch, critic, checkpointing):
     fields = {**CRITICS[critic], "activation_checkpointing": checkpointing, "learning_rate": 1e-2}
     one, with_gradient, without = run(make_trainer, monkeypatch, True, **fields)

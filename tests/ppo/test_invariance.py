@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import BitsAndBytesConfig
 
 from rlhf_recipes import PPOTrainer
-from tests.ppo.support import EOS, answer, logged, rollout, trained, unpadded, without_chance
+from tests.ppo.support import EOS, answer, logged, rollout, slow_but, trained, unpadded, without_chance
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 SETUPS = ["llama", "llama_fresh_adapter", "llama_whole", "llama_4bit", "gpt2", "gpt2_whole"]
@@ -63,7 +63,7 @@ def fields_for_two_steps(**fields):
     return {"max_steps": 2, "entropy_coef": 0.01, "vf_coef": 0.5, **DESCENT, **fields}
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", slow_but(SETUPS, "llama", "llama_4bit", "gpt2_whole"))
 def test_neither_padding_nor_the_size_of_micro_batches_matters(make_trainer, setups, eight, setup):
     fields = {"dataset": eight, **setups[setup], **fields_for_two_steps()}
     whole = without_chance(make_trainer(**fields, **WHOLE))
@@ -102,7 +102,7 @@ OF_MICRO_BATCHES = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, *VARIANTS.keys() - {"token", "k3", "attention"}))
 def test_gradient_accumulation_gives_the_step_of_the_whole_rollout(make_trainer, eight, variant):
     fields = fields_for_two_steps(dataset=eight, **VARIANTS[variant])
     if variant == "ptx":  # texts of one length: their loss is a mean over the tokens of a micro-batch
@@ -157,7 +157,7 @@ def test_what_stands_in_padding_does_not_matter(make_trainer, setups, eight, set
         assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("pad", ["<unk>", "good", "<eos>"])
+@pytest.mark.parametrize("pad", slow_but(["<unk>", "good", "<eos>"], "good", "<eos>"))
 def test_the_padding_token_does_not_matter(
     make_config, make_trainer, tiny_tokenizer, sft_adapter, reward_adapter, pad
 ):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo import resume
-from tests.ppo.support import logged, trained, without_chance
+from tests.ppo.support import logged, slow_but, trained, without_chance
 
 # Two micro-batches to a step, two minibatches, two epochs: four steps to a rollout.
 SIZES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
@@ -31,9 +31,8 @@ def checkpoints(tmp_path_factory):
 def saved(make_trainer, checkpoints):
     """A whole run of six steps with a checkpoint after each, trained once for all tests, and its logs."""
     folder = checkpoints / "run"
-    trainer = without_chance(make_trainer(**SIZES, **SAVING, output_dir=str(folder)))
     if not (folder / "checkpoint-6").is_dir():
-        trainer.train()
+        without_chance(make_trainer(**SIZES, **SAVING, output_dir=str(folder))).train()
     return folder
 
 
@@ -54,7 +53,7 @@ def peaks(trainer):
     return dict(zip(of_critic, trainer.lr_scheduler.base_lrs, strict=True))
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", slow_but([2, 3, 4], 3, 4))
 def test_other_micro_batches_go_on_with_the_same_steps(make_trainer, saved, step):
     """From 4 x 2 to 2 x 4, within a rollout and between two: the same losses, up to the order of their sums."""
     whole = resumed(make_trainer, saved, step)

@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.ppo._trl import rewards as call_rewards
 from rlhf_recipes.rewards import EnsembleReward
-from tests.ppo.support import answer, logged, rollout, rollout_and_record, texts_of_ids, unpadded, without_chance
+from tests.ppo.support import (
+    answer,
+    logged,
+    rollout,
+    rollout_and_record,
+    slow_but,
+    texts_of_ids,
+    unpadded,
+    without_chance,
+)
 
 
 @pytest.fixture
@@ -98,7 +107,7 @@ def test_an_adapter_that_diverged_is_named(make_trainer, reward_adapter):
         call_rewards(trainer, [{"prompt": "the film"}], ["good"], [[7]])
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "min", "mean_minus_std"])
+@pytest.mark.parametrize("aggregation", slow_but(["mean", "min", "mean_minus_std"], "min", "mean_minus_std"))
 def test_an_ensemble_trains_and_logs_disagreement(make_trainer, adapter, aggregation):
     """Members with other readouts and normalisations, on the base that is in memory."""
     readouts = [Readout(), Readout("last", 0.25, -0.5), Readout("mean", 2.0, 1.0)]

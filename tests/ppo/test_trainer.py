@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.roles import CRITIC, POLICY, REFERENCE
 from rlhf_recipes.ppo.functional import whiten
-from tests.ppo.support import rollout, rollout_and_record, unpadded
+from tests.ppo.support import rollout, rollout_and_record, slow_but, unpadded
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -160,8 +160,15 @@ def test_before_the_first_update_kl_is_0_and_every_ratio_1(make_trainer, critic,
     assert first["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-10)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("critic", ["adapter", "head"])
+@pytest.mark.parametrize(
+    ("critic", "checkpointing"),
+    [
+        ("adapter", True),
+        ("head", False),
+        pytest.param("adapter", False, marks=pytest.mark.slow),
+        pytest.param("head", True, marks=pytest.mark.slow),
+    ],
+)
 def test_training_moves_policy_and_critic_and_nothing_else(make_trainer, critic, checkpointing):
     trainer = make_trainer(
         quantization_config=FOUR_BIT,
@@ -284,7 +291,7 @@ def test_peft_alone_loads_what_is_saved(make_trainer, tiny_model_path, tmp_path)
         assert_close(critic(input_ids=ids).logits[0], score, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("critic", ["adapter", "head"])
+@pytest.mark.parametrize("critic", slow_but(["adapter", "head"], "adapter"))
 def test_a_resumed_run_equals_one_that_never_stopped(make_trainer, critic, tmp_path):
     fields = {"critic": critic, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run")}
     whole = make_trainer(**fields)

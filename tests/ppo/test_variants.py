@@ -1,5 +1,6 @@
 """Every way to set PPO up trains, keeps what must not move, and continues from its checkpoint exactly."""
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
 
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.models.roles import is_critic_parameter
+from tests.ppo.support import slow_but
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -84,11 +86,10 @@ def trained(trainer):
 
 
 # Those that every run of the suite tries: of each part of a step the one that is furthest from the default
-FAST = "terminal redistributed placement full_kl_in_loss k3_to_old adaptive bandit penalties stops head ptx".split()
-ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+FAST = "redistributed full_kl_in_loss adaptive bandit penalties head ptx".split()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(VARIANTS, *FAST))
 def test_it_trains_and_resumes_exactly_in_the_middle_of_a_rollout(make_trainer, texts, tmp_path, name):
     fields = {"steps_per_generation": 4, "per_device_train_batch_size": 2, "max_steps": 5, **VARIANTS[name]}
     fields |= {"save_strategy": "steps", "save_steps": 3, "output_dir": str(tmp_path / "run")}
@@ -146,9 +147,17 @@ def test_a_checkpoint_without_its_rollout_is_not_resumed(make_trainer, tmp_path)
         make_trainer(**fields).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
-@pytest.mark.parametrize("critic", ["adapter", "head", "model"])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+# Every run of the suite has each pair of two choices
+PAIRWISE = {("llama", True, "adapter"), ("llama", False, "head"), ("llama", True, "model")}
+PAIRWISE |= {("gpt2", False, "adapter"), ("gpt2", True, "head"), ("gpt2", False, "model")}
+CHOICES = [
+    pytest.param(*choice, id="-".join([choice[0], "lora" if choice[1] else "whole", choice[2]]), marks=marks)
+    for choice in itertools.product(["llama", "gpt2"], [True, False], ["adapter", "head", "model"])
+    for marks in [[] if choice in PAIRWISE else pytest.mark.slow]
+]
+
+
+@pytest.mark.parametrize(("architecture", "lora", "critic"), CHOICES)
 def test_with_and_without_an_adapter(make_trainer, tiny_model_path, gpt2_path, tmp_path, architecture, lora, critic):
     path = tiny_model_path if architecture == "llama" else gpt2_path
     fields = {
@@ -193,7 +202,10 @@ def test_with_and_without_an_adapter(make_trainer, tiny_model_path, gpt2_path, t
         assert torch.equal(parameter, after[name]), name
 
 
-@pytest.mark.parametrize("name", ["full_kl_in_loss", "ptx", "redistributed", "attention", "k1_in_loss"])
+IN_4_BITS = ["full_kl_in_loss", "ptx", "redistributed", "attention", "k1_in_loss"]
+
+
+@pytest.mark.parametrize("name", slow_but(IN_4_BITS, "full_kl_in_loss", "ptx", "redistributed"))
 def test_on_a_4_bit_base_with_checkpointing(make_trainer, texts, name):
     fields = {"ptx_dataset": texts} if name == "ptx" else {}
     trainer = make_trainer(

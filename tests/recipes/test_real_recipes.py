@@ -166,6 +166,7 @@ def reward_judge(run_stage, repo_root, base, tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_movie_sentiment_on_real_reviews(stages, make_pairs, reward_judge, shared_data):
     data = make_pairs(shared_data / "movie_reviews" / "reviews.jsonl.gz", max_words=20)
     assert len(load_rows(str(data / "texts"))) > 1300
@@ -186,6 +187,7 @@ def test_movie_sentiment_pairs_of_real_snippets(make_pairs, shared_data):
         assert all(labels[row["chosen"].strip()] == 1 and labels[row["rejected"].strip()] == 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_hh_rlhf_on_real_dialogues(stages, write_folder, shared_data):
     rows = load_rows(str(shared_data / "hh_harmless" / "pairs.jsonl.gz")).to_list()
     folder = write_folder(rows[:60], rows[-20:])

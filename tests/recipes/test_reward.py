@@ -55,7 +55,36 @@ def model_with(tiny_model_path, tmp_path):
     return make
 
 
+def check_the_files(folder, *parents):
+    """Check what a stage of two steps with the quickstart's configuration leaves behind."""
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert adapter["base_model.model.score.weight"].dtype == torch.float32
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("SEQ_CLS", parents[0])
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert {"accuracy", "accuracy_ci", "margin", "chosen_score", "rejected_score"} < evaluation.keys()
+    assert {"log_loss", "n", "ties"} < evaluation.keys()
+    assert {rule["n"] for rule in evaluation["baselines"].values()} == {evaluation["n"]}
+    assert evaluation["baselines"].keys() == {"longer", "shorter", "tfidf"}
+    assert state["log_history"][-1]["eval_accuracy"] == evaluation["accuracy"]
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["recipe"], run["stage"]) == ("tiny", "reward")
+    assert [parent["path"] for parent in run["parents"]] == list(parents)
+
+
+def test_with_the_quickstart_configuration(run_stage, repo_root, tiny_model_path, write_rows):
+    config = repo_root / "recipes" / "quickstart" / "reward.yaml"
+    rows = write_rows(PAIRS * 4)
+    stage = run_stage("reward", config=config, dataset_name=rows)
+    check_the_files(stage.folder, tiny_model_path, rows)
+    assert stage.trainer.model.get_base_model().is_loaded_in_4bit
+
+
+@pytest.mark.slow
 def test_launched_with_the_quickstart_configuration(repo_root, tiny_model_path, write_rows, tmp_path):
+    """`tests/recipes/test_ppo.py` launches the stage of PPO in every run of the suite."""
     folder = tmp_path / "tiny" / "reward"
     options = {
         "config": repo_root / "recipes" / "quickstart" / "reward.yaml",
@@ -73,22 +102,7 @@ def test_launched_with_the_quickstart_configuration(repo_root, tiny_model_path, 
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=repo_root, env=environment, timeout=180
     )
     assert result.returncode == 0, result.stderr
-
-    adapter = load_file(folder / "adapter_model.safetensors")
-    assert adapter["base_model.model.score.weight"].dtype == torch.float32
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["task_type"], config["base_model_name_or_path"]) == ("SEQ_CLS", tiny_model_path)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert {"accuracy", "accuracy_ci", "margin", "chosen_score", "rejected_score"} < evaluation.keys()
-    assert {"log_loss", "n", "ties"} < evaluation.keys()
-    assert {rule["n"] for rule in evaluation["baselines"].values()} == {evaluation["n"]}
-    assert evaluation["baselines"].keys() == {"longer", "shorter", "tfidf"}
-    assert state["log_history"][-1]["eval_accuracy"] == evaluation["accuracy"]
-    run = json.loads((folder / "run.json").read_text())
-    assert (run["recipe"], run["stage"]) == ("tiny", "reward")
-    assert [parent["path"] for parent in run["parents"]] == [tiny_model_path, options["dataset_name"]]
+    check_the_files(folder, tiny_model_path, options["dataset_name"])
     assert list((folder / "wandb").glob("offline-run-*")), "without an API key the W&B run is kept offline"
     assert "2/2" in result.stderr, "there is a progress bar"
     assert "gemv_4bit: an autograd kernel was not registered" not in result.stderr
@@ -125,7 +139,7 @@ def test_head_and_adapter_are_trained_in_float32_and_nothing_else_is(run_stage, 
     assert_close(head, start, rtol=0, atol=0.05)  # two steps of 0.01 away from the start that the seed gives
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "4-bit"])
 def test_it_learns_what_is_preferred(run_stage, write_rows, four_bit):
     rng = random.Random(0)
     rows = [

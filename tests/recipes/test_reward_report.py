@@ -43,7 +43,7 @@ def report(load_stage, tiny_model_path, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "4-bit"])
 def test_report_of_a_trained_reward_model(run_stage, report, write_rows, capsys, four_bit):
     data = write_rows(make_rows(160, seed=0))
     options = {"max_steps": 40, "lora_r": 8, "per_device_train_batch_size": 8, "load_in_4bit": four_bit}

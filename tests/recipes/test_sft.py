@@ -42,7 +42,34 @@ def model_with_pad(tiny_model_path, tmp_path):
     return make
 
 
+def check_the_files(folder, *parents):
+    """Check what a stage of two steps with the quickstart's configuration leaves behind."""
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert adapter
+    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in adapter.items())
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == parents[0]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert any("eval_loss" in entry for entry in state["log_history"])
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["loss"]))
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["recipe"], run["stage"]) == ("tiny", "sft")
+    assert [parent["path"] for parent in run["parents"]] == list(parents)
+
+
+def test_with_the_quickstart_configuration(run_stage, repo_root, tiny_model_path, write_rows, capsys):
+    config = repo_root / "recipes" / "quickstart" / "sft.yaml"
+    rows = write_rows(COMPLETIONS * 4)
+    stage = run_stage("sft", config=config, dataset_name=rows)
+    check_the_files(stage.folder, tiny_model_path, rows)
+    assert stage.trainer.model.get_base_model().is_loaded_in_4bit
+    assert "gradients, Adam" in capsys.readouterr().out  # the table of what is trained
+
+
+@pytest.mark.slow
 def test_launched_with_the_quickstart_configuration(repo_root, tiny_model_path, write_rows, tmp_path):
+    """`tests/recipes/test_ppo.py` launches the stage of PPO in every run of the suite."""
     folder = tmp_path / "tiny" / "sft"
     options = {
         "config": repo_root / "recipes" / "quickstart" / "sft.yaml",
@@ -61,19 +88,7 @@ def test_launched_with_the_quickstart_configuration(repo_root, tiny_model_path, 
     )
     assert result.returncode == 0, result.stderr
     assert "gradients, Adam" in result.stdout  # the table of what is trained
-
-    adapter = load_file(folder / "adapter_model.safetensors")
-    assert adapter
-    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in adapter.items())
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model_path
-    state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    assert any("eval_loss" in entry for entry in state["log_history"])
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["loss"]))
-    run = json.loads((folder / "run.json").read_text())
-    assert (run["recipe"], run["stage"]) == ("tiny", "sft")
-    assert [parent["path"] for parent in run["parents"]] == [tiny_model_path, options["dataset_name"]]
+    check_the_files(folder, tiny_model_path, options["dataset_name"])
     assert list((folder / "wandb").glob("offline-run-*")), "without an API key the W&B run is kept offline"
     assert "2/2" in result.stderr, "there is a progress bar"
     assert "gemv_4bit: an autograd kernel was not registered" not in result.stderr
@@ -144,7 +159,7 @@ def test_the_loss_counts_completions_with_their_end_token(run_stage, write_rows,
     assert len(seen) > 10
 
 
-@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("pad_token", [pytest.param("<pad>", marks=pytest.mark.slow), "<eos>"])
 def test_the_model_learns_to_stop(run_stage, write_rows, model_with_pad, pad_token):
     """Rows of different lengths, so that padding is next to the end token."""
     rows = [{"prompt": prompt, "completion": " good" if "so" in prompt else " good and warm"} for prompt in PROMPTS]

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
 import warnings
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pyarrow
@@ -21,7 +19,6 @@ from rlhf_recipes.tools.report import write_report
 from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
 from rlhf_recipes.tools.report.sections import shown, verdict
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=1> & \x00 \x1b ]]> <!-- $x^2$ _{"
 ODD = "\u202e\u0000\ufffe\U0001f600 \u0645\u0631\u062d\u0628\u0627 z\u0351\u036b\u0343 \ud800"
 
@@ -302,17 +299,19 @@ def test_any_json_has_a_report(tmp_path_factory, values, entry):
     page_of(folder, out=folder / "out")
 
 
-def test_the_command_prints_the_path(tmp_path, capsys):
+def test_the_command_prints_the_path(tmp_path, capsys, monkeypatch):
     write_json(tmp_path / "run/sft/evaluation.json", {"loss": 1.0})
     path = tmp_path / "run/report/report.html"
     assert main(["report", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == f"{path}\n"
     assert path.exists()
-    command = [sys.executable, "-m", "rlhf_recipes.tools.report", "run", "--output_dir", "elsewhere"]
-    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines()[-1] == "elsewhere/report.html"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", "run", "--output_dir", "elsewhere"])
+    monkeypatch.delitem(sys.modules, "rlhf_recipes.tools.report.__main__", raising=False)
+    with pytest.raises(SystemExit) as stopped:  # as `python -m` does
+        runpy.run_module("rlhf_recipes.tools.report", run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == "elsewhere/report.html\n"
     assert (tmp_path / "elsewhere/report.html").exists()
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.tracking.fake_wandb import FakeWandb
 from tests.tracking.offline import facts
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
-# The stages of the reward model and of PPO, one after the other in one process, as the scripts are.
+# The stages of the reward model and of PPO, one after the other in one process, as scripts; and what they load.
 STAGES = """
 import importlib, pathlib, sys
 from rlhf_recipes.config import parse_stage
@@ -25,6 +26,9 @@ sys.path.insert(0, sys.argv[1])
 for config in sys.argv[2:]:
     module = importlib.import_module(pathlib.Path(config).stem)
     module.main(*parse_stage(module.ARGUMENTS, ["--config", config]))
+
+import rlhf_recipes.tools.cli
+pathlib.Path("loaded").write_text("\\n".join(sys.modules))
 """
 
 
@@ -59,13 +63,23 @@ def server():
 @pytest.fixture(scope="session")
 def stages(tiny_model_path, sft_adapter, reward_adapter, tiny_texts, tmp_path_factory):
     """Folder of a recipe with a reward model and a PPO run that evaluates, and whose alarm goes off."""
-    folder = tmp_path_factory.mktemp("tracked")
-    pairs = [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in tiny_texts]
-    prompts = [{"prompt": text} for text in tiny_texts]
+    # The first to need them runs them for all workers, and for the folders of tests that import this fixture
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tracked"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_stages(folder, tiny_model_path, sft_adapter, reward_adapter, tiny_texts)
+    return folder / "tiny"
+
+
+def run_stages(folder, model, sft_adapter, reward_adapter, texts):
+    pairs = [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in texts]
+    prompts = [{"prompt": text} for text in texts]
     for name, rows in (("pairs", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "model_name_or_path": tiny_model_path,
+        "model_name_or_path": model,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,

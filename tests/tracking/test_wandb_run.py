@@ -1,10 +1,10 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -38,35 +38,37 @@ start("ppo", parent=["outputs/sft"])
 start("sft", parent="org/model")
 """
 
-# Only the mode that is handed to W&B.
-MODE = """
+# Only the mode that is handed to W&B, which remembers its settings: a process for each case, forked after the imports.
+MODES = """
+import json, os, sys
 import wandb
 from rlhf_recipes.tracking import start_run
 
-class Asked(Exception):
-    pass
-
 def init(**options):
-    raise Asked(options["mode"])
+    print("MODE", options["mode"], flush=True)
+    os._exit(0)
 
 wandb.init = init
-try:
-    start_run(recipe="r", stage="sft", output_dir="out", config={}, report_to=["wandb"])
-except Asked as asked:
-    print("MODE", asked)
+for variables in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(variables)
+        start_run(recipe="r", stage="sft", output_dir="out", config={}, report_to=["wandb"])
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def run_alone(code, folder, **variables):
+def run_alone(code, folder, *arguments):
     """Run code in a process without W&B settings, credentials or a terminal, with an empty home."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
     paths = os.pathsep.join(sys.path)
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=folder,
-        env=clean | {"HOME": str(home), "PYTHONPATH": paths} | variables,
+        env=clean | {"HOME": str(home), "PYTHONPATH": paths},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -97,17 +99,10 @@ def test_stages_share_a_group_and_point_at_their_parents_without_a_key(tmp_path)
     assert read_run(tmp_path / "outputs" / "ppo")["wandb_run_id"] == ppo["id"]
 
 
-@pytest.mark.parametrize(
-    ("variables", "mode"),
-    [
-        ({}, "offline"),
-        ({"WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}, "None"),
-        ({"WANDB_MODE": "disabled"}, "None"),
-    ],
-    ids=["no key", "key", "chosen"],
-)
-def test_offline_only_without_a_key_and_a_choice(tmp_path, variables, mode):
-    assert f"MODE {mode}\n" in run_alone(MODE, tmp_path, **variables)
+def test_offline_only_without_a_key_and_a_choice(tmp_path):
+    no_key, key, chosen = {}, {"WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}, {"WANDB_MODE": "disabled"}
+    output = run_alone(MODES, tmp_path, json.dumps([no_key, key, chosen]))
+    assert re.findall(r"^MODE (\w+)$", output, re.MULTILINE) == ["offline", "None", "None"]
 
 
 def test_without_wandb_the_lineage_is_written_and_wandb_is_not_imported(tmp_path, monkeypatch):
