@@ -4,8 +4,9 @@ import ast
 import importlib.util
 import inspect
 import json
+import operator
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -15,18 +16,20 @@ import torch
 import yaml
 from datasets import Dataset
 from torch.testing import assert_close
-from trl import ModelConfig, SFTConfig
+from trl import GRPOTrainer, ModelConfig, SFTConfig
 
-from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes import PPOConfig, PPOTrainer, shaping
 from rlhf_recipes.config import DataArguments
 from rlhf_recipes.data import to_completions, to_preferences, to_prompts
 from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
+from rlhf_recipes.ppo import functional
 from rlhf_recipes.ppo.config import contradictions
 from rlhf_recipes.ppo.setup import configured_transforms
 from rlhf_recipes.ppo.unused import NOT_HONOURED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig, pairwise_evaluation
 from rlhf_recipes.shaping import place_terminal, place_uniform, potential_shaping
+from tests.models.support import make_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -35,6 +38,8 @@ PPO, SHAPING = ROOT / "docs" / "ppo_fields.md", ROOT / "docs" / "shaping.md"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 METRICS = ROOT / "docs" / "metrics.md"
 GUIDE = ROOT / "docs" / "guides" / "custom_reward.md"
+CRITIC_GUIDE = ROOT / "docs" / "guides" / "custom_critic.md"
+DESIGN = ROOT / "docs" / "design.md"
 YOUR_DATA = ROOT / "docs" / "your_model_and_data.md"
 
 
@@ -259,6 +264,34 @@ def test_examples_train_and_save(page, block, reward, expected, run_example, tmp
     assert (tmp_path / trainer.args.output_dir / "adapter_model.safetensors").is_file()
 
 
+def test_the_critic_of_the_guide_trains_and_resumes(run_example, tmp_path):
+    names = run_example(CRITIC_GUIDE, 0)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 2
+    critic = names["RecurrentCritic"](len(names["tokenizer"]))
+    before = [parameter.clone() for parameter in critic.network.parameters()]
+    critic.load(tmp_path / trainer.args.output_dir / "critic")
+    for parameter, trained, start in zip(
+        critic.network.parameters(), trainer.critic.network.parameters(), before, strict=True
+    ):
+        assert torch.equal(parameter, trained)
+        assert not torch.equal(parameter, start)
+    logged = [entry["critic/value_loss"] for entry in trainer.state.log_history if "critic/value_loss" in entry]
+    assert min(logged) > 0
+
+
+def test_the_critic_of_the_guide_does_not_see_the_token_that_it_values(run_example):
+    critic = run_example(CRITIC_GUIDE, 0)["trainer"].critic
+    texts = make_texts([1, 3], [4, 2])
+    texts = replace(texts, prompt_ids=texts.prompt_ids % 20, completion_ids=texts.completion_ids % 20)
+    changed = texts.completion_ids.clone()
+    changed[:, 1] = 21
+    with torch.no_grad():
+        values, others = (critic.forward(each) for each in (texts, replace(texts, completion_ids=changed)))
+    assert torch.equal(values[:, :2], others[:, :2])
+    assert (values[0, 2:4] != others[0, 2:4]).all()
+
+
 def test_reward_with_a_state_works(run_example):
     keyword = run_example(GUIDE, 1)["Keyword"](["rain", "roof"])
     assert keyword(prompts=["a"] * 2, completions=["rain on rain", "the roof in the rain"]) == [1.0, 2.0]
@@ -306,3 +339,33 @@ def test_reviews_of_the_quickstart_are_of_its_world(run_example, capsys):
     prompt, completion = re.search(r"prompt +(.*)\ncompletion +(.*)\n", QUICKSTART.read_text()).groups()
     parts = gold.parts(prompt, completion)
     assert parts["malformed"] == parts["off_topic"] == 0.0
+
+
+def test_all_overrides_of_trl_are_told():
+    rows = table_rows(section(DESIGN, "## Why a subclass of GRPOTrainer"))
+    told = {name: kind for row in rows for name in re.findall(r"`([^`]+)`", row[0]) for kind in [row[1]]}
+    own = {name: value for name, value in vars(PPOTrainer).items() if inspect.isfunction(value)}
+    overrides = {name: value for name, value in own.items() if hasattr(GRPOTrainer, name)}
+    assert set(told) == set(overrides)
+    for name, value in overrides.items():
+        calls_parent = f"super().{name}(" in inspect.getsource(value)
+        assert told[name].startswith("extend") == calls_parent, name
+
+
+def test_the_walk_through_a_step_names_what_is_there():
+    steps = table_rows(section(DESIGN, "## One step, from prompt to optimizer"))
+    assert [row[0] for row in steps] == [str(number) for number in range(1, 11)]
+    files = set()
+    for _, _, where, formulas in steps:
+        for part in where.split(";"):
+            path, *names = re.findall(r"`([^`]+)`", part)
+            files.add(path)
+            module = importlib.import_module(f"rlhf_recipes.ppo.{path.removesuffix('.py')}")
+            for name in names:
+                value = operator.attrgetter(name)(module)
+                assert inspect.getmodule(value) is module, f"{name} is not in {path}"
+        for name in re.findall(r"`([^`]+)`", formulas):
+            assert hasattr(functional, name) or hasattr(shaping, name), name
+    assert files == {f"{name}.py" for name in "trainer rollout passes critics token_rewards objective updates".split()}
+    lines = sum(len((ROOT / "rlhf_recipes" / "ppo" / file).read_text().splitlines()) for file in files)
+    assert lines <= 1600, "one step is read in so many lines"

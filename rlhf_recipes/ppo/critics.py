@@ -334,5 +334,5 @@ def build_critic(
         if args.critic_init == "policy":
             nn.init.zeros_(classifier.score.weight)
     if critic.network is not None:
-        policy.add_module(CRITIC_MODEL, critic.network)
+        policy.add_module(CRITIC_MODEL, critic.network.to(policy.device))
     return critic

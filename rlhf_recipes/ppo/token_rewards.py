@@ -83,8 +83,7 @@ class TokenRewards:
     def __init__(
         self, args: PPOConfig, placement: Placement | None = None, transforms: Sequence[ScoreTransform] = ()
     ) -> None:
-        self._args = args
-        self._placement = placement
+        self._args, self._placement = args, placement
         for index, transform in enumerate(transforms):
             if not callable(transform) or not hasattr(transform, "name"):
                 raise TypeError(
