@@ -199,17 +199,21 @@ class EvaluatedRows:
         if "loss" in of_steps:
             logs[f"{prefix}_loss"] = of_steps.pop("loss") + vf_coef * of_steps.get("critic/value_loss", 0.0)
         batches.update({name: [value] for name, value in of_steps.items()})
-        if self._parts:
-            facts = self._joined()
-            exact = facts.metrics(kl_coef) | facts.metrics_of_trl(functions, weights)
-            batches.update({name: [value] for name, value in exact.items()})
-            self.begin(None)
+        batches.update({name: [value] for name, value in self.collect(kl_coef, functions, weights).items()})
         if prefix != "eval":  # one of several data sets; TRL would call all of theirs `eval_`
             for name, values in batches.items():
                 known = [value for value in values if not math.isnan(value)]
                 mean: Any = sum(known) / len(known) if known else None
                 logs[f"{prefix}_{name}"] = mean
             batches.clear()
+
+    def collect(self, kl_coef: float, functions: Sequence[str], weights: Tensor) -> dict[str, float]:
+        """Sum up all completions since `begin`, and forget them; the arguments are those of `log`."""
+        if not self._parts:
+            return {}
+        facts = self._joined()
+        self.begin(None)
+        return facts.metrics(kl_coef) | facts.metrics_of_trl(functions, weights)
 
     def _joined(self) -> RolloutFacts:
         length = max(part.mask.size(1) for part in self._parts)

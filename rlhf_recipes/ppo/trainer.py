@@ -500,7 +500,7 @@ class PPOTrainer(GRPOTrainer):
         self._metrics[self.mode].pop("frac_reward_zero_std", None)  # about groups
         # TRL's table shows the group's advantages; PPO's are per token, so it gets their mean over each completion
         gathered = self.accelerator.gather(advantages).tolist()
-        for _ in gathered:
+        for _ in gathered[: len(self._logs["advantages"])]:  # it holds no more than a rollout has
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(gathered)
 

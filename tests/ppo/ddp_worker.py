@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.evaluation.policy import evaluate_policy
+from tests.ppo.support import without_chance
 
 TEXTS = ["the film was", "a story", "this actor felt", "that ending is", "the plot", "a good", "it was", "i liked"] * 2
 
@@ -46,6 +47,7 @@ def fixed_batch() -> dict[str, torch.Tensor]:
         "completion_ids": ids[:, 4:],
         "completion_mask": mask,
         "value_mask": mask,
+        "ref_per_token_logps": torch.zeros(8, 7),
         "old_per_token_logps": -3 * torch.rand(8, 7, generator=generator),
         "old_values": torch.randn(8, 7, generator=generator),
         "returns": torch.randn(8, 7, generator=generator),
@@ -62,7 +64,12 @@ def measure(*arguments: str) -> None:
     # 1. One evaluation of the untrained policy.
     evaluation = evaluate_policy(trainer, trainer.eval_dataset, rows=10, seed=3)
 
-    # 2. The gradient of one fixed batch, split over the processes.
+    # 2. The metrics of an evaluation whose last batch is not full, of completions that do not depend on chance.
+    rows = without_chance(trainer).evaluate(trainer.eval_dataset.select(range(7)))
+    rows = {name: value for name, value in rows.items() if not name.endswith(("_runtime", "_per_second", "_spread", "_time"))}
+    trainer = make_trainer(trainer.args.per_device_train_batch_size, *arguments)
+
+    # 3. The gradient of one fixed batch, split over the processes.
     trainer.model.train()
     trainer.current_gradient_accumulation_steps, trainer._step = 1, 1
     size = 8 // processes
@@ -72,14 +79,14 @@ def measure(*arguments: str) -> None:
     metrics = trainer.step_metrics["train"].collect()
     gradients = {name: p.grad.norm().item() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
-    # 3. A short training: all processes must end with the same weights.
+    # 4. A short training: all processes must end with the same weights.
     trainer = make_trainer(8 // processes, *arguments)
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
     gathered = trainer.accelerator.gather(weights[None])
     spread = (gathered - gathered[0]).abs().max().item()
     if rank == 0:
-        result = {"processes": processes, "evaluation": evaluation, "spread": spread}
+        result = {"processes": processes, "evaluation": evaluation, "rows": rows, "spread": spread}
         result |= {"gradients": gradients, "metrics": metrics}
         Path(arguments[2], f"result_{processes}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()

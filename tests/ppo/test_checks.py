@@ -302,7 +302,7 @@ def files(folder):
     ("step", "cause"),
     [
         (1, "The batch itself is finite"),  # within the first rollout, whose values were fine
-        (2, r"The batch already holds such numbers in \['advantages', 'old_values', 'returns'\]"),
+        (2, r"The batch already holds such numbers in \['old_values', 'advantages', 'returns'\]"),
     ],
     ids=["within a rollout", "from the rollout on"],
 )

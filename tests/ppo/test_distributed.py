@@ -63,6 +63,8 @@ def test_two_processes_equal_one(critic, launch, sft_adapter, reward_adapter, tm
     one, two = (json.loads((tmp_path / f"result_{n}.json").read_text()) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["spread"] == 0.0
+    assert two["rows"] == pytest.approx(one["rows"], rel=1e-5, abs=1e-6)
+    assert {"eval_kl", "eval_loss", "eval_reward", "eval_completions/mean_length"} <= two["rows"].keys()
     assert two["gradients"] == pytest.approx(one["gradients"], rel=1e-4, abs=1e-7)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-7)
     assert "ppo/ratio_max" in two["metrics"]

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-import rlhf_recipes.ppo.trainer as ppo_trainer
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.ppo import checks
 
 ADAPTIVE = {"kl_controller": "adaptive", "kl_coef": 0.1, "kl_horizon": 16}
@@ -18,17 +18,16 @@ def logged(trainer, name):
 @pytest.fixture
 def rollouts(monkeypatch):
     """KL of each rollout's completions, token by token, without padding."""
-    original, found = ppo_trainer.policy_and_reference, []
+    original, rollouts = PPOTrainer._run_networks, []
 
-    def watched(trainer, batch, batch_size):
-        made = original(trainer, batch, batch_size)
-        counts = batch["completion_mask"].bool()
-        rows = zip(made["kl"], counts, strict=True)
-        found.append([[value.item() for value in row[kept]] for row, kept in rows])
-        return made
+    def watched(trainer, texts):
+        outputs = original(trainer, texts)
+        rows = zip(outputs[-1], texts.completion_mask.bool(), strict=True)
+        rollouts.append([[value.item() for value in row[counts]] for row, counts in rows])
+        return outputs
 
-    monkeypatch.setattr(ppo_trainer, "policy_and_reference", watched)
-    return found
+    monkeypatch.setattr(PPOTrainer, "_run_networks", watched)
+    return rollouts
 
 
 @pytest.mark.parametrize("unit", ["completion", "token"])
@@ -49,13 +48,12 @@ def test_the_coefficient_follows_the_kl_in_the_unit_of_its_target(make_trainer, 
     assert seen == ([(target, *both) for both in measured] if unit == "completion" else [])
 
 
-def test_a_target_in_the_wrong_unit_is_reported_once(make_trainer, caplog):
-    trainer = make_trainer(**ADAPTIVE, kl_target=0.1)
+def test_a_target_in_the_wrong_unit_is_reported(make_config, caplog):
+    args = make_config(**ADAPTIVE, kl_target=0.1)
     with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.checks"):
-        trainer._check_kl_unit({"kl": 0.4, "kl_per_token": 0.05})
-        assert not caplog.records, "missed, but not by the length of a completion"
-        for _ in range(2):
-            trainer._check_kl_unit({"kl": 3.6, "kl_per_token": 0.12})
+        assert not checks.warn_of_kl_unit(args, 0.4, 0.05), "missed, but not by the length of a completion"
+        assert not caplog.records
+        assert checks.warn_of_kl_unit(args, 3.6, 0.12)
     (said,) = [record.getMessage() for record in caplog.records]
     assert "`kl_target` is 0.1 nats per completion, but completions are 3.6 nats from the reference, 0.12 for" in said
     assert "`kl_target_per: token`" in said
@@ -64,8 +62,16 @@ def test_a_target_in_the_wrong_unit_is_reported_once(make_trainer, caplog):
 @pytest.mark.parametrize(
     "fields", [{"kl_controller": "fixed"}, {"kl_controller": "adaptive", "kl_target_per": "token"}]
 )
-def test_a_target_that_is_not_read_or_is_per_token_is_not_reported(make_trainer, caplog, fields):
-    trainer = make_trainer(kl_target=0.1, **fields)
+def test_a_target_that_is_not_read_or_is_per_token_is_not_reported(make_config, caplog, fields):
     with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.checks"):
-        trainer._check_kl_unit({"kl": 3.6, "kl_per_token": 0.12})
+        assert not checks.warn_of_kl_unit(make_config(kl_target=0.1, **fields), 3.6, 0.12)
     assert not caplog.records
+
+
+def test_a_run_reports_it_once(make_trainer, caplog, monkeypatch):
+    trainer = make_trainer(**ADAPTIVE, **THREE_ROLLOUTS)
+    monkeypatch.setattr(checks, "looks_like_per_token", lambda *numbers: True)
+    with caplog.at_level(logging.WARNING, logger="rlhf_recipes.ppo.checks"):
+        trainer.train()
+    assert len(logged(trainer, "kl")) == 3
+    assert len(caplog.records) == 1

@@ -123,7 +123,7 @@ def test_the_exact_kl_with_a_trained_output_layer_is_that_of_plain_logits(make):
     assert moved > 0.1
     trainer.model.eval()
     batch = trainer._generate_and_score_completions([trainer.train_dataset[row] for row in range(8)])
-    logged = trainer._metrics["eval"]["kl"][-1]
+    logged = trainer.evaluated.collect(0.0, trainer.reward_func_names, trainer.reward_weights)["kl"]
     sums = []
     for row in range(8):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
