@@ -1,4 +1,4 @@
-"""What evaluations ask of a trainer's engine: samples, rewards, and its last rollout; calls what is inside TRL."""
+"""Samples, rewards and the last rollout of a trainer's engine, for evaluations; calls what is inside TRL."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def rewards(
 ) -> Tensor:
     """Call all reward functions of a trainer: rewards of all processes, shape `(processes * B, functions)`."""
     prompts = [row["prompt"] for row in rows]
-    found: Tensor = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
+    rewards_per_func: Tensor = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
     # What a function logs of these completions is not of the next rollout, to which TRL would add it
     trainer._pending_extra_logs.clear()
     trainer._pending_metrics.clear()
-    return found
+    return rewards_per_func
 
 
 def last_rollout(trainer: Any) -> list[dict[str, Any]]:

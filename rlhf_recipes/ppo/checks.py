@@ -1,4 +1,4 @@
-"""What must hold before the first update, and a clear error where it does not."""
+"""Checks of what must hold before and in training, each with a clear error."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
         TypeError: If `placement` or `potential` is no function.
         ValueError: With the names and the fix.
     """
-    for name, given in (("placement", placement), ("potential", potential)):
-        if given is not None and not callable(given):
-            raise TypeError(f"`{name}` must be a function, got {given!r}. Words are for `PPOConfig.reward_placement`.")
+    for name, function in (("placement", placement), ("potential", potential)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"`{name}` must be a function, got {function!r}. Words are for `PPOConfig.reward_placement`."
+            )
     bandit = args.advantage_estimator == "bandit"
     if bandit and (placement is not None or potential is not None):
         raise ValueError(

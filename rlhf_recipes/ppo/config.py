@@ -313,8 +313,8 @@ class PPOConfig(GRPOConfig):
     def _keep_roles_when_recomputing(self) -> None:
         # A recomputed layer must see the adapter of its forward pass, the policy's or the critic's, which only
         # non-reentrant checkpointing can restore.
-        given: Any = self.activation_checkpointing_kwargs or {}
-        kwargs = dict(given)
+        configured: Any = self.activation_checkpointing_kwargs or {}
+        kwargs = dict(configured)
         if kwargs.get("use_reentrant"):
             raise ValueError(
                 "`activation_checkpointing_kwargs` asks for `use_reentrant: true`, which would recompute the critic "

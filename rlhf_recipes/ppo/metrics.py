@@ -1,4 +1,4 @@
-"""What is logged of a rollout and of the micro-batches of its updates.
+"""Metrics of a rollout, of an evaluation, and of the micro-batches of updates.
 
 `B` completions, `T` completion tokens.
 """

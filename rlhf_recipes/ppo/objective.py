@@ -1,4 +1,4 @@
-"""The loss of one micro-batch: what is minimised, and what is logged of it."""
+"""The loss of one micro-batch, and its metrics."""
 
 from __future__ import annotations
 

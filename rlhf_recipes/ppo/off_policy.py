@@ -1,4 +1,4 @@
-"""Whether the completions of a rollout are the policy's own samples, by the moments of their log-probabilities.
+"""Moments of log-probabilities that show whether completions are the policy's own samples.
 
 `B` completions, `T` completion tokens, `V` vocabulary.
 """

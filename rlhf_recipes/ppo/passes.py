@@ -1,4 +1,4 @@
-"""How PPO runs policy and reference: completions are sampled, and a pass over them gives log-probabilities and the KL.
+"""Run policy and reference: sample completions, and compute their log-probabilities and the KL.
 
 This file and `_trl.py` are the places that call what is inside TRL. `B` completions, `T` completion tokens (padded on
 the right), `H` hidden size, `V` vocabulary.

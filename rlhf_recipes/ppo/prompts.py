@@ -95,13 +95,13 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfi
     return PromptRules(tokenizer, longest, embeddings, template)
 
 
-def training_rows(given: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
+def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
     """Check the training data and their format, and make a stream endless.
 
     Raises:
         ValueError: If the configuration asks for what a stream cannot give.
     """
-    rows = check_rows(given, "train_dataset", rules, args.prompts_per_rollout)
+    rows = check_rows(dataset, "train_dataset", rules, args.prompts_per_rollout)
     check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
     if not isinstance(rows, IterableDataset):
         return rows
@@ -113,21 +113,21 @@ def training_rows(given: Any, rules: PromptRules, args: PPOConfig, policy: Any) 
     return endless(rows, args.prompts_per_rollout, args.seed if args.shuffle_dataset else None)
 
 
-def evaluation_rows(given: Any, rules: PromptRules, policy: Any) -> Any:
+def evaluation_rows(dataset: Any, rules: PromptRules, policy: Any) -> Any:
     """Check the evaluation data, if there are any, and their format."""
-    if given is None:
+    if dataset is None:
         return None
-    rows = check_rows(given, "eval_dataset", rules)
+    rows = check_rows(dataset, "eval_dataset", rules)
     for each in rows.values() if isinstance(rows, dict) else [rows]:
         check_prompt_format(each, rules.tokenizer, policy, rules.template_kwargs)
     return rows
 
 
-def check_rows(given: Any, name: str, rules: PromptRules, needed: int = 1) -> Any:
+def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> Any:
     """Check the rows of a run: those of a data set now, those of a stream as they come.
 
     Args:
-        given: A `Dataset`, an `IterableDataset`, or a dictionary of such.
+        dataset: A `Dataset`, an `IterableDataset`, or a dictionary of such.
         name: The argument's name, for the messages.
         rules: What holds for every prompt.
         needed: Different prompts in one rollout. TRL drops an incomplete one, so with fewer nothing would be trained.
@@ -140,42 +140,44 @@ def check_rows(given: Any, name: str, rules: PromptRules, needed: int = 1) -> An
         ValueError: If there is no column `prompt`, there are too few rows, or a prompt cannot be used; for a stream
             when that row comes.
     """
-    if isinstance(given, dict):
-        return type(given)({key: check_rows(rows, f"{name}[{key!r}]", rules, needed) for key, rows in given.items()})
-    check_is_dataset(given, name)
+    if isinstance(dataset, dict):
+        return type(dataset)(
+            {key: check_rows(rows, f"{name}[{key!r}]", rules, needed) for key, rows in dataset.items()}
+        )
+    check_is_dataset(dataset, name)
     if rules.longest < 1:
         raise ValueError(
             f"The context leaves {rules.longest} tokens for a prompt. Lower `max_completion_length`, or use a model "
             "with a longer context."
         )
-    if isinstance(given, IterableDataset):
-        _check_columns(next(iter(given), {}), name)
-        return given.map(_stream_check(name, rules), with_indices=True, features=given.features)
-    _check_columns(given.column_names, name)
-    if len(given) < needed:
+    if isinstance(dataset, IterableDataset):
+        _check_columns(next(iter(dataset), {}), name)
+        return dataset.map(_stream_check(name, rules), with_indices=True, features=dataset.features)
+    _check_columns(dataset.column_names, name)
+    if len(dataset) < needed:
         raise ValueError(
-            f"One rollout takes {needed} different prompts, but the dataset has {len(given)} (`{name}`). Give more "
+            f"One rollout takes {needed} different prompts, but the dataset has {len(dataset)} (`{name}`). Give more "
             "prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or raise "
             "`num_generations`."
         )
-    _check_all(list(given["prompt"]), name, rules)
-    return given
+    _check_all(list(dataset["prompt"]), name, rules)
+    return dataset
 
 
-def check_is_dataset(given: Any, name: str) -> None:
+def check_is_dataset(dataset: Any, name: str) -> None:
     """Refuse what is no data set of the `datasets` library.
 
     Raises:
         TypeError: With what to do instead.
         ValueError: If it is missing.
     """
-    if given is None:
+    if dataset is None:
         raise ValueError(f"`{name}` is missing: PPO needs rows with a column `prompt`.")
-    if isinstance(given, dict):
-        raise TypeError(f"`{name}` is a {type(given).__name__}. Give one of its splits, {sorted(given)}.")
-    if not isinstance(given, Dataset | IterableDataset):
+    if isinstance(dataset, dict):
+        raise TypeError(f"`{name}` is a {type(dataset).__name__}. Give one of its splits, {sorted(dataset)}.")
+    if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
-            f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got {type(given).__name__}. Make "
+            f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got {type(dataset).__name__}. Make "
             "one with `datasets.Dataset.from_list(rows)`, of rows such as `{'prompt': 'Why is the sky blue?'}`."
         )
 
@@ -224,10 +226,10 @@ def _check_columns(columns: Any, name: str) -> None:
 def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
     kinds = {index: reason for index, prompt in enumerate(prompts) if (reason := _wrong_kind(prompt))}
     _refuse(kinds, name, len(prompts), "Remove such rows")
-    found = {index: what for index, ids in enumerate(rules.encode(prompts)) if (what := rules.problem(ids))}
-    if found:
-        fix = next(iter(found.values()))[1]
-        _refuse({index: what for index, (what, way) in found.items() if way == fix}, name, len(prompts), fix)
+    problems = {row: problem for row, ids in enumerate(rules.encode(prompts)) if (problem := rules.problem(ids))}
+    if problems:
+        fix = next(iter(problems.values()))[1]
+        _refuse({row: problem for row, (problem, way) in problems.items() if way == fix}, name, len(prompts), fix)
 
 
 def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], int], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A resumed run against the run that made its checkpoint: which settings differ, and what becomes of each."""
+"""Compare the settings of a resumed run with those of its checkpoint, and decide what becomes of each difference."""
 
 from __future__ import annotations
 
@@ -123,15 +123,16 @@ def changed_settings(
     if new["use_adaptive_entropy"]:
         without += [name for name in changed if name == "entropy_coef"]
     later = [name for name in changed if name in (*_NEXT_ROLLOUT, *_OF_A_ROLLOUT, *_AT_THE_START)]
-    found = {
+    consequences = {
         "which holds from the next step on": [name for name in changed if name in _NEXT_STEP],
         "which holds from the next rollout on": later,
         "without effect: it is read at the start only": without,
     }
-    found = {
-        what: [name for name in names if names is without or name not in without] for what, names in found.items()
+    consequences = {
+        what: [name for name in names if names is without or name not in without]
+        for what, names in consequences.items()
     }
-    return {what: names for what, names in found.items() if names}
+    return {what: names for what, names in consequences.items() if names}
 
 
 def both_settings(state: dict[str, Any], ours: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a rollout holds from its sampling to its last update, and how its rows are laid out in micro-batches.
+"""The record of a rollout, from its sampling to its last update, and the layout of its rows in micro-batches.
 
 `B` completions, `P` prompt tokens (padded on the left), `T` completion tokens (padded on the right), `H` hidden size.
 """

@@ -27,7 +27,7 @@ from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
-from rlhf_recipes.ppo.given import check_policy, check_reward_list, unused_tokenizer
+from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
 from rlhf_recipes.shaping import (
@@ -204,8 +204,8 @@ def separate_critic(optimizer: Any, policy: nn.Module, args: PPOConfig) -> None:
 
 def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
     """Restore which layers recompute: TRL turns that off for a rollout, and then on for every layer."""
-    given: Any = args.activation_checkpointing_kwargs or {}
-    kwargs = dict(given)
+    configured: Any = args.activation_checkpointing_kwargs or {}
+    kwargs = dict(configured)
     places = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     if args.activation_checkpointing and places:
         policy.activation_checkpointing_enable(kwargs, **places)
@@ -220,8 +220,8 @@ def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: PPOConfig) ->
 
 def _loading_options(model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text in a YAML only
-    given = {"model_init_kwargs": init_kwargs, "quantization_config": quantization_config}
-    unread = [name for name, value in given.items() if value]
+    options = {"model_init_kwargs": init_kwargs, "quantization_config": quantization_config}
+    unread = [name for name, value in options.items() if value]
     if unread and not isinstance(model, str | Path):
         raise ValueError(f"`{unread[0]}` is for loading a model, but `model` is loaded already. Remove it.")
     if quantization_config is not None and "quantization_config" in init_kwargs:
@@ -253,14 +253,14 @@ def build_rewards(
         ValueError: If there is no reward, the weights are not one per reward, or the placement needs a reward
             adapter and there is none.
     """
-    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    check_reward_list(given)
-    weights = args.reward_weights or [1.0] * len(given)
-    if not given or len(weights) != len(given):
-        raise ValueError(f"Expected one or more rewards and one weight each, got {len(given)} and {len(weights)}.")
+    rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    check_reward_list(rewards)
+    weights = args.reward_weights or [1.0] * len(rewards)
+    if not rewards or len(weights) != len(rewards):
+        raise ValueError(f"Expected one or more rewards and one weight each, got {len(rewards)} and {len(weights)}.")
     functions = [
         _build(reward, f"reward_{index}", roles, tokenizer, args, own)
-        for index, (reward, own) in enumerate(zip(given, tokenizers, strict=True))
+        for index, (reward, own) in enumerate(zip(rewards, tokenizers, strict=True))
     ]
     check_one_base(roles.model, functions)
     for index, function in enumerate(functions):
@@ -315,10 +315,10 @@ def _reward_of_path(
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
-    given: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> AdapterReward | ClassifierReward:
     if is_adapter(path) and not _has_other_architecture(path, roles, args.trust_remote_code):
-        if given is not None:
+        if reward_tokenizer is not None:
             raise unused_tokenizer(role, "an adapter on the policy's base, which scores the sampled token ids")
         reads = args.reward_placement if args.reward_placement in ("redistributed", "attention") else "score"
         return _adapter_reward(path, role, roles, tokenizer, args, reads)
@@ -329,7 +329,7 @@ def _reward_of_path(
         )
     model, own_tokenizer = load_reward_model(path, args.adapter_tolerance, trust_remote_code=args.trust_remote_code)
     ends, size = end_token_ids(roles.model, tokenizer), args.per_device_train_batch_size
-    return ClassifierReward(model, given or own_tokenizer, Path(path).name, size, Readout.load(path), ends)
+    return ClassifierReward(model, reward_tokenizer or own_tokenizer, Path(path).name, size, Readout.load(path), ends)
 
 
 def _reward_of_model(
@@ -338,7 +338,7 @@ def _reward_of_model(
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
-    given: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> ClassifierReward:
     """A reward model that is loaded already, read as it would be if its folder were given.
 
@@ -354,9 +354,9 @@ def _reward_of_model(
             "`AutoModelForSequenceClassification` with `num_labels=1`, or the folder of one."
         )
     name = base_name(model)
-    if given is None:
+    if reward_tokenizer is None:
         try:
-            given = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            reward_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         except (OSError, ValueError):
             raise ValueError(
                 f"`reward_funcs[{number}]` is a {type(own).__name__} whose tokenizer is not found at {name!r}. Give "
@@ -366,7 +366,7 @@ def _reward_of_model(
         model.to(roles.model.device)
     ends, size = end_token_ids(roles.model, tokenizer), args.per_device_train_batch_size
     readout = Readout() if isinstance(model, PeftModel) else Readout.load(name)
-    return ClassifierReward(model, given, Path(name).name or "classifier", size, readout, ends)
+    return ClassifierReward(model, reward_tokenizer, Path(name).name or "classifier", size, readout, ends)
 
 
 def _adapter_reward(

@@ -1,4 +1,4 @@
-"""From the scores of a rollout to one reward per token: transforms, placement, potential.
+"""Make one reward per token of the scores of a rollout: transforms, placement, potential.
 
 `B` completions, `T` completion tokens. A rollout's rewards lie on its tokens before the KL penalty is taken off.
 """

@@ -29,7 +29,7 @@ from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
-from rlhf_recipes.ppo.given import check_callbacks, check_given, reward_tokenizers
+from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
 from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
 from rlhf_recipes.ppo.off_policy import sampled_moments
@@ -220,9 +220,9 @@ class PPOTrainer(GRPOTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create TRL's optimizer, with groups of its own for the critic, which learns faster than the policy."""
-        given = self.optimizer is not None
+        existing = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if not given:
+        if not existing:
             setup.separate_critic(optimizer, self.model, self.args)
         elif not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
             checks.check_optimizer(self.model, optimizer, self.args)

@@ -107,13 +107,13 @@ def _check_router_loss(trainer: GRPOTrainer, texts: Texts, coefficient: float | 
         trainer.aux_loss_enabled = False  # the coefficient of the model's own configuration has no use
         return
     try:
-        found: Any = policy_pass(trainer, trainer.model, texts, router_loss=True).router_loss
-        same = torch.allclose(found.float(), expected.float(), rtol=tolerance)
+        computed: Any = policy_pass(trainer, trainer.model, texts, router_loss=True).router_loss
+        same = torch.allclose(computed.float(), expected.float(), rtol=tolerance)
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
-        found, same = error, False
+        computed, same = error, False
     if not same:
         raise ValueError(
-            f"TRL computes another auxiliary loss of the routers of {_name(trainer)} ({found}) than the model does "
+            f"TRL computes another auxiliary loss of the routers of {_name(trainer)} ({computed}) than the model does "
             f"({expected.item():.4g}). Set `router_aux_loss_coef: 0` to train without it."
         )
 
@@ -122,18 +122,19 @@ def _check_sampling(trainer: GRPOTrainer, texts: Texts, sampled: Tensor, plain: 
     difference = _distance(sampled, plain)
     if difference <= allowed:
         return
-    found = f"{_name(trainer)} computes %s (by {difference:.2g} nats per token). Take another base model."
+    message = f"{_name(trainer)} computes %s (by {difference:.2g} nats per token). Take another base model."
     if _distance(sampled, _logits(trainer, texts)) <= allowed:
-        raise ValueError(found % "other distributions in training than in evaluation, also with `disable_dropout`")
+        raise ValueError(message % "other distributions in training than in evaluation, also with `disable_dropout`")
     prompt = texts.prompt_ids[:1, texts.prompt_mask[0].bool()]
     single, alone = _sample(trainer, prompt, torch.ones_like(prompt))
     if _distance(alone, _logits(trainer, single)) <= allowed:
         raise ValueError(
-            found % "other distributions after prompts that are padded on the left than after the same prompts alone: "
+            message
+            % "other distributions after prompts that are padded on the left than after the same prompts alone: "
             "its generation in transformers does not keep the padding out"
         )
     raise ValueError(
-        found % "other distributions token by token than of whole texts: it looks ahead, or its cache is wrong"
+        message % "other distributions token by token than of whole texts: it looks ahead, or its cache is wrong"
     )
 
 
@@ -165,15 +166,15 @@ def _sample(trainer: GRPOTrainer, ids: Tensor, mask: Tensor) -> tuple[Texts, Ten
         return_dict_in_generate=True,
     )
     with inheriting_nothing(model):
-        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    completion_ids = found.sequences[:, ids.size(1) :]
+        outputs = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    completion_ids = outputs.sequences[:, ids.size(1) :]
     texts = Texts(
         prompt_ids=ids,
         prompt_mask=mask,
         completion_ids=completion_ids,
         completion_mask=torch.ones_like(completion_ids),
     )
-    return texts, torch.stack(found.logits, dim=1).float()
+    return texts, torch.stack(outputs.logits, dim=1).float()
 
 
 def _run(trainer: GRPOTrainer, texts: Texts, **more: Any) -> Any:

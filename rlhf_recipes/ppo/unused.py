@@ -98,9 +98,9 @@ def check_unused(config: GRPOConfig) -> None:
         value = getattr(config, name)
         if value != GRPOConfig.__dataclass_fields__[name].default:
             raise ValueError(f"`{name}` is {value!r}, but PPO does not use it: {instead}. Remove it.")
-    given: Any = config.generation_kwargs or {}
+    generation_kwargs: Any = config.generation_kwargs or {}
     neutral = NEUTRAL | {"temperature": config.temperature}
-    for name, value in given.items():
+    for name, value in generation_kwargs.items():
         if name not in _GENERATION_KWARGS and (name not in neutral or value != neutral[name]):
             instead = _FIELDS_OF_GENERATION.get(
                 name, "completions must be sampled from the policy itself: only the field `temperature` changes it"

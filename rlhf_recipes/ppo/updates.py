@@ -1,4 +1,4 @@
-"""Which updates are made: early stop of a rollout's epochs, dropped minibatches, warm-up of the critic."""
+"""Control of updates: early stop of a rollout's epochs, dropped minibatches, warm-up of the critic."""
 
 from __future__ import annotations
 

@@ -66,7 +66,11 @@ def measure(*arguments: str) -> None:
 
     # 2. The metrics of an evaluation whose last batch is not full, of completions that do not depend on chance.
     rows = without_chance(trainer).evaluate(trainer.eval_dataset.select(range(7)))
-    rows = {name: value for name, value in rows.items() if not name.endswith(("_runtime", "_per_second", "_spread", "_time"))}
+    rows = {
+        name: value
+        for name, value in rows.items()
+        if not name.endswith(("_runtime", "_per_second", "_spread", "_time"))
+    }
     trainer = make_trainer(trainer.args.per_device_train_batch_size, *arguments)
 
     # 3. The gradient of one fixed batch, split over the processes.

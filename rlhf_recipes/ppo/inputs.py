@@ -1,4 +1,4 @@
-"""What a user hands to `PPOTrainer`: each thing of a kind that it can use, or an error that names it and the fix."""
+"""Checks of the kinds of what `PPOTrainer` is given: an error names the argument and the fix."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def check_callbacks(callbacks: list[TrainerCallback], trains_whole_model: bool) 
             )
 
 
-def check_reward_list(given: list[Any]) -> None:
+def check_reward_list(reward_funcs: list[Any]) -> None:
     """Check that each reward is something that can give one.
 
     Raises:
         TypeError: If one is neither a path, a model nor a function.
     """
-    for index, reward in enumerate(given):
+    for index, reward in enumerate(reward_funcs):
         if not isinstance(reward, str) and not hasattr(reward, "__fspath__") and not callable(reward):
             raise TypeError(
                 f"`reward_funcs[{index}]` is a {type(reward).__name__}. Give a function, a model, or the path of a "
@@ -109,7 +109,7 @@ def check_reward_list(given: list[Any]) -> None:
             )
 
 
-def reward_tokenizers(given: Any, reward_funcs: Any) -> list[PreTrainedTokenizerBase | None]:
+def reward_tokenizers(processing_classes: Any, reward_funcs: Any) -> list[PreTrainedTokenizerBase | None]:
     """Bring `reward_processing_classes` into a list with one entry for each reward.
 
     Raises:
@@ -121,7 +121,10 @@ def reward_tokenizers(given: Any, reward_funcs: Any) -> list[PreTrainedTokenizer
         [None, None]
     """
     rewards = len(reward_funcs) if isinstance(reward_funcs, list | tuple) else 1
-    tokenizers = list(given) if isinstance(given, list | tuple) else [None] * rewards if given is None else [given]
+    if processing_classes is None:
+        processing_classes = [None] * rewards
+    several = isinstance(processing_classes, list | tuple)
+    tokenizers = list(processing_classes) if several else [processing_classes]
     if len(tokenizers) != rewards:
         raise ValueError(
             f"`reward_processing_classes` has {len(tokenizers)} entries, and `reward_funcs` {rewards}. Give one for "
