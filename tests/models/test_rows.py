@@ -1,6 +1,7 @@
 """Texts one after another, or as padded rows: every token in its place, in both directions."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from rlhf_recipes.models.rows import (
     scatter_rows,
     scatter_tokens,
 )
-from tests.models.support import make_texts
+from tests.models import support
 
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 VALUES = torch.tensor([[9, 5, 6, 9], [7, 9, 9, 9], [9, 9, 9, 9]])
@@ -123,6 +124,9 @@ def test_every_token_is_joined_once_and_comes_back(texts, packed):
             positions[row] = position
             place = rows.places(positions)[row, 0]
             assert torch.equal(joined.flatten(0, 1)[place], token)
+
+
+make_texts = partial(support.make_texts, kind=Texts)
 
 
 def tokens(ids, mask):

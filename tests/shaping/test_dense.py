@@ -1,6 +1,7 @@
 """Rewards that differ from token to token: sums that telescope, padding that never counts, other tokenizations."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rlhf_recipes.ppo.functional import discounted_returns, gae
-from rlhf_recipes.shaping.dense import align_rewards, place_attention, place_differences, potential_shaping
+from rlhf_recipes.shaping.dense import (
+    RewardPlacement,
+    align_rewards,
+    place_attention,
+    place_differences,
+    place_scores,
+    potential_shaping,
+)
 from rlhf_recipes.shaping.placement import place_terminal
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
@@ -312,3 +320,24 @@ class TestAlignRewards:
             align_rewards([1.0], [(0, 1)], [(1, 2), (0, 1)])
         with pytest.raises(ValueError, match=r"`offsets` must be spans .* but \(2, 1\)"):
             align_rewards([1.0], [(2, 1)], [(0, 2)])
+
+
+def test_each_placement_by_its_name():
+    scores, mask = torch.tensor([3.0]), torch.tensor([[1, 1, 1, 0]])
+    attention = torch.tensor([[0.2, 0.2, 0.6, 0.0]])
+    expected = {
+        "terminal": [0.0, 0.0, 3.0, 0.0],
+        "redistributed": [0.0, 0.0, 3.0, 0.0],
+        "uniform": [1.0, 1.0, 1.0, 0.0],
+        "every_token": [3.0, 3.0, 3.0, 0.0],
+        "discounted": [3 / 7, 6 / 7, 12 / 7, 0.0],
+        "attention": [0.3, 0.3, 2.4, 0.0],
+    }
+    assert set(expected) == set(get_args(RewardPlacement))
+    for name, rewards in expected.items():
+        placed = place_scores(scores, mask, name, gamma=0.5, attention=attention, attention_weight=0.5)
+        assert_close(placed, torch.tensor([rewards]))
+    with pytest.raises(ValueError, match="placed by 'middle'"):
+        place_scores(scores, mask, "middle")
+    with pytest.raises(ValueError, match="by 'attention' without attention"):
+        place_scores(scores, mask, "attention")

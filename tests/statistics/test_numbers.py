@@ -16,3 +16,8 @@ def test_numbers(value):
 @pytest.mark.parametrize("value", [None, True, "3", math.nan, math.inf, -math.inf, np.float32("nan"), [1.0], 1j])
 def test_no_numbers(value):
     assert not is_number(value)
+
+
+def test_true_is_no_number():
+    assert is_number(1)
+    assert not is_number(True)

@@ -15,6 +15,7 @@ from torchrl.objectives.value.functional import (
 from rlhf_recipes.ppo.functional.advantages import (
     bandit_advantages,
     discounted_returns,
+    estimate_advantages,
     first_token_mask,
     gae,
     length_adaptive_lambda,
@@ -226,3 +227,17 @@ class TestFirstTokenMask:
     def test_a_mask_of_low_precision_counts_exactly(self):
         mask = torch.ones(1, 1001, dtype=torch.bfloat16)
         assert first_token_mask(mask).sum() == 1
+
+
+def test_estimators_by_name():
+    rewards, values = torch.tensor([[0.0, 2.0, 9.0]]), torch.tensor([[0.5, 1.0, 9.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    advantages, returns, learned = estimate_advantages("bandit", rewards * mask, values, mask)
+    assert (advantages.tolist(), returns.tolist()) == ([[1.5, 1.5, 0.0]], [[2.0, 2.0, 0.0]])
+    assert learned.tolist() == [[1, 0, 0]]
+    advantages, returns, learned = estimate_advantages("gae", rewards, values, mask, gamma=0.5, lam=0.0)
+    assert (advantages.tolist(), returns.tolist()) == ([[0.0, 1.0, 0.0]], [[0.5, 2.0, 0.0]])
+    assert torch.equal(learned, mask)
+    same, other, _ = estimate_advantages("gae", rewards, values, mask, gamma=0.5, lam=0.0, critic_lam=1.0)
+    assert torch.equal(same, advantages)
+    assert other.tolist() == [[1.0, 2.0, 0.0]], "the critic's targets are Monte-Carlo returns"
