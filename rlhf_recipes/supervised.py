@@ -76,8 +76,8 @@ class CompletionTrainer(SFTTrainer):
         save_with_first_rows(self, output_dir or str(self.args.output_dir), lambda row: row["input_ids"], log_probs)
 
     def _is_plain(self) -> bool:
-        other = (self.compute_loss_func, self.label_smoother)
-        return self.args.loss_type == "nll" and other == (None, None) and not self.aux_loss_enabled
+        custom = (self.compute_loss_func, self.label_smoother)
+        return self.args.loss_type == "nll" and custom == (None, None) and not self.aux_loss_enabled
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Add up over the tokens of each row, which tells accelerate's fillers apart from rows."""

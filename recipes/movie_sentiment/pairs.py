@@ -76,8 +76,8 @@ def read_passages(args: PairsArguments) -> list[tuple[int, list[str]]]:
     unknown = set(labels.values()) - {0, 1}
     if unknown:
         raise ValueError(f"`label` must be 1 (positive) or 0 (negative); found also {sorted(map(str, unknown))}.")
-    found = [(label, cut(text, args)) for text, label in labels.items()]
-    return [(label, passages) for label, passages in found if passages]
+    passages_of = [(label, cut(text, args)) for text, label in labels.items()]
+    return [(label, passages) for label, passages in passages_of if passages]
 
 
 def cut(text: str, args: PairsArguments) -> list[str]:

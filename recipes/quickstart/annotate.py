@@ -59,8 +59,10 @@ def main(args: AnnotationArguments) -> None:
     rows, alike = [], 0
     for prompt, *pair in zip(prompts, firsts, seconds, strict=True):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair]
-        seen = [Completion(text, ids[-1] == tokenizer.eos_token_id) for text, ids in zip(texts, pair, strict=True)]
-        choice = annotator.choose(prompt, *seen)
+        completions = [
+            Completion(text, ids[-1] == tokenizer.eos_token_id) for text, ids in zip(texts, pair, strict=True)
+        ]
+        choice = annotator.choose(prompt, *completions)
         if texts[0] == texts[1]:
             alike += 1
             continue
@@ -69,7 +71,7 @@ def main(args: AnnotationArguments) -> None:
         for side, index in (("chosen", choice == "second"), ("rejected", choice != "second")):
             row[side] = " " + texts[index]
             row[f"{side}_ids"] = tokenizer(prompt)["input_ids"] + pair[index]
-            row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *seen[index]).values())
+            row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *completions[index]).values())
         rows.append(row)
 
     start_run(stage="preferences", output_dir=args.output_dir, config=asdict(args), parent=args.sft_adapter)

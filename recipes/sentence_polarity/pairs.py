@@ -77,7 +77,7 @@ def read_snippets(args: PairsArguments) -> list[dict[str, Any]]:
     labels: dict[str, set[int]] = {}
     for text, label in zip(rows["text"], rows["label"], strict=True):
         labels.setdefault(" ".join(text.split()), set()).add(label)
-    return [{"text": text, "label": min(found)} for text, found in labels.items() if text and len(found) == 1]
+    return [{"text": text, "label": min(kinds)} for text, kinds in labels.items() if text and len(kinds) == 1]
 
 
 def pairs(snippets: list[dict[str, Any]], pairings: int, rng: random.Random) -> list[dict[str, str]]:

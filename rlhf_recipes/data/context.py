@@ -35,6 +35,6 @@ def context_length(model: Any) -> int | None:
         ):
             return module.num_embeddings - module.padding_idx - 1
     config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in _LIMITS]
+    limits = [getattr(config, name, None) for name in _LIMITS]
     # Some that have no limit say -1
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

@@ -89,4 +89,4 @@ def _messages(text: str | None) -> list[dict[str, str]] | None:
         return None
     first, *rest = _TURN.split(text)
     turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
-    return [{"role": role.lower(), "content": said.strip()} for role, said in turns if said.strip()]
+    return [{"role": role.lower(), "content": content.strip()} for role, content in turns if content.strip()]

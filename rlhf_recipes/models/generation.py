@@ -163,13 +163,17 @@ def _sample_checked(
 ) -> Any:
     """The sampling loop of transformers, behind a look at what it is given; `calls` shows that it was here."""
     calls.append(generation_config)
-    strange = [type(one).__name__ for one in logits_processor if not isinstance(one, TemperatureLogitsWarper)]
+    strange = [
+        type(processor).__name__
+        for processor in logits_processor
+        if not isinstance(processor, TemperatureLogitsWarper)
+    ]
     if strange:
         raise RuntimeError(
             f"Completions must be sampled from the policy itself, but {strange} would change what is drawn. Only "
             "`temperature` may: remove the setting of the generation configuration that asks for it."
         )
-    temperatures = [one.temperature for one in logits_processor] or [1.0]
+    temperatures = [processor.temperature for processor in logits_processor] or [1.0]
     if not generation_config.do_sample or generation_config.num_beams != 1 or temperatures != [temperature]:
         raise RuntimeError(
             f"Completions must be sampled at the temperature {temperature} of their log-probabilities, but the "
@@ -226,7 +230,7 @@ def sample(
     start, config = input_ids.size(1), copy.deepcopy(generation_config)
     assert config.max_new_tokens is not None  # the trainer's configuration sets it
     length, cache = start + config.max_new_tokens, read_prompts(model, input_ids, attention_mask)
-    found = input_ids.new_full((len(input_ids), length), config.pad_token_id)
+    sequences = input_ids.new_full((len(input_ids), length), config.pad_token_id)
     end_ids, rows = input_ids.new_tensor(ends), torch.arange(len(input_ids), device=input_ids.device)
     while len(rows) and input_ids.size(1) < length:
         config.max_new_tokens = length - input_ids.size(1)
@@ -239,13 +243,13 @@ def sample(
             past_key_values=cache,
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
         )
-        found[rows, : input_ids.size(1)] = input_ids
+        sequences[rows, : input_ids.size(1)] = input_ids
         going = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
         more = attention_mask.new_ones(len(input_ids), input_ids.size(1) - attention_mask.size(1))
         attention_mask = torch.cat([attention_mask, more], dim=1)[going]
         cache.batch_select_indices(going)
         input_ids, rows = input_ids[going], rows[going]
-    return found[:, : input_ids.size(1)]
+    return sequences[:, : input_ids.size(1)]
 
 
 def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache:

@@ -192,9 +192,9 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
     scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
     if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
         lacking = f"lack {len(missing)} of its weights, {min(missing, default='')!r} among them"
-        found = lacking if missing else f"hold {min(scores)!r}"
+        defect = lacking if missing else f"hold {min(scores)!r}"
         raise ValueError(
-            f"{path!r} is no trained language model: its files {found}"
+            f"{path!r} is no trained language model: its files {defect}"
             f"{', and are those of a classifier' if scores else ''}. As `model` (`model_name_or_path`), give a model "
             "that writes text."
         )

@@ -100,5 +100,5 @@ def _start_of(base: nn.Module, config: LoraConfig, layer: str, rank: int) -> tup
         target_modules=["0"],
     )
     with torch.random.fork_rng():  # PEFT first draws a random start
-        made: Any = inject_adapter_in_model(alone, nn.Sequential(copy.deepcopy(original))).get_submodule("0")
-    return made.lora_A["default"].weight, made.lora_B["default"].weight
+        adapted: Any = inject_adapter_in_model(alone, nn.Sequential(copy.deepcopy(original))).get_submodule("0")
+    return adapted.lora_A["default"].weight, adapted.lora_B["default"].weight

@@ -231,8 +231,8 @@ class Roles:
                 input_ids, mask = self._padded([sequences[row] for row in chunk], pad_token_id)
                 rows = Rows(mask, self.packed)
                 values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
-                found = zip(chunk, rows.split(values), strict=True)
-                scores |= {row: each[: len(sequences[row])] for row, each in found}
+                by_row = zip(chunk, rows.split(values), strict=True)
+                scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()

@@ -54,8 +54,8 @@ def log_probs(model: Any, row: Sequence[int]) -> list[float]:
     """Log-probability of each token of a row but the first, in nats, by a causal model as it is."""
     ids = torch.tensor([list(row)], device=model.device)
     logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
-    found: list[float] = logps.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
-    return found
+    values: list[float] = logps.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+    return values
 
 
 @torch.no_grad()
@@ -138,12 +138,12 @@ def check_trained_on(
     difference = (now - before).abs().mean().item()
     if unit == OF_THE_SPREAD:
         difference /= max(before.std().item(), 1e-12) if len(before) > 1 else 1.0
-    told = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {here}"
+    message = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {here}"
     if not difference <= tolerance:
         raise ValueError(
-            f"{told}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "
+            f"{message}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "
             "another model. Load the base as in training (`load_in_4bit`, `dtype`), or train the adapter on this one. "
             "`adapter_tolerance` raises the bound."
         )
     if PartialState().is_main_process:
-        logger.warning("%s: on %d rows it differs by %.2g %s.", told, len(rows), difference, unit)
+        logger.warning("%s: on %d rows it differs by %.2g %s.", message, len(rows), difference, unit)

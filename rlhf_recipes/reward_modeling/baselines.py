@@ -189,8 +189,8 @@ def _decided(pairs: Dataset) -> Dataset:
 
 
 def _labels(pairs: Dataset) -> list[float]:
-    given = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
-    return [1.0 if label is None else label for label in given]
+    labels = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
+    return [1.0 if label is None else label for label in labels]
 
 
 def _fold_pairs(train: Dataset, chosen: list[str], rejected: list[str]) -> list[tuple[int, int]]:

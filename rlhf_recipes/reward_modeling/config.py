@@ -99,8 +99,8 @@ class PreferenceConfig(RewardConfig):
             "token_loss": (self.token_loss != "mse", ("token",)),
             "center_rewards_coefficient": (bool(self.center_rewards_coefficient), _COMPARISONS),
         }
-        for name, (given, objectives) in changed.items():
-            if given and self.objective not in objectives:
+        for name, (is_set, objectives) in changed.items():
+            if is_set and self.objective not in objectives:
                 named = " and ".join(f"`objective: {objective}`" for objective in objectives)
                 raise ValueError(
                     f"`{name}` is for {named}, but `objective` is {self.objective!r}, where it has no meaning. Remove "

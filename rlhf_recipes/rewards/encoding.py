@@ -105,10 +105,10 @@ def encode(
         ids = [*answer.prompt_ids, *answer.ids]
         return ids, min(len(answer.prompt_ids), len(ids) - 1)
     prompt_ids: Any = tokenizer(text=prompt)["input_ids"]
-    whole: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
-    pairs = enumerate(zip(prompt_ids, whole, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(whole)))
-    return list(whole), min(same, len(whole) - 1)
+    all_ids: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
+    pairs = enumerate(zip(prompt_ids, all_ids, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(all_ids)))
+    return list(all_ids), min(same, len(all_ids) - 1)
 
 
 def encode_rows(
@@ -151,9 +151,9 @@ def encode_rows(
     def encoded(row: dict[str, Any], index: int, split: str) -> dict[str, Any]:
         where = f"of row {index} of the {split} rows"
         if "completions" in row:
-            given = row.get("completion_ids")
+            saved_ids = row.get("completion_ids")
             texts = enumerate(row["completions"])
-            return {"completion_ids": given or [ids_of(row, text, f"Completion {k} {where}") for k, text in texts]}
+            return {"completion_ids": saved_ids or [ids_of(row, text, f"Completion {k} {where}") for k, text in texts]}
         return {f"{side}_ids": ids_of(row, row[side], f"`{side}` {where}") for side in ("chosen", "rejected")}
 
     result = rows.copy()

@@ -96,22 +96,22 @@ def check_verifier(
     if not pays[0] < pays[1]:
         raise ValueError(f"`pays` is the least and the most that the reward pays, such as (0.0, 1.0); got {pays}.")
     function = _as_function(reward, listed)
-    found = []
+    results = []
     for kind, (right, texts) in _texts(answers, template, constant).items():
         tried = [(number, text) for number, text in enumerate(texts) if text is not None]
         try:
             rewards = function([listed[number] for number, _ in tried], [text for _, text in tried])
         except Exception as error:
             raise RuntimeError(f"The reward failed on answers of the kind {kind!r}: {error}") from error
-        found.append(_summary(kind, right, tried, rewards, pays))
-    return found
+        results.append(_summary(kind, right, tried, rewards, pays))
+    return results
 
 
-def refuse_if_bought(found: Sequence[PaidAnswers], bound: float = 0.1) -> None:
+def refuse_if_bought(results: Sequence[PaidAnswers], bound: float = 0.1) -> None:
     """Stop before a training whose reward can be had without the answer.
 
     Args:
-        found: What `check_verifier` found.
+        results: What `check_verifier` returned.
         bound: Largest share of the full reward that a wrong kind of answer may be paid on average.
 
     Raises:
@@ -127,15 +127,15 @@ def refuse_if_bought(found: Sequence[PaidAnswers], bound: float = 0.1) -> None:
     """
     if not 0 <= bound < 1:
         raise ValueError(f"`bound` is a share of the full reward, from 0 to below 1; got {bound}.")
-    table = f"\n{paid_table(found)}"
-    true = next(entry for entry in found if entry.kind == "true")
+    table = f"\n{paid_table(results)}"
+    true = next(entry for entry in results if entry.kind == "true")
     if true.paid < 1 - bound:
         raise ValueError(
             f"The verifier pays the rows' own answers {true.paid:.2f} of the full reward, such as {true.example!r} in "
             f"row {true.row}: see that `template` says how a completion gives its answer, and `pays` what the reward "
             f"pays.{table}"
         )
-    if bought := [entry for entry in found if not entry.right and entry.paid > bound]:
+    if bought := [entry for entry in results if not entry.right and entry.paid > bound]:
         listed = ", ".join(
             f"{entry.paid:.2f} for the kind {entry.kind!r}, such as {entry.example!r} in row {entry.row}"
             for entry in bought
@@ -146,11 +146,11 @@ def refuse_if_bought(found: Sequence[PaidAnswers], bound: float = 0.1) -> None:
         )
 
 
-def paid_table(found: Sequence[PaidAnswers]) -> str:
-    """Write what `check_verifier` found as a table.
+def paid_table(results: Sequence[PaidAnswers]) -> str:
+    """Write the results of `check_verifier` as a table.
 
     Args:
-        found: Its entries.
+        results: Its entries.
 
     Returns:
         Lines of text.
@@ -161,7 +161,7 @@ def paid_table(found: Sequence[PaidAnswers]) -> str:
         other     wrong   0.25  0.11 to 0.47        20  '7'
     """
     lines = [f"{'answer':<18}{'paid':<6}{'95 % interval':<18}{'rows':<6}example"]
-    for entry in found:
+    for entry in results:
         line = f"{entry.kind:<10}{'right' if entry.right else 'wrong':<8}"
         if entry.interval is None:
             lines.append(f"{line}not tried: no row has such an answer")
@@ -190,12 +190,12 @@ def _texts(answers: list[str], template: str, constant: str) -> dict[str, tuple[
         pairs = zip(wrong, answers, strict=True)
         return [None if text is None or _same(text, true) else _fill(template, text) for text, true in pairs]
 
-    said = [_fill(template, answer) for answer in answers]
+    filled = [_fill(template, answer) for answer in answers]
     return {
-        "true": (True, list(said)),
-        "spaces": (True, [f" {text}\n" for text in said]),
-        "sentence": (True, [f"The answer is {text}." for text in said]),
-        "twice": (True, [f"{text} {text}" for text in said]),
+        "true": (True, list(filled)),
+        "spaces": (True, [f" {text}\n" for text in filled]),
+        "sentence": (True, [f"The answer is {text}." for text in filled]),
+        "twice": (True, [f"{text} {text}" for text in filled]),
         "constant": (False, write([constant] * len(answers))),
         "other": (False, write([_other(answers, number) for number in range(len(answers))])),
         "negated": (False, write([_negated(answer) for answer in answers])),
@@ -207,11 +207,11 @@ def _fill(template: str, answer: str) -> str:
     return template.replace(_BREAK, answer)
 
 
-def _same(one: str, other: str) -> bool:
+def _same(first: str, second: str) -> bool:
     try:
-        return float(one) == float(other)
+        return float(first) == float(second)
     except ValueError:
-        return one.strip().casefold() == other.strip().casefold()
+        return first.strip().casefold() == second.strip().casefold()
 
 
 def _other(answers: list[str], number: int) -> str | None:
@@ -233,9 +233,9 @@ def _as_function(reward: Callable[..., Any], rows: list[dict[str, Any]]) -> Call
     def of_columns(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:
         prompts = [row.get("prompt", "") for row in some]
         pairs = zip(prompts, texts, strict=True)
-        given = [text if isinstance(prompt, str) else _message(text) for prompt, text in pairs]
+        completions = [text if isinstance(prompt, str) else _message(text) for prompt, text in pairs]
         values = {column: [row.get(column) for row in some] for column in columns}
-        called = checked(reward)(prompts=prompts, completions=given, completion_ids=[[] for _ in some], **values)
+        called = checked(reward)(prompts=prompts, completions=completions, completion_ids=[[] for _ in some], **values)
         return asyncio.run(called) if is_async_callable(reward) else called
 
     def of_each(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:

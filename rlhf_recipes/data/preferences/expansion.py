@@ -110,8 +110,8 @@ def best_completions(table: Dataset) -> Dataset:
     """
     others = table.select_columns([name for name in table.column_names if name not in TABLE_COLUMNS])
     best = [row["completions"][_best(row)] for row in table.with_format(None)]
-    made = table.select_columns("prompt").add_column("completion", best, feature=table.features["completions"].feature)
-    return concatenate_datasets([made, others], axis=1) if others.column_names else made
+    rows = table.select_columns("prompt").add_column("completion", best, feature=table.features["completions"].feature)
+    return concatenate_datasets([rows, others], axis=1) if others.column_names else rows
 
 
 def _best(row: Row) -> int:

@@ -55,7 +55,7 @@ def read(
     names = column_names(rows)
     check_columns(names, needs, may_have)
     others = [name for name in names if name not in {*needs, *may_have, *PROVENANCE}]
-    found, bad = [], BadRows()
+    table_rows, bad = [], BadRows()
     for index, row in enumerate(iterate(rows)):
         row = {name: row.get(name) for name in names}
         origin = {
@@ -73,10 +73,10 @@ def read(
         except BadRow as problem:
             bad.add(str(problem), place_of(origin))
         else:
-            found.append(converted | {name: row[name] for name in others})
-    bad.settle(len(rows), len(found), drop_bad_rows, harmless)
+            table_rows.append(converted | {name: row[name] for name in others})
+    bad.settle(len(rows), len(table_rows), drop_bad_rows, harmless)
     types: dict[str, Any] = dict(rows.features) if isinstance(rows, Dataset) else {}
-    return make_table(found, {name: types.get(name) for name in others})
+    return make_table(table_rows, {name: types.get(name) for name in others})
 
 
 def _with_chats(row: Row) -> Row:

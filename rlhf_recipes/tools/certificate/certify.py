@@ -84,19 +84,19 @@ def certify(
         return {**measures, "verdict": judge(measures)}
     if not pairs.decided.any():
         raise ValueError("All held-out pairs are ties (label 0.5): there is no accuracy to measure.")
-    found = _pair_measures(pairs, category_column, margin_column)
-    found["baselines"] = _baselines(pairs, train)
+    results = _pair_measures(pairs, category_column, margin_column)
+    results["baselines"] = _baselines(pairs, train)
     try:  # other texts than those of the pairs
-        found["probes"] = probe(scorer, pairs, probe_rows, seed)
+        results["probes"] = probe(scorer, pairs, probe_rows, seed)
         if train is not None and len(train):
             gap, measures["data"]["shared"] = _gap(pairs, score_pairs(scorer, _draw(train, train_rows, seed)))
-            found["train_gap"] = gap
+            results["train_gap"] = gap
         if samples is not None:
-            found |= _sample_measures(scorer, pairs, samples, gold_column)
+            results |= _sample_measures(scorer, pairs, samples, gold_column)
     except DivergedError as error:
         measures["scores"] |= {"not_finite": error.bad, "n": error.n}
         return {**measures, "verdict": judge(measures)}
-    measures |= {**found, "examples": _worst_errors(scorer, pairs)}
+    measures |= {**results, "examples": _worst_errors(scorer, pairs)}
     measures["verdict"] = judge(measures)
     return measures
 
@@ -167,11 +167,11 @@ def _gap(pairs: Pairs, train: Pairs) -> tuple[dict[str, Any] | None, int]:
             "by heart. They do not count for the gap between training and held-out accuracy.",
             *(shared, len(both)),
         )
-    held_out, seen = pairs.decided, train.decided & ~both
-    if not seen.any():
+    held_out, trained = pairs.decided, train.decided & ~both
+    if not trained.any():
         return None, shared
     prompts, train_prompts = np.array(pairs.prompts), np.array(train.prompts)
-    sides = (train.differences[seen], train_prompts[seen], pairs.differences[held_out], prompts[held_out])
+    sides = (train.differences[trained], train_prompts[trained], pairs.differences[held_out], prompts[held_out])
     return accuracy_gap(*sides), shared
 
 

@@ -79,8 +79,8 @@ class Scorer:
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("The reward model's tokenizer has no padding token. Set `pad_token` and save it again.")
-        whole: Any = model
-        self._base = whole.get_base_model() if isinstance(model, PeftModel) else whole
+        module: Any = model
+        self._base = module.get_base_model() if isinstance(model, PeftModel) else module
         # TRL writes the choice of a padding token into the tokenizer, not into the base's configuration.
         self._base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.readout = model.eval(), tokenizer, readout or Readout()

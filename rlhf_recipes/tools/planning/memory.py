@@ -136,8 +136,8 @@ def kept_activations(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSiz
     last = 3 * 4 * network.hidden * tokens
     casts = 2.0 * adapter.parameters / network.layers if sizes.autocast else 0.0
     again = -(-network.layers // sizes.checkpointing) if sizes.checkpointing else 0  # the first, then every n-th
-    whole = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
-    return whole + again * tokens * network.hidden * sizes.weight_bytes + last
+    stored = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
+    return stored + again * tokens * network.hidden * sizes.weight_bytes + last
 
 
 def working_memory(sizes: RunSizes, tokens: int, backward: bool) -> float:

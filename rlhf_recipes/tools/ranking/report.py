@@ -98,8 +98,8 @@ def _agreement(table: Sequence[Mapping[str, Any]], votes: Sequence[Vote]) -> lis
         shared = [by_name for by_name in sums.values() if name in by_name and len(by_name) > 1]
         own = [_outcome(by_name[name]) for by_name in shared]
         others = [_outcome(sum(_sign(by_name[other]) for other in by_name if other != name)) for by_name in shared]
-        found: Mapping[str, Any] = human_agreement(own, others) if shared else {}
-        numbers = [found.get(measure, math.nan) for measure in ("accuracy", "kappa")]
+        agreement: Mapping[str, Any] = human_agreement(own, others) if shared else {}
+        numbers = [agreement.get(measure, math.nan) for measure in ("accuracy", "kappa")]
         lines.append([_shown(name), str(len(shared)), *("-" if math.isnan(x) else f"{x:.3f}" for x in numbers)])
     return ["", "Each annotator against the majority of the others:", *in_columns(lines, left=1)]
 
@@ -126,9 +126,9 @@ def _next_pairs(votes: Sequence[Vote], items: Sequence[Hashable], number: int, s
     chances = (first - second).sigmoid()
     lines = [["first", "second", "first wins", "deviation"]]
     for place in asked.tolist():
-        one, other = pairs[place]
+        left, right = pairs[place]
         chance = chances[:, place]
         lines.append(
-            [_shown(items[one]), _shown(items[other]), f"{chance.mean():.2f}", f"{chance.std(correction=0):.3f}"]
+            [_shown(items[left]), _shown(items[right]), f"{chance.mean():.2f}", f"{chance.std(correction=0):.3f}"]
         )
     return ["", "Ask next about the pairs on which the draws disagree most:", *in_columns(lines, left=2)]

@@ -112,14 +112,14 @@ def _note_numbers(stage: Stage) -> None:
     """Say which of the metrics that are drawn are no numbers in places."""
     drawn = {key for chart in CHARTS.get(stage.kind, ()) for key in chart.keys}
     for key in sorted(drawn | {"rewards/"}):
-        found = [
+        steps = [
             entry["step"]
             for entry in stage.history
             for name, value in entry.items()
             if (name == key or (key == "rewards/" and name.startswith(key))) and not finite(value)
         ]
-        if found:
-            stage.missing.append(f"{key} is no finite number in {len(found)} log entries, first at step {found[0]}.")
+        if steps:
+            stage.missing.append(f"{key} is no finite number in {len(steps)} log entries, first at step {steps[0]}.")
 
 
 STYLE = """
