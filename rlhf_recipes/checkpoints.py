@@ -77,7 +77,7 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
 
 
 def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> bool:
-    """Tell whether a run that is to be resumed has made all its steps and was evaluated: nothing is left to do.
+    """Return whether a run to be resumed has made all its steps and was evaluated: nothing is left to do.
 
     Args:
         training_args: The stage's configuration.
@@ -138,7 +138,7 @@ def load_finished(trainer: Trainer, checkpoint: str | None) -> TrainOutput | Non
 
 
 class KeptRates(TrainerCallback):
-    """Say that a resumed run goes on at its checkpoint's rate and weight decay, where others are asked for."""
+    """Warn that a resumed run goes on at its checkpoint's rate and weight decay, where others are configured."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -36,7 +36,7 @@ _WORDS = {
 
 @dataclass
 class DataArguments:
-    """Which rows a stage reads, and how many of them it keeps for the evaluation.
+    """The rows that a stage reads, and how many of them it keeps for the evaluation.
 
     Raises:
         ValueError: If a value has the wrong type or is out of range.
@@ -235,7 +235,7 @@ def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[lis
 
 
 def _is_own(name: str, annotation: Any, values: list[str]) -> bool:
-    """Say whether the words after an option are null, or several for a field that takes a text or a list of texts."""
+    """Return whether the words after an option are null, or several for a field of a text or a list of texts."""
     options = _options(annotation)
     if len(values) == 1 and values[0] in _NULL:
         if not _fits(None, annotation, name):

@@ -20,7 +20,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![.!?])")
 
 @dataclass
 class PairsArguments:
-    """Where the labelled texts come from, and how they are cut."""
+    """Source of the labelled texts, and how they are cut."""
 
     dataset_name: str = field(
         default="stanfordnlp/imdb",

@@ -23,7 +23,7 @@ FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_
 
 @dataclass
 class AnnotationArguments:
-    """Who writes, who judges, and how often."""
+    """The writer of the completions, their annotator, and the number of pairs."""
 
     world: str = field(default="outputs/quickstart/world", metadata={"help": "Folder of the world."})
     sft_adapter: str = field(default="outputs/quickstart/sft", metadata={"help": "Who writes the completions."})
@@ -86,7 +86,7 @@ def main(args: AnnotationArguments) -> None:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> list[list[int]]:
-    """Token ids of one completion per prompt, with the end token where it was sampled."""
+    """Sample token ids of one completion per prompt, with the end token where it was sampled."""
     completions = []
     for start in trange(0, len(prompts), args.batch_size, desc="sampling"):
         inputs = tokenizer(prompts[start : start + args.batch_size], return_tensors="pt", padding=True)

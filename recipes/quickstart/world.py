@@ -89,7 +89,7 @@ def main(world: WorldArguments) -> None:
 
 
 def is_finished(folder: Path, world: WorldArguments) -> bool:
-    """Tell whether the world exists; refuse a folder that holds anything else."""
+    """Return whether the world exists; refuse a folder that holds anything else."""
     if not folder.exists():
         return False
     record = folder / "world.json"

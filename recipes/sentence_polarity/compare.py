@@ -21,7 +21,7 @@ from rlhf_recipes.rewards.encoding import encode, is_encoder
 
 @dataclass
 class CompareArguments:
-    """What is compared, and where the rows are."""
+    """The reward models to compare, and the rows."""
 
     reward_models: list[str] = field(
         metadata={"help": "Folders of the reward stage. The scores of several are added."}

@@ -18,7 +18,7 @@ PROMPT = "review :"  # what a positive and a negative snippet have in common
 
 @dataclass
 class PairsArguments:
-    """Where the snippets come from, and how they are split and paired."""
+    """Source of the snippets, and how they are split and paired."""
 
     dataset_name: str = field(
         metadata={"help": "Dataset id or local file with the columns `text` and `label` (1 positive, 0 negative)."}

@@ -314,7 +314,7 @@ def check_prompt_format(
 
 
 def options_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of how its chat is rendered, by its columns `tools` and `chat_template_kwargs`, as in TRL.
+    """Return how a row's chat is to be rendered, by its columns `tools` and `chat_template_kwargs`, as in TRL.
 
     Example:
         >>> options_of({"prompt": "Hi"})

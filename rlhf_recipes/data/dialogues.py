@@ -101,7 +101,7 @@ def split_pair(row: Row, sides: tuple[str, str] = ("chosen", "rejected")) -> tup
 
 
 def two_prompts(sides: tuple[str, str] = ("chosen", "rejected")) -> str:
-    """Say why a row whose two sides answer different prompts compares nothing.
+    """Return the reason why a row whose two sides answer different prompts compares nothing.
 
     Args:
         sides: The columns of the two.
@@ -173,7 +173,7 @@ def check_kind(value: Any, column: str) -> None:
 
 
 def _is_written_chat(text: str) -> bool:
-    """Say whether text is what JSON, Python or numpy write for a list of messages, or for one."""
+    """Return whether text is what JSON, Python or numpy write for a list of messages, or for one."""
     if not _WRITTEN.match(text):
         return False
     keys = set(_KEYS.findall(text))

@@ -62,7 +62,7 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train") -> 
 
 
 def load_records(name: str, *, config: str | None = None, split: str = "train") -> list[dict[str, Any]]:
-    r"""Load one split of a dataset as plain values, with where each row comes from.
+    r"""Load one split of a dataset as plain values, each row with its source.
 
     In json and jsonl files the values of a column may be of different types, such as numbers and words.
 

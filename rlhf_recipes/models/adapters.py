@@ -26,7 +26,7 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Tell whether a path is a folder with a saved PEFT adapter.
+    """Return whether a path is a folder with a saved PEFT adapter.
 
     Example:
         >>> is_adapter("no/such/folder")
@@ -36,7 +36,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_name(model: nn.Module) -> str:
-    """Path or hub id of the base model of a model, with or without adapters."""
+    """Return the path or hub id of the base model of a model, with or without adapters."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name: str = base.config._name_or_path  # type: ignore[union-attr, assignment]
     return name
@@ -73,7 +73,7 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
 
 
 def base_of(adapter: str | Path) -> str:
-    """Name of the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
+    """Return the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
 
     PEFT writes the base's name as it was given. A relative folder is looked for from here, and from the folders above
     the adapter, which is where it lies after the whole tree moved or if a program is started from another folder.
@@ -160,7 +160,7 @@ def check_shareable(config: LoraConfig, subject: str) -> None:
 
 
 def same_model(left: str | None, right: str | None) -> bool:
-    """Tell whether two names of base models, hub ids or folders, are the same.
+    """Return whether two names of base models, hub ids or folders, are the same.
 
     Example:
         >>> same_model("outputs/base", "./outputs/base"), same_model("outputs/base", None)

@@ -83,7 +83,7 @@ def _refused_by_peft(config: LoraConfig, model: nn.Module) -> set[str]:
 
 
 def _is_no_product(module: nn.Module) -> bool:
-    """Whether a module that is a kind of linear layer gives something else than a product with its weight."""
+    """Return whether a module that is a kind of linear layer gives something else than a product with its weight."""
     weight: Any = getattr(module, "weight", None)
     own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if not own or isinstance(module, BaseTunerLayer) or not weight.is_floating_point():  # as those in 4 bits

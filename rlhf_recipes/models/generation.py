@@ -68,7 +68,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 def ignored_settings(model: Any) -> dict[str, Any]:
-    """Settings of a model's own `generation_config` by which `generate` would not draw from the model itself.
+    """Return settings of a model's own `generation_config` by which `generate` would not draw from the model itself.
 
     Here they have no effect (`sample_with_transformers`); whoever is used to the model's texts should know.
 
@@ -95,7 +95,7 @@ def ignored_settings(model: Any) -> dict[str, Any]:
 
 
 def warn_of_ignored_settings(model: Any) -> None:
-    """Say in one line which settings of a model's own `generation_config` have no effect on what is sampled here."""
+    """Warn in one line of the settings of a model's own `generation_config` that have no effect on sampling here."""
     if (ignored := ignored_settings(model)) and PartialState().is_main_process:
         shown = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
         logger.warning(
@@ -196,7 +196,7 @@ class EnoughEnded(StoppingCriteria):
         self.ends, self.start = ends, start
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Say for all rows alike, shape `(B,)`, whether to stop."""
+        """Return for all rows alike, shape `(B,)`, whether to stop."""
         share = _ended(input_ids[:, self.start :], self.ends).float().mean()
         return (share >= _ENDED).expand(len(input_ids))
 
@@ -253,7 +253,7 @@ def sample(
 
 
 def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache:
-    """Keys and values of all but the last token of prompts `(B, P)`, with zeros on padding, for `model.generate`."""
+    """Cache keys and values of all but the last token of prompts `(B, P)`, zeros on padding, for `model.generate`."""
     cache = DynamicCache(config=model.config)
     if input_ids.size(1) > 1 and not attention_mask.all():
         rows = Rows(attention_mask[:, :-1], packed=True)

@@ -68,7 +68,7 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
 
 
 def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """Collect what a stage's model arguments say about weights and attention, for `load_causal_lm` and its like.
+    """Collect the options for weights and attention from a stage's model arguments, for `load_causal_lm` and its like.
 
     Args:
         model_args: TRL's model arguments.

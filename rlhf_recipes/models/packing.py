@@ -70,7 +70,7 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def is_packed(model: Any) -> bool:
-    """Tell whether a model reads texts one after another."""
+    """Return whether a model reads texts packed one after another."""
     packed: bool = model.config.get_text_config()._attn_implementation == PACKED
     return packed
 

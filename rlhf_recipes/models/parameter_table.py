@@ -1,4 +1,4 @@
-"""What a run holds in memory before its first step: a table of roles, their parameters, and bytes."""
+"""Table of what a run holds in memory before its first step: roles, their parameters, and bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def roles_table(policy: nn.Module, roles: Roles, reward_models: dict[str, nn.Mod
 
 
 def _owner(name: str, policy: nn.Module, roles: Roles) -> str:
-    """Which role a parameter belongs to: its adapter, its head, or what all share."""
+    """Return the role that a parameter belongs to: its adapter, its head, or what all share."""
     if name.startswith(f"{CRITIC_MODEL}."):
         return CRITIC
     parts = set(name.split("."))

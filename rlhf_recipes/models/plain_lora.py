@@ -22,7 +22,7 @@ _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def changes_base(config: Any) -> bool:
-    """Tell whether an adapter with this configuration takes a part of the base's weights out of it.
+    """Return whether an adapter with this configuration takes a part of the base's weights out of it.
 
     Example:
         >>> changes_base(LoraConfig(init_lora_weights="pissa_niter_4")), changes_base(LoraConfig())

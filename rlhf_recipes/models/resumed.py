@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: is its model the one that the checkpoint was made of?
+"""Check that a run resumes with the model that its checkpoint was made of.
 
 A checkpoint holds the weights of an adapter. What they compute depends on the adapter's configuration and on its base,
 which the run that resumes brings along: with another `lora_alpha` the same weights are another policy.

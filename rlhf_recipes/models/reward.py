@@ -125,7 +125,7 @@ def _check_complete(path: str, missing: set[str]) -> None:
 
 
 def score_tokens(model: nn.Module, unwrapped: nn.Module, call: dict[str, Any]) -> tuple[Any, Tensor]:
-    """Run a model for sequence classification and keep what its head says at every token.
+    """Run a model for sequence classification and keep its head's output at every token.
 
     Args:
         model: The model, as it is called in training.

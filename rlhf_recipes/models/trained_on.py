@@ -1,4 +1,4 @@
-"""What base an adapter was trained on: quantized or not, in which precision, and what it said there of a few rows.
+"""Record of the base that an adapter was trained on: quantized or not, its precision, and numbers of a few rows.
 
 An adapter learns on the weights it sees. On others (those of 4 bits in place of 32, say) it computes something else,
 and nothing shows it. So each stage saves a few rows with the numbers that the adapter gave for them, and whoever loads
@@ -26,7 +26,7 @@ Numbers = list[list[float]]  # for each row
 
 
 def describe_base(model: Any) -> str:
-    """Say in words how the weights of a model, or of the base of a PEFT model, are kept.
+    """Describe in words how the weights of a model, or of the base of a PEFT model, are kept.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,7 +68,7 @@ def raw_score(model: Any, row: Sequence[int]) -> list[float]:
 def save_trained_on(
     folder: str | Path, model: Any, rows: Iterable[Sequence[int]], numbers_of: Callable[[Any, Sequence[int]], Any]
 ) -> None:
-    """Write what an adapter was trained on into its folder, with what it says of a few rows.
+    """Write into an adapter's folder which base it was trained on, with its numbers of a few rows.
 
     Args:
         folder: The adapter's folder.
@@ -107,7 +107,7 @@ def save_with_first_rows(
 def check_trained_on(
     folder: str | Path, model: Any, numbers_of: Callable[[Any, Sequence[int]], Any], unit: str, tolerance: float
 ) -> None:
-    """Compare an adapter on this base with what it said where it was trained, if the base is of another kind.
+    """Compare an adapter's numbers on this base with those where it was trained, if the base is of another kind.
 
     Args:
         folder: The adapter's folder. Without the file nothing is known, and nothing is said.

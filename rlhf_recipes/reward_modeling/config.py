@@ -83,7 +83,7 @@ class PreferenceConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check what TRL does not know of."""
+        """Check the fields that TRL does not have."""
         validate_fields(self)
         super().__post_init__()
         if not 0.0 <= self.label_noise < 1.0:
@@ -109,5 +109,5 @@ class PreferenceConfig(RewardConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the loss is TRL's own: pairs with hard labels, read at the last token, with or without margins."""
+        """True if the loss is TRL's own: pairs with hard labels, read at the last token, with or without margins."""
         return (self.objective, self.readout, self.label_noise, self.margin_use) == ("pairwise", "last", 0.0, "margin")

@@ -1,4 +1,4 @@
-"""What an evaluation says of all rows together, however they were cut into batches and shared by processes."""
+"""Metrics of all rows of an evaluation together, however they were cut into batches and shared by processes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class EvaluatedRows:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Put batches behind each other, as wide as the widest."""
+    """Concatenate batches, padded to the widest."""
     if parts[0].dim() == 1:
         return torch.cat(parts)
     width = max(part.size(1) for part in parts)

@@ -204,7 +204,7 @@ def token_labels(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kind: str
 
 
 def _pair_problem(row: Row, config: PreferenceConfig) -> str | None:
-    """What is wrong with a row of TRL's, or `None`."""
+    """Return what is wrong with a row of TRL's, or `None`."""
     label, margin = row.get("label"), row.get("margin")
     if label is not None and not (is_number(label) and 0.0 <= label <= 1.0):
         return f"has the `label` {label!r}. Give the probability that `chosen` wins, in [0, 1], or rename the column."
@@ -231,7 +231,7 @@ def _check_margins_are_whole(table: Dataset, name: str) -> None:
 
 
 def _table_problem(row: Row, config: PreferenceConfig) -> str | None:
-    """What the objective misses in a checked row of the preference table, or `None`."""
+    """Return what the objective misses in a checked row of the preference table, or `None`."""
     wanted = _TARGETS[config.objective]
     if all(row.get(column) is None for column in wanted):
         judgements = [name for name in JUDGEMENTS if row.get(name) is not None]

@@ -219,7 +219,7 @@ class PreferenceTrainer(RewardTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate, and log what all rows give together in place of means of the batches' means."""
+        """Evaluate, and log the metrics of all rows together in place of means of the batches' means."""
         self._evaluated = EvaluatedRows(self.accelerator)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics: Any = output.metrics

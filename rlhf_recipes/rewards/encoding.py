@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Tell whether a sequence classifier is an encoder: decoders read a linear head named `score` at a token.
+    """Return whether a sequence classifier is an encoder: decoders read a linear head named `score` at a token.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -38,7 +38,7 @@ def which_ended(
     eos_token_ids: Collection[int] | None,
     finished: Sequence[bool] | None,
 ) -> list[bool]:
-    """Tell which completions ended with an end token.
+    """Return which completions ended with an end token.
 
     Args:
         count: How many there are.

@@ -1,4 +1,4 @@
-"""Rewards from another process, over HTTP. What it answers is checked, because nothing vouches for it."""
+"""Rewards from another process, over HTTP. Its answers are checked, because nothing vouches for them."""
 
 from __future__ import annotations
 

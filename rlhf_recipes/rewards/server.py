@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30.0  # seconds for a client that sends slowly
 
     def do_GET(self) -> None:
-        """Say that the server is there."""
+        """Answer that the server is there."""
         if self.path == "/health":
             self._answer(200, {"status": "ok"})
         else:

@@ -1,4 +1,4 @@
-"""Rewards that compare an answer with the true one: which wrong answers do they pay?"""
+"""Check which wrong answers are paid by a reward that compares answers with the true one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BREAK = "{answer}"
 
 @dataclass(frozen=True)
 class PaidAnswers:
-    """What a verifier pays for one kind of answer.
+    """The reward that a verifier pays for one kind of answer.
 
     Attributes:
         kind: `true`, the row's own answer; the same in another form: `spaces`, with white space around it, `sentence`,

@@ -1,4 +1,4 @@
-"""The frontier of a training: what is gained for each step away from the reference, and where more is too much."""
+"""The frontier of a training: the score against the distance to the reference, and where more distance does harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a set of completions looks like as text: how varied it is, and what it repeats."""
+"""Statistics of completions as texts: how varied they are, and what they repeat."""
 
 from __future__ import annotations
 

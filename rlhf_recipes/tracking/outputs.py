@@ -1,4 +1,4 @@
-"""What a finished stage hands to its W&B run: the adapter for the lineage graph, and the numbers of its evaluation."""
+"""Outputs of a stage for its W&B run: the adapter for the lineage graph, and the numbers of its evaluation."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def adapter_artifact(output_dir: str | Path, record: Mapping[str, Any]) -> wandb
 
 
 def use_parents(run: wandb.Run, record: Mapping[str, Any]) -> None:
-    """Say that a run starts from the artifacts of its parents, as far as these have logged any.
+    """Declare the artifacts of a run's parents as its inputs, as far as these have logged any.
 
     Args:
         run: The run, online.

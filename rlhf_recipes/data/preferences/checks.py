@@ -44,7 +44,7 @@ def check_row(row: Row) -> None:
 
 
 def compare(row: Row, first: int, second: int) -> dict[str, float]:
-    """Say what each judgement of a row tells about two of its completions.
+    """Compare two completions of a row by each of its judgements.
 
     Args:
         row: A checked row.
@@ -72,7 +72,7 @@ def compare(row: Row, first: int, second: int) -> dict[str, float]:
 
 
 def same(row: Row, first: int, second: int) -> bool:
-    """Say whether two completions of a row are equal: in their token ids where it has them, in their text otherwise.
+    """Return whether two completions of a row are equal: in their token ids where it has them, else in their text.
 
     Args:
         row: A row.
@@ -91,7 +91,7 @@ def same(row: Row, first: int, second: int) -> bool:
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Say whether a value is a whole number and neither true nor false.
+    """Return whether a value is a whole number and neither true nor false.
 
     Args:
         value: Any value, also of numpy.

@@ -1,4 +1,4 @@
-"""From groups of K completions to pairs."""
+"""Turn groups of K completions into pairs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def to_pairs(table: Dataset) -> Dataset:
 
 
 def compared_pairs(table: Dataset) -> Dataset:
-    """Make a loss of pairs possible: groups become pairs, and rows that compare nothing are left out and counted.
+    """Turn groups into pairs for a loss of pairs; rows that compare nothing are left out and counted.
 
     Args:
         table: A preference table.

@@ -1,4 +1,4 @@
-"""What all readers of preferences share: take rows of a kind, convert and check each, count the bad ones."""
+"""Reading that all readers of preferences share: take rows of a kind, convert and check each, count the bad ones."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str 
 
 
 def are_preferences(names: Collection[str]) -> bool:
-    """Say whether `to_preference_table` knows what kind of preferences rows with these columns hold.
+    """Return whether `to_preference_table` knows what kind of preferences rows with these columns hold.
 
     Example:
         >>> are_preferences(["prompt", "answers"]), are_preferences(["prompt", "completion"])

@@ -91,7 +91,7 @@ class Style:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language, each once, in a fixed order.
+    """Return every word of the language, each once, in a fixed order.
 
     Example:
         >>> words = vocabulary()
@@ -104,7 +104,7 @@ def vocabulary() -> list[str]:
 
 
 def allowed_bigrams() -> set[tuple[str, str]]:
-    """Every pair of neighbouring word classes that the grammar can write, the edges of a review included.
+    """Return every pair of neighbouring word classes that the grammar can write, the edges of a review included.
 
     Example:
         >>> ("article", "aspect") in allowed_bigrams(), ("adjective", "adjective") in allowed_bigrams()

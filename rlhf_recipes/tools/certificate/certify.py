@@ -150,7 +150,7 @@ def _pair_measures(pairs: Pairs, category_column: str | None, margin_column: str
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a cell holds something: pandas writes nan into empty ones."""
+    """Return whether a cell holds something: pandas writes nan into empty ones."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 

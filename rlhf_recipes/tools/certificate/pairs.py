@@ -52,7 +52,7 @@ class Pairs:
 
     @property
     def decided(self) -> NDArray[np.bool_]:
-        """Which pairs are no ties."""
+        """Mask of the pairs that are no ties."""
         decided: NDArray[np.bool_] = self.labels != 0.5
         return decided
 

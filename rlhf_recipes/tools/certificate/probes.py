@@ -24,7 +24,7 @@ _CHANGES: dict[str, Callable[[str], str]] = {"repetition": repeated, "truncation
 
 
 def probe(scorer: Scorer, pairs: Pairs, rows: int, seed: int) -> dict[str, Any]:
-    """Change the chosen completions, or their prompts, and see what the scores do.
+    """Change the chosen completions, or their prompts, and measure how the scores change.
 
     Args:
         scorer: The reward model.

@@ -115,7 +115,7 @@ class Scorer:
         return len(encode_prompt(self.tokenizer, prompt, **({} if self.encoder else options)))
 
     def fits(self, text: Encoded) -> bool:
-        """Tell whether the model can read the whole of a text."""
+        """Return whether a text fits into the model's context."""
         return len(text.ids) <= self.max_length
 
     def finite_scores(self, rows: Sequence[Encoded]) -> NDArray[np.float64]:

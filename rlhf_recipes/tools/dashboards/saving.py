@@ -40,7 +40,7 @@ def save_workspace(workspace: ws.Workspace, slug: str) -> str:
 
 
 def as_json(workspace: ws.Workspace) -> dict[str, Any]:
-    """What is sent to W&B for a workspace, as JSON can hold it.
+    """Return what is sent to W&B for a workspace, as JSON can hold it.
 
     Example:
         >>> from rlhf_recipes.tools.dashboards import ppo_workspace

@@ -15,7 +15,7 @@ _MOST_POINTS = 1500
 
 
 def draw_plots(measures: Mapping[str, Any]) -> dict[str, str]:
-    """Draw what there is to draw.
+    """Draw the plots that the measures allow.
 
     Args:
         measures: What `certify` measured.

@@ -121,7 +121,7 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
 
 
 def casts_inputs(sizes: RunSizes) -> bool:
-    """Whether each adapted layer keeps a copy of its input in another number format."""
+    """Return whether each adapted layer keeps a copy of its input in another number format."""
     return sizes.autocast if sizes.weight_bytes == 4 else not sizes.autocast
 
 
@@ -205,5 +205,5 @@ def cache_bytes(sizes: RunSizes) -> float:
 
 
 def rollout_bytes(sizes: RunSizes) -> float:
-    """Bytes of what a rollout is kept as: ids and masks in 8 bytes, five numbers for each token of a completion."""
+    """Bytes of a stored rollout: ids and masks in 8 bytes, five numbers for each token of a completion."""
     return sizes.rollout * (16 * sizes.prompt + (16 + 5 * 4 + 4) * sizes.completion)

@@ -1,4 +1,4 @@
-"""The phases of a PPO run, put together from the terms of `memory`, and the largest micro-batch for a budget."""
+"""The phases of a PPO run, combined from the terms of `memory`, and the largest micro-batch for a budget."""
 
 from __future__ import annotations
 

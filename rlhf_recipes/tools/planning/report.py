@@ -60,7 +60,7 @@ def write_plan(words: Sequence[str]) -> str:
 
 
 def describe(sizes: RunSizes, args: PPOConfig) -> list[str]:
-    """Say in words what is planned: the model, the roles, lengths, batches, and tokens per update."""
+    """Describe the plan in words: the model, the roles, lengths, batches, and tokens per update."""
     network, completions = sizes.network, sizes.rollout
     total = network.linear_parameters + network.other_parameters
     form = f"{sizes.quantized_bits}-bit weights" if sizes.quantized_bits else f"{8 * sizes.weight_bytes}-bit weights"
@@ -89,7 +89,7 @@ def phase_table(phases: dict[str, PhaseMemory]) -> list[str]:
 
 
 def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]:
-    """Say which micro-batch and which rollout are the largest that fit.
+    """Find the largest micro-batch and the largest rollout that fit, and write them out.
 
     Raises:
         ValueError: If nothing fits; it names the phase and the least that it needs.

@@ -1,4 +1,4 @@
-"""From the arguments of a PPO stage to the sizes that its memory depends on."""
+"""Sizes that the memory of a PPO stage depends on, from its arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSiz
 def run_sizes(
     ppo_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig, prompt_length: int, device: str
 ) -> tuple[RunSizes, list[str]]:
-    """Find out what the memory of a PPO run depends on, without loading weights.
+    """Find the sizes that the memory of a PPO run depends on, without loading weights.
 
     Args:
         ppo_args: What it starts from.

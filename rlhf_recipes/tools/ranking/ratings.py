@@ -1,4 +1,4 @@
-"""From rankings to ratings: the rows that a reward model is fitted to by regression."""
+"""Ratings from rankings: the rows that a reward model is fitted to by regression."""
 
 from __future__ import annotations
 

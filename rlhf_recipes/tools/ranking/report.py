@@ -1,4 +1,4 @@
-"""What votes say, as text: strengths, how far annotators agree, and which pairs to ask about next."""
+"""Report of votes as text: strengths, how far annotators agree, and which pairs to ask about next."""
 
 from __future__ import annotations
 

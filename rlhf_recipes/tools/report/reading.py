@@ -27,7 +27,7 @@ _MOST_COMPLETIONS = 512
 
 @dataclass
 class Stage:
-    """What one stage left in its folder.
+    """Records that one stage left in its folder.
 
     Attributes:
         name: How the report calls it; with several runs it starts with the run's name.
@@ -53,11 +53,11 @@ class Stage:
 
     @property
     def trained(self) -> bool:
-        """Whether it left a log or an evaluation: the folder of a certificate alone has none."""
+        """True if it left a log or an evaluation: the folder of a certificate alone has none."""
         return bool(self.history or self.record("evaluation"))
 
     def record(self, name: str) -> Record:
-        """What `<name>.json` holds, or nothing."""
+        """Return what `<name>.json` holds, or nothing."""
         return self.records.get(f"{name}.json", {})
 
 
@@ -103,7 +103,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number that can be drawn.
+    """Return whether a value is a number that can be drawn.
 
     Example:
         >>> [finite(value) for value in (1, 2.5, float("nan"), None, "3", True)]
@@ -246,7 +246,7 @@ def _history(stage: Stage, state: Record) -> list[Record]:
 
 
 def _kind(stage: Stage) -> str:
-    """What `run.json` says, and without it what the logs look like."""
+    """Return the kind that `run.json` names, and without it the one that the logs look like."""
     recorded = stage.record("run").get("stage")
     keys = {key for entry in stage.history for key in entry}
     if recorded is not None:
@@ -274,7 +274,7 @@ def _read_completions(stage: Stage) -> list[Record]:
 
 
 def _note_absent(stage: Stage) -> None:
-    """Say what a stage of its kind has and this one has not."""
+    """Note what a stage of its kind has and this one has not."""
     consequences = {
         "run.json": "the command, commit and versions are not known.",
         "trainer_state.json": "there are no curves; the run did not end, or saved nothing.",

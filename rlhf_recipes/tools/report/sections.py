@@ -128,7 +128,7 @@ def _certificate(stage: Stage) -> str:
 
 
 def verdict(stage: Stage) -> tuple[str, str]:
-    """Say in one sentence what came out of a stage that trained on rewards.
+    """Summarise in one sentence a stage that trained on rewards.
 
     Returns:
         `good`, `care` or `bad`, and the sentence.
@@ -223,7 +223,7 @@ def _curve(stage: Stage, part: str) -> dict[str, Any] | None:
 
 
 def alarms(stages: Sequence[Stage]) -> str:
-    """What went off, why, and what was done."""
+    """Alarms that went off, why, and what was done."""
     rows = [
         (stage.name, row.get("step", "-"), row.get("kind", "-"), row.get("message", "-"), row.get("action", "warned"))
         for stage in stages

@@ -1,4 +1,4 @@
-"""The rules of the verdict: what each measure of a reward model says. A rule without an interval never passes."""
+"""The rules of the verdict, each for one measure of a reward model. A rule without an interval never passes."""
 
 from __future__ import annotations
 

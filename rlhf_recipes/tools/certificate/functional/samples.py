@@ -1,4 +1,4 @@
-"""What a reward model says of a policy's own samples: its spread, and what choosing the best of n gives."""
+"""Measures of a reward model on a policy's own samples: the spread of its scores, and the best of n."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict: is a reward model good enough for PPO? The worst that a rule says, and all that they say."""
+"""The verdict: is a reward model good enough for PPO? The worst result of a rule, and all reasons."""
 
 from __future__ import annotations
 
