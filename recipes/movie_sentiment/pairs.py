@@ -1,4 +1,4 @@
-"""Make the recipe's rows from labelled texts: passages to imitate and to continue, and pairs that say what is liked.
+"""Make the recipe's rows from labelled texts: passages to imitate and to continue, and preference pairs.
 
 python recipes/movie_sentiment/pairs.py --dataset_name stanfordnlp/imdb --output_dir outputs/movie_sentiment/data
 """

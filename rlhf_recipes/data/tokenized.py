@@ -25,7 +25,7 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
 
     Args:
         trainer: The trainer, with its tokenized rows.
-        given: The rows that it was given as `train` and `test`.
+        given: The rows that it was made with, as `train` and `test`.
 
     Raises:
         ValueError: If no row of a split is left, one is longer than the model's context, or one is empty or has

@@ -94,7 +94,7 @@ def _is_no_product(module: nn.Module) -> bool:
 
 
 class _Fused(nn.Module):
-    """What the fused layers share; the class behind it computes what has no fused form."""
+    """Shared parts of the fused layers; the class behind it computes what has no fused form."""
 
     base_layer: nn.Module
 
@@ -113,7 +113,7 @@ class FusedLinear4bit(_Fused, lora.Linear4bit):  # type: ignore[misc]  # PEFT ma
 
 
 class _Update(NamedTuple):
-    """What an adapter adds: `scaling * x @ down.t() @ up.t()`, with `down` (r, in) and `up` (out, r)."""
+    """Update of an adapter: `scaling * x @ down.t() @ up.t()`, with `down` (r, in) and `up` (out, r)."""
 
     down: Tensor
     up: Tensor

@@ -161,7 +161,7 @@ def _sample_checked(
     generation_config: GenerationConfig,
     **kwargs: Any,
 ) -> Any:
-    """The sampling loop of transformers, behind a look at what it is given; `calls` shows that it was here."""
+    """The sampling loop of transformers, after a check of its logits processors; `calls` records that it ran."""
     calls.append(generation_config)
     strange = [
         type(processor).__name__

@@ -71,7 +71,7 @@ class Rows:
         packed: Whether the network can read them one after another.
 
     Attributes:
-        arguments: What the network is given besides the tokens.
+        arguments: The network's arguments besides the tokens.
 
     Example:
         >>> rows = Rows(torch.tensor([[0, 1, 1], [1, 0, 0]]), packed=True)

@@ -44,7 +44,7 @@ def which_ended(
         count: How many there are.
         completion_ids: Their token ids as the policy sampled them, if they are known.
         eos_token_ids: Ids that end one, if they are known.
-        finished: What the trainer says, which knows all of its end tokens.
+        finished: What the trainer passes, which knows all of its end tokens.
 
     Returns:
         For each whether it ended; all did where nothing is known.

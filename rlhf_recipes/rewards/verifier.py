@@ -185,7 +185,7 @@ def _answers(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def _texts(answers: list[str], template: str, constant: str) -> dict[str, tuple[bool, list[str | None]]]:
-    # For each kind whether it holds the true answer, and what it says in each row.
+    # For each kind whether it holds the true answer, and its text in each row.
     def write(wrong: list[str | None]) -> list[str | None]:
         pairs = zip(wrong, answers, strict=True)
         return [None if text is None or _same(text, true) else _fill(template, text) for text, true in pairs]

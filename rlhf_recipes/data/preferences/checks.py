@@ -52,8 +52,8 @@ def compare(row: Row, first: int, second: int) -> dict[str, float]:
         second: Index of another one.
 
     Returns:
-        By column, the probability that the first one is better: 1, 0, 0.5 for a tie, or `label`. `best` tells
-        nothing about two completions that were not chosen.
+        By column, the probability that the first one is better: 1, 0, 0.5 for a tie, or `label`. `best` gives
+        nothing for two completions that were not chosen.
 
     Example:
         >>> compare({"completions": ["a", "b", "c"], "ranks": [1, 2, 2], "best": 0}, 0, 2)

@@ -14,7 +14,7 @@ from rlhf_recipes.data.preferences.schema import TABLE_COLUMNS, make_table, plac
 
 logger = logging.getLogger(__name__)
 
-_ORDERS = ("label", "ranks", "best", "ratings")  # the first one that says something about a pair decides
+_ORDERS = ("label", "ranks", "best", "ratings")  # the first one that compares a pair decides
 
 
 def to_pairs(table: Dataset) -> Dataset:

@@ -73,7 +73,7 @@ CLAUSE_COUNTS = {1: 0.10, 2: 0.35, 3: 0.35, 4: 0.20}
 
 @dataclass(frozen=True)
 class Style:
-    """How the reviews of a corpus are mixed and how clean they are; every number is a probability.
+    """Mixture of the reviews of a corpus, and how clean they are; every number is a probability.
 
     Attributes:
         positive: Share of reviews in a good mood.

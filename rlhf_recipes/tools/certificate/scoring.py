@@ -97,7 +97,7 @@ class Scorer:
         Args:
             prompt: The prompt.
             completion: The completion.
-            **options: What the row says of its chat template, as of `options_of`.
+            **options: The row's options for its chat template, from `options_of`.
         """
         ids, start = encode(self.tokenizer, prompt, completion, encoder=self.encoder, end_ids=self.end_ids, **options)
         return Encoded(ids, start, len(ids) - (start or self._prompt_length(prompt, **options)))

@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass
 class Run:
-    """A folder that was given, with its stages in the order in which they ran."""
+    """The folder of a run, with its stages in the order in which they ran."""
 
     name: str
     folder: Path

@@ -46,7 +46,7 @@ def shown(value: Any, ends: Any = None) -> str:
 
 
 def lineage(runs: Sequence[Run]) -> str:
-    """What was run: stages, commands, commits, versions."""
+    """Write what was run: stages, commands, commits, versions."""
     rows, commands, versions = [], [], []
     for run in runs:
         for stage in run.stages:

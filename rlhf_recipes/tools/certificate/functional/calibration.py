@@ -1,6 +1,6 @@
 """Calibration of the probabilities that a reward model implies: reliability, ECE, Brier score, log loss.
 
-A reward model says that the first of two completions is preferred with probability `sigmoid(difference of scores)`
+A reward model implies that the first of two completions is preferred with probability `sigmoid(difference of scores)`
 (Bradley and Terry, Rank Analysis of Incomplete Block Designs, 1952).
 """
 
