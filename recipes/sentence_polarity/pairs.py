@@ -89,7 +89,7 @@ def pairs(snippets: list[dict[str, Any]], pairings: int, rng: random.Random) -> 
         rng.shuffle(liked)
         rng.shuffle(disliked)
         couples += zip(liked, disliked, strict=False)
-    return [{"prompt": PROMPT, "chosen": f" {good} ", "rejected": f" {bad} "} for good, bad in couples]
+    return [{"prompt": PROMPT, "chosen": f" {better} ", "rejected": f" {worse} "} for better, worse in couples]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

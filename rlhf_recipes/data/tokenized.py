@@ -45,9 +45,9 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
     """
     model: Any = trainer.model  # TRL types what a trainer holds only in part
     args: Any = trainer.args
-    kept: dict[str, Any] = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    datasets: dict[str, Any] = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
-    for split, prepared in kept.items():
+    for split, prepared in datasets.items():
         if "seq_lengths" not in prepared.column_names:
             _check_left_out(split, prepared, len(given[split]), args.max_length)
         for column in sorted({"input_ids", "chosen_ids", "rejected_ids"} & set(prepared.column_names)):

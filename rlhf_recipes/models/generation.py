@@ -244,11 +244,11 @@ def sample(
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
         )
         sequences[rows, : input_ids.size(1)] = input_ids
-        going = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
+        unfinished = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
         more = attention_mask.new_ones(len(input_ids), input_ids.size(1) - attention_mask.size(1))
-        attention_mask = torch.cat([attention_mask, more], dim=1)[going]
-        cache.batch_select_indices(going)
-        input_ids, rows = input_ids[going], rows[going]
+        attention_mask = torch.cat([attention_mask, more], dim=1)[unfinished]
+        cache.batch_select_indices(unfinished)
+        input_ids, rows = input_ids[unfinished], rows[unfinished]
     return sequences[:, : input_ids.size(1)]
 
 

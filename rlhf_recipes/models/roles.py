@@ -300,8 +300,8 @@ class Roles:
             metadata={"format": "pt"},
         )
         config: Any = copy.deepcopy(self.model.peft_config[adapter])
-        kept = ["classifier", "score", *(config.modules_to_save or [])]
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", kept, True
+        modules_to_save = ["classifier", "score", *(config.modules_to_save or [])]
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", modules_to_save, True
         config.save_pretrained(str(folder))
 
     def load(self, folder: str | Path, role: str, adapter: str) -> None:

@@ -78,9 +78,9 @@ def save_trained_on(
     """
     training = model.training
     model.eval()
-    kept = [list(map(int, row[:_TOKENS])) for row, _ in zip(rows, range(ROWS), strict=False)]
-    kept = [row for row in kept if len(row) > 1]
-    record = {"base": describe_base(model), "rows": kept, "numbers": [numbers_of(model, row) for row in kept]}
+    cut_rows = [list(map(int, row[:_TOKENS])) for row, _ in zip(rows, range(ROWS), strict=False)]
+    cut_rows = [row for row in cut_rows if len(row) > 1]
+    record = {"base": describe_base(model), "rows": cut_rows, "numbers": [numbers_of(model, row) for row in cut_rows]}
     model.train(training)
     Path(folder, FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
@@ -128,8 +128,8 @@ def check_trained_on(
         before = torch.tensor([number for row in numbers for number in row], dtype=torch.float64)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}). Remove it to load the adapter unchecked.") from error
-    here = describe_base(model)
-    if here == base or not len(before):
+    current = describe_base(model)
+    if current == base or not len(before):
         return
     training = model.training
     model.eval()
@@ -138,7 +138,7 @@ def check_trained_on(
     difference = (now - before).abs().mean().item()
     if unit == OF_THE_SPREAD:
         difference /= max(before.std().item(), 1e-12) if len(before) > 1 else 1.0
-    message = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {here}"
+    message = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {current}"
     if not difference <= tolerance:
         raise ValueError(
             f"{message}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "

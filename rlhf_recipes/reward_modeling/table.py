@@ -97,15 +97,17 @@ def drop_ties(dataset: Dataset, config: PreferenceConfig) -> Dataset:
     """
     if config.ties == "soft":
         return dataset
-    kept = [index for index, row in enumerate(dataset) if len(set(ranks_of(row) or [])) > 1]
-    if len(kept) == len(dataset):
+    indices = [index for index, row in enumerate(dataset) if len(set(ranks_of(row) or [])) > 1]
+    if len(indices) == len(dataset):
         return dataset
-    if not kept:
+    if not indices:
         raise ValueError(
             f"All {len(dataset)} training rows are ties, which `ties: drop` leaves out. Set `ties: soft`."
         )
-    logger.info("%d of %d training rows are ties and left out (`ties: drop`).", len(dataset) - len(kept), len(dataset))
-    return dataset.select(kept)
+    logger.info(
+        "%d of %d training rows are ties and left out (`ties: drop`).", len(dataset) - len(indices), len(dataset)
+    )
+    return dataset.select(indices)
 
 
 def to_whole_texts(table: Dataset) -> Dataset:
@@ -232,11 +234,11 @@ def _check_margins_are_whole(table: Dataset, name: str) -> None:
 
 def _table_problem(row: Row, config: PreferenceConfig) -> str | None:
     """Return what the objective misses in a checked row of the preference table, or `None`."""
-    wanted = _TARGETS[config.objective]
-    if all(row.get(column) is None for column in wanted):
+    targets = _TARGETS[config.objective]
+    if all(row.get(column) is None for column in targets):
         judgements = [name for name in JUDGEMENTS if row.get(name) is not None]
         return (
-            f"has no {' or '.join(f'`{name}`' for name in wanted)}, which `objective: {config.objective}` reads; it "
+            f"has no {' or '.join(f'`{name}`' for name in targets)}, which `objective: {config.objective}` reads; it "
             f"has {quoted(judgements)}. Choose the objective that fits, or make pairs of the rows with `to_pairs`."
         )
     if row.get("margin") is not None and config.objective != "pairwise":

@@ -40,7 +40,7 @@ class RemoteReward:
         batch_size: Completions per request.
         concurrency: Requests at a time.
         key_variable: Environment variable with a key that is sent as `Authorization: Bearer <key>`.
-        eos_token_ids: Ids that end a completion of the policy. `None`: what the trainer passes (`PPOTrainer` does); with
+        eos_token_ids: Ids that end a completion of the policy. `None`: as the trainer passes (`PPOTrainer` does); with
             another one, all are finished.
 
     Raises:

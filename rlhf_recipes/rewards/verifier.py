@@ -89,21 +89,21 @@ def check_verifier(
         >>> [entry.kind for entry in found if not entry.right and entry.paid > 0.1]
         ['negated']
     """
-    listed = [dict(row) for row in rows]
-    answers = _answers(listed, answer_column)
+    row_dicts = [dict(row) for row in rows]
+    answers = _answers(row_dicts, answer_column)
     if _BREAK not in template:
         raise ValueError(f"`template` must hold {_BREAK!r}, where the answer goes; got {template!r}.")
     if not pays[0] < pays[1]:
         raise ValueError(f"`pays` is the least and the most that the reward pays, such as (0.0, 1.0); got {pays}.")
-    function = _as_function(reward, listed)
+    function = _as_function(reward, row_dicts)
     results = []
     for kind, (right, texts) in _texts(answers, template, constant).items():
-        tried = [(number, text) for number, text in enumerate(texts) if text is not None]
+        attempts = [(number, text) for number, text in enumerate(texts) if text is not None]
         try:
-            rewards = function([listed[number] for number, _ in tried], [text for _, text in tried])
+            rewards = function([row_dicts[number] for number, _ in attempts], [text for _, text in attempts])
         except Exception as error:
             raise RuntimeError(f"The reward failed on answers of the kind {kind!r}: {error}") from error
-        results.append(_summary(kind, right, tried, rewards, pays))
+        results.append(_summary(kind, right, attempts, rewards, pays))
     return results
 
 
@@ -136,12 +136,12 @@ def refuse_if_bought(results: Sequence[PaidAnswers], bound: float = 0.1) -> None
             f"pays.{table}"
         )
     if bought := [entry for entry in results if not entry.right and entry.paid > bound]:
-        listed = ", ".join(
+        kinds = ", ".join(
             f"{entry.paid:.2f} for the kind {entry.kind!r}, such as {entry.example!r} in row {entry.row}"
             for entry in bought
         )
         raise ValueError(
-            f"The verifier can be bought: it pays {listed}; at most {bound} is allowed. Repair it, or leave the task "
+            f"The verifier can be bought: it pays {kinds}; at most {bound} is allowed. Repair it, or leave the task "
             f"out.{table}"
         )
 
@@ -230,16 +230,16 @@ def _as_function(reward: Callable[..., Any], rows: list[dict[str, Any]]) -> Call
     # Both kinds of rewards as one function of rows and texts.
     columns = sorted({column for row in rows for column in row} - {"prompt", "completion", "completion_ids"})
 
-    def of_columns(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:
-        prompts = [row.get("prompt", "") for row in some]
+    def of_columns(part: list[dict[str, Any]], texts: list[str]) -> list[Any]:
+        prompts = [row.get("prompt", "") for row in part]
         pairs = zip(prompts, texts, strict=True)
         completions = [text if isinstance(prompt, str) else _message(text) for prompt, text in pairs]
-        values = {column: [row.get(column) for row in some] for column in columns}
-        called = checked(reward)(prompts=prompts, completions=completions, completion_ids=[[] for _ in some], **values)
+        values = {column: [row.get(column) for row in part] for column in columns}
+        called = checked(reward)(prompts=prompts, completions=completions, completion_ids=[[] for _ in part], **values)
         return asyncio.run(called) if is_async_callable(reward) else called
 
-    def of_each(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:
-        return [reward(text, row) for text, row in zip(texts, some, strict=True)]
+    def of_each(part: list[dict[str, Any]], texts: list[str]) -> list[Any]:
+        return [reward(text, row) for text, row in zip(texts, part, strict=True)]
 
     signature = inspect.signature(reward)
     if _takes(signature, prompts=[], completions=[], completion_ids=[], **dict.fromkeys(columns)):
@@ -265,12 +265,12 @@ def _takes(signature: inspect.Signature, *positional: Any, **named: Any) -> bool
 
 
 def _summary(
-    kind: str, right: bool, tried: list[tuple[int, str]], rewards: list[Any], pays: tuple[float, float]
+    kind: str, right: bool, attempts: list[tuple[int, str]], rewards: list[Any], pays: tuple[float, float]
 ) -> PaidAnswers:
-    if not tried:
+    if not attempts:
         return PaidAnswers(kind, right, 0, math.nan, None, "", -1)
     shares = []
-    for (number, text), reward in zip(tried, rewards, strict=True):
+    for (number, text), reward in zip(attempts, rewards, strict=True):
         value = pays[0] if reward is None else float(reward)
         share = (value - pays[0]) / (pays[1] - pays[0])
         if not -1e-9 <= share <= 1 + 1e-9:  # scorers that divide lengths end a little above 1
@@ -279,7 +279,7 @@ def _summary(
             )
         shares.append(min(max(share, 0.0), 1.0))
     stands_out = shares.index(min(shares) if right else max(shares))
-    number, text = tried[stands_out]
+    number, text = attempts[stands_out]
     # Numbers in [0, 1] spread no more than zeros and ones of the same mean, so Wilson's interval is wide enough.
     interval = proportion_interval(math.fsum(shares), len(shares))
     return PaidAnswers(kind, right, len(shares), math.fsum(shares) / len(shares), interval, text, number)

@@ -134,10 +134,10 @@ def _verifier(args: argparse.Namespace) -> int:
             f"Expected `number` from 1 on and `bound` from 0 to below 1, got {args.number} and {args.bound:g}."
         )
     rows = load_rows(args.rows, split=args.split).shuffle(seed=0)
-    some = rows.select(range(min(args.number, len(rows))))
+    sample = rows.select(range(min(args.number, len(rows))))
     try:
         results = check_verifier(
-            _function(args.reward), some, args.answer_column, args.template, args.constant, tuple(args.pays)
+            _function(args.reward), sample, args.answer_column, args.template, args.constant, tuple(args.pays)
         )
     except (AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise ValueError(error) from error

@@ -55,7 +55,7 @@ def read(
     names = column_names(rows)
     check_columns(names, needs, may_have)
     others = [name for name in names if name not in {*needs, *may_have, *PROVENANCE}]
-    table_rows, bad = [], BadRows()
+    table_rows, bad_rows = [], BadRows()
     for index, row in enumerate(iterate(rows)):
         row = {name: row.get(name) for name in names}
         origin = {
@@ -71,10 +71,10 @@ def read(
             if "tools" in others and isinstance(converted["prompt"], list):
                 row["tools"] = read_tools(row["tools"])
         except BadRow as problem:
-            bad.add(str(problem), place_of(origin))
+            bad_rows.add(str(problem), place_of(origin))
         else:
             table_rows.append(converted | {name: row[name] for name in others})
-    bad.settle(len(rows), len(table_rows), drop_bad_rows, harmless)
+    bad_rows.settle(len(rows), len(table_rows), drop_bad_rows, harmless)
     types: dict[str, Any] = dict(rows.features) if isinstance(rows, Dataset) else {}
     return make_table(table_rows, {name: types.get(name) for name in others})
 

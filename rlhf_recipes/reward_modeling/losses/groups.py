@@ -116,8 +116,8 @@ def best_of_k_loss(scores: Tensor, best: Tensor | int, mask: Tensor | None = Non
         raise ValueError(f"Expected one index per prompt, shape {tuple(scores.shape[:-1])}, got {tuple(best.shape)}.")
     scores, _, mask = _groups(scores, scores, mask, "scores")
     best = best.reshape(-1, 1)
-    there = (best >= 0) & (best < scores.size(1))
-    if not (there & mask.gather(1, best.where(there, 0))).all():
+    in_range = (best >= 0) & (best < scores.size(1))
+    if not (in_range & mask.gather(1, best.where(in_range, 0))).all():
         raise ValueError(f"`best` names a completion that is not there: {best.flatten().tolist()}. Count from 0.")
     losses = scores.masked_fill(~mask, -torch.inf).logsumexp(dim=1, keepdim=True) - scores.gather(1, best)
     return losses.mean()

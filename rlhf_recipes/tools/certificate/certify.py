@@ -102,13 +102,13 @@ def certify(
 
 
 def _scores(scorer: Scorer, pairs: Pairs) -> dict[str, Any]:
-    everything = np.concatenate([pairs.chosen, pairs.rejected])
-    bad = int((~np.isfinite(everything)).sum())
-    scores: dict[str, Any] = {"not_finite": bad, "n": len(everything), "constant": False}
+    all_scores = np.concatenate([pairs.chosen, pairs.rejected])
+    bad = int((~np.isfinite(all_scores)).sum())
+    scores: dict[str, Any] = {"not_finite": bad, "n": len(all_scores), "constant": False}
     if not bad:
-        scores["constant"] = bool(np.ptp(everything) <= 1e-5 * max(1.0, float(np.abs(everything).max())))
+        scores["constant"] = bool(np.ptp(all_scores) <= 1e-5 * max(1.0, float(np.abs(all_scores).max())))
         sides = {"chosen": _normalised(scorer, pairs.chosen), "rejected": _normalised(scorer, pairs.rejected)}
-        scores |= {"all": describe(_normalised(scorer, everything))}
+        scores |= {"all": describe(_normalised(scorer, all_scores))}
         scores |= {name: describe(values) for name, values in sides.items()}
         scores["values"] = {name: values.tolist() for name, values in sides.items()}
     readout = {"readout": scorer.readout.readout, "gain": scorer.readout.gain, "bias": scorer.readout.bias}
@@ -210,19 +210,19 @@ def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column
     for index, row in enumerate(rows):
         check_texts(row, ("prompt", "completion"), f"Sample {index}")
     encoded = [scorer.encode(row["prompt"], row["completion"], **options_of(row)) for row in rows]
-    kept = [index for index, text in enumerate(encoded) if scorer.fits(text)]
-    if not kept:
+    indices = [index for index, text in enumerate(encoded) if scorer.fits(text)]
+    if not indices:
         raise ValueError(f"None of the {len(rows)} samples fits into {scorer.max_length} tokens. Raise `max_length`.")
-    scores = scorer.finite_scores([encoded[index] for index in kept])
-    gold = [rows[index].get(gold_column) for index in kept]
+    scores = scorer.finite_scores([encoded[index] for index in indices])
+    gold = [rows[index].get(gold_column) for index in indices]
     known = all(map(_is_number, gold))
     if not known and any(map(_is_number, gold)):
-        index = kept[[_is_number(value) for value in gold].index(False)]
+        index = indices[[_is_number(value) for value in gold].index(False)]
         raise ValueError(f"Sample {index} has no `{gold_column}`, but others have one. Give it to all or to none.")
-    normalised, prompts = _normalised(scorer, scores), [prompt_key(rows[index]["prompt"]) for index in kept]
+    normalised, prompts = _normalised(scorer, scores), [prompt_key(rows[index]["prompt"]) for index in indices]
     data = _normalised(scorer, np.concatenate([pairs.chosen, pairs.rejected]))
     return {
-        "samples": {"n": len(kept), "left_out": len(rows) - len(kept), "values": normalised.tolist()},
+        "samples": {"n": len(indices), "left_out": len(rows) - len(indices), "values": normalised.tolist()},
         "spread": score_spread(data, normalised, prompts),
         "best_of_n": best_of_n(normalised, prompts, gold if known else None),
     }

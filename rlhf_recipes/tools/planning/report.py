@@ -139,10 +139,10 @@ def _parse(fields: list[str]) -> tuple[tuple[Any, ...], str]:
     before.add_argument("--config")
     before.add_argument("--use_cpu")
     args, _ = before.parse_known_args(fields)
-    asked = args.use_cpu
-    if asked is None and args.config is not None:
-        asked = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")).get("use_cpu")
-    return arguments, "cpu" if str(asked).lower() in ("true", "1", "yes") else "cuda"
+    use_cpu = args.use_cpu
+    if use_cpu is None and args.config is not None:
+        use_cpu = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")).get("use_cpu")
+    return arguments, "cpu" if str(use_cpu).lower() in ("true", "1", "yes") else "cuda"
 
 
 def _caveats(sizes: RunSizes) -> list[str]:

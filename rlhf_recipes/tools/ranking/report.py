@@ -72,8 +72,8 @@ def rank_votes(rows: Iterable[Mapping[str, Any]], ask_about: int | None = None, 
 def _grouped(votes: list[Vote], annotators: Sequence[Hashable]) -> tuple[list[Vote], str]:
     """The votes, in groups that are drawn together, and what these are."""
     if groups := {vote.group for vote in votes} - {None}:
-        alone = sum(vote.group is None for vote in votes)
-        return votes, f"{len(groups)} groups" + (f" and {alone} single votes" if alone else "")
+        ungrouped = sum(vote.group is None for vote in votes)
+        return votes, f"{len(groups)} groups" + (f" and {ungrouped} single votes" if ungrouped else "")
     names = set(annotators) - {None}
     if len(names) < _FEWEST:
         return votes, f"{len(votes)} single votes"
@@ -122,10 +122,10 @@ def _next_pairs(votes: Sequence[Vote], items: Sequence[Hashable], number: int, s
     draws = torch.from_numpy(bootstrap_draws(votes, bradley_terry, items, resamples=_MEMBERS, seed=seed))
     pairs = list(combinations(range(len(items)), 2))
     first, second = (draws[:, list(places)] for places in zip(*pairs, strict=True))
-    asked = select_queries(first, second, min(number, len(pairs)), seed)
+    queries = select_queries(first, second, min(number, len(pairs)), seed)
     chances = (first - second).sigmoid()
     lines = [["first", "second", "first wins", "deviation"]]
-    for place in asked.tolist():
+    for place in queries.tolist():
         left, right = pairs[place]
         chance = chances[:, place]
         lines.append(

@@ -97,8 +97,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = [_read_run(folder, name) for folder, name in zip(paths.values(), _names(list(paths)), strict=True)]
     for run in runs:
         for stage in run.stages:
-            alone = stage.folder == run.folder or (len(runs) > 1 and len(run.of_kind(stage.kind)) == 1)
-            stage.name = run.name if alone else f"{run.name}/{stage.name}" if len(runs) > 1 else stage.name
+            is_single = stage.folder == run.folder or (len(runs) > 1 and len(run.of_kind(stage.kind)) == 1)
+            stage.name = run.name if is_single else f"{run.name}/{stage.name}" if len(runs) > 1 else stage.name
     return runs
 
 
@@ -237,12 +237,12 @@ def _history(stage: Stage, state: Record) -> list[Record]:
     if not isinstance(rows, list):
         stage.missing.append("trainer_state.json has no list `log_history`: it may be from another version.")
         return []
-    kept = [row for row in rows if _has_step(row)]
-    if len(kept) < len(rows):
-        stage.missing.append(f"trainer_state.json: {len(rows) - len(kept)} log entries without a step are left out.")
-    if not kept:
+    steps = [row for row in rows if _has_step(row)]
+    if len(steps) < len(rows):
+        stage.missing.append(f"trainer_state.json: {len(rows) - len(steps)} log entries without a step are left out.")
+    if not steps:
         stage.missing.append("trainer_state.json has an empty log: nothing was trained, or nothing logged.")
-    return kept
+    return steps
 
 
 def _kind(stage: Stage) -> str:
