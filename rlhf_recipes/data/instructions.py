@@ -19,7 +19,7 @@ _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def instructions_as_chats(dataset: Dataset, chat_template: Any) -> Dataset:
-    r"""Make chats of the prompts of HelpSteer2, PKU-SafeRLHF and RewardBench 2, for a model with a chat template.
+    r"""Turn the prompts of HelpSteer2, PKU-SafeRLHF and RewardBench 2 into chats, for a model with a chat template.
 
     Elsewhere text is joined as it is. There a prompt is what a user said, and a response what the assistant answers:
     joined they would read "1 + 1?Two." Answers to a chat become messages when the rows are read.

@@ -67,7 +67,7 @@ def load_splits(data_args: DataArguments, convert: Converter, chat_template: Any
 def load_preference_splits(data_args: DataArguments) -> DatasetDict:
     r"""Load the preferences that a reward model trains on and those that it is evaluated on.
 
-    As `load_splits`, with `load_preferences` in the place of a converter: rows of any kind become preference tables,
+    Like `load_splits`, with `load_preferences` in place of a converter: rows of any kind become preference tables,
     and messages name the lines of files. All rows of a prompt, with all of their completions, lie on one side.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 
 def complete_arguments(model: torch.nn.Module) -> None:
-    """Let a causal model complete what it is called with: positions, and no router logits that nobody asked for.
+    """Let a causal model complete its arguments: positions, and no router logits unless asked for.
 
     TRL, which computes the routers' loss, reads the number of experts by one name, which some configurations lack.
 

@@ -60,7 +60,7 @@ class EvaluatedRows:
         """
         if not self._parts:
             return {}
-        rows = {name: _joined([part[name] for part in self._parts]) for name in self._parts[0]}
+        rows = {name: _concatenated([part[name] for part in self._parts]) for name in self._parts[0]}
         rows["group_mask"] = mask = rows["group_mask"].bool()
         raw = rows["scores"][mask]
         metrics = {"loss": objective_of_rows(config, rows, rows["scores"], rows.get("losses"))}
@@ -71,7 +71,7 @@ class EvaluatedRows:
         return {name: value.item() for name, value in metrics.items()}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     """Concatenate batches, padded to the widest."""
     if parts[0].dim() == 1:
         return torch.cat(parts)

@@ -23,7 +23,7 @@ from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
 from rlhf_recipes.reward_modeling.losses import untied_margins
-from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, regroup
+from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, scatter_completions
 from rlhf_recipes.reward_modeling.preparation import with_chat_ids
 from rlhf_recipes.reward_modeling.table import (
     check_rows,
@@ -179,7 +179,7 @@ class PreferenceTrainer(RewardTrainer):
             return self._trl_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs["group_mask"]
         outputs, raw, token_scores = self._scores(model, inputs)
-        scores = regroup(raw, mask)
+        scores = scatter_completions(raw, mask)
         loss = preference_objective(self.args, inputs, scores, token_scores)
         if model.training:
             self._record(inputs, raw.detach(), scores.detach())

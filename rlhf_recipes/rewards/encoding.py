@@ -114,7 +114,7 @@ def encode(
 def encode_rows(
     rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, context: int | None, max_length: int | None
 ) -> DatasetDict:
-    """Encode rows for the training of an encoder: trainers take token ids as they are, without an end token more.
+    """Encode rows for the training of an encoder: trainers take token ids as they are, without adding an end token.
 
     Args:
         rows: Splits with `chosen` and `rejected`, or `completions`, and maybe `prompt`. Ids that are there stay.

@@ -95,7 +95,7 @@ class EnsembleReward:
         self.members, self.aggregation, self.k = list(members), aggregation, k
 
     def with_members(self, functions: Sequence[Callable[..., Any]]) -> EnsembleReward:
-        """Copy the ensemble with functions in the place of its folders."""
+        """Copy the ensemble with functions in place of its folders."""
         return EnsembleReward(functions, self.aggregation, self.k, self.__name__)
 
     def __call__(

@@ -35,7 +35,7 @@ def truncate(ids: Sequence[int], stop_token_ids: Collection[int], start: int) ->
 
 
 class TruncatedReward:
-    """Give another reward function truncated completions, and a fixed score to those that cannot be cut.
+    """Pass truncated completions to another reward function, and give a fixed score to those that cannot be cut.
 
     The policy is still trained on all the tokens it sampled; only what is judged is shorter.
 

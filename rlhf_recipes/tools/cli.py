@@ -103,7 +103,7 @@ def _rank(args: argparse.Namespace) -> str:
 
 def _add_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rankings", help="file, folder or dataset id with `prompt`, `completions` and `ranks`")
-    parser.add_argument("output", type=Path, help="jsonl file to write, with `ratings` in the place of `ranks`")
+    parser.add_argument("output", type=Path, help="jsonl file to write, with `ratings` in place of `ranks`")
     parser.add_argument("--split", default="train", help="split of the rankings (default: train)")
     parser.add_argument(
         "--pool",

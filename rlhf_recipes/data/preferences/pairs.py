@@ -146,7 +146,7 @@ def label_of(value: Any, labels: Mapping[str, float]) -> float:
 
 
 def two_completions(row: Row, sides: tuple[str, str]) -> Row:
-    """Make the prompt, the completions and their token ids of two columns.
+    """Make the prompt, the completions and their token ids from two columns.
 
     Args:
         row: Values by column.

@@ -12,7 +12,7 @@ Choice = Literal["first", "second", "tie"]
 
 
 class Completion(NamedTuple):
-    """A completion as an annotator sees it: its text, and whether it came to its end."""
+    """A completion as an annotator sees it: its text, and whether it has ended."""
 
     text: str
     finished: bool = True

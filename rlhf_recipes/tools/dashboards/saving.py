@@ -12,7 +12,7 @@ with from_extra("wandb", needed_by="Making dashboards"):
 
 
 def save_workspace(workspace: ws.Workspace, slug: str) -> str:
-    """Save a workspace to W&B: a new one the first time, after that in the place of the one that was saved before.
+    """Save a workspace to W&B: a new one the first time, afterwards in exchange for the one saved before.
 
     What was changed by hand in the app is lost then; a copy under another name ("Save as new view") stays.
 

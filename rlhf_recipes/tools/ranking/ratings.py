@@ -35,7 +35,7 @@ def rate_rankings(
             units differ.
 
     Returns:
-        The table with `ratings`, `K` floats a row in the order of `completions`, in the place of `ranks`, which the
+        The table with `ratings`, `K` floats a row in the order of `completions`, in place of `ranks`, which the
         ratings of a pool may contradict. Other columns stay as they are.
 
     Raises:
