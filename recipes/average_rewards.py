@@ -12,7 +12,7 @@ from rlhf_recipes.tracking import start_run
 
 @dataclass
 class AverageArguments:
-    """Which reward models are averaged."""
+    """Arguments: the reward models to average."""
 
     reward_models: list[str] = field(metadata={"help": "Folders of the reward stage: runs on the same base."})
     output_dir: str = field(metadata={"help": "A new folder for the averaged model, a whole one without adapters."})

@@ -19,7 +19,7 @@ from rlhf_recipes.tracking import start_run
 
 @dataclass
 class BaseArguments:
-    """What the base model reads, how large it is, and how it is trained."""
+    """Texts, size and training of the base model."""
 
     dataset_name: str = field(metadata={"help": "Dataset id or local file with a column of whole texts."})
     output_dir: str = field(metadata={"help": "A new folder for the model and its tokenizer."})
@@ -109,7 +109,7 @@ def read_texts(args: BaseArguments) -> tuple[list[str], list[str] | None]:
 def make_documents(
     texts: list[str], notes: list[str] | None, size: int, eos_token: str, rng: random.Random
 ) -> list[str]:
-    """Join texts to documents, and put the note after the end token of every second text or so."""
+    """Join texts into documents, and put the note after the end token of every second text or so."""
     if size < 1:
         raise ValueError(f"`texts_per_document` must be at least 1, got {size}.")
     if notes is not None:

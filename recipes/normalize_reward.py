@@ -22,7 +22,7 @@ from rlhf_recipes.rewards import ClassifierReward
 
 @dataclass
 class NormalizeArguments:
-    """Which reward model gets gain and bias, and how they are fitted."""
+    """The reward model that gets gain and bias, and how they are fitted."""
 
     reward_model: str = field(metadata={"help": "Folder of the reward stage; gain and bias are saved in it."})
     mode: Literal["std", "mean_only"] = field(

@@ -18,7 +18,7 @@ from rlhf_recipes.tools.certificate import certify, load_scorer, reward_bench, w
 
 @dataclass
 class ReportArguments:
-    """Which reward model, what it is measured on beside the held-out pairs, and where the page goes."""
+    """The reward model, the rows to measure it on beside the held-out pairs, and the folder of the page."""
 
     output_dir: str = field(metadata={"help": "Where certificate.json and certificate.html go."})
     reward_adapter: str | None = field(
@@ -98,7 +98,7 @@ def main(data_args: DataArguments, args: ReportArguments, model_args: RewardMode
 
 
 def to_rows(dataset: Dataset, *, drop_bad_rows: bool = False) -> Dataset:
-    """Pairs of `chosen` and `rejected` as they are; rows of any other kind as the preference table."""
+    """Keep pairs of `chosen` and `rejected` as they are, and read rows of any other kind into the preference table."""
     names = set(dataset.column_names)
     pairs = {"chosen", "rejected"} <= names and "num_correct" not in names
     return (to_preferences if pairs else to_preference_table)(dataset, drop_bad_rows=drop_bad_rows)

@@ -17,7 +17,7 @@ from rlhf_recipes.rewards.server import RewardServer
 
 @dataclass
 class ServeArguments:
-    """Which reward model is served, where, and what a request may hold."""
+    """The reward model to serve, its address, and the limits of a request."""
 
     reward_model: str = field(metadata={"help": "Folder of the reward stage, or of any classifier with one output."})
     host: str = field(

@@ -48,8 +48,8 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
         FileExistsError: ... is not empty. Choose another `--output_dir`, or remove the folder.
     """
     folder = Path(str(training_args.output_dir))
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
-    checkpoints = {int(path.name[11:]): path for path in found}
+    paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
+    checkpoints = {int(path.name[11:]): path for path in paths}
     resume = str(training_args.resume_from_checkpoint or "")
     if resume.lower() in ("", "false"):
         checkpoint = None
@@ -77,7 +77,7 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
 
 
 def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> bool:
-    """Tell whether a run that is to be resumed has made all its steps and was evaluated: nothing is left to do.
+    """Return whether a run to be resumed has made all its steps and was evaluated: nothing is left to do.
 
     Args:
         training_args: The stage's configuration.
@@ -138,7 +138,7 @@ def load_finished(trainer: Trainer, checkpoint: str | None) -> TrainOutput | Non
 
 
 class KeptRates(TrainerCallback):
-    """Say that a resumed run goes on at its checkpoint's rate and weight decay, where others are asked for."""
+    """Warn that a resumed run goes on at its checkpoint's rate and weight decay, where others are configured."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,11 +148,11 @@ class KeptRates(TrainerCallback):
         if not state.global_step or optimizer is None or not rates or not args.should_save:
             return
         decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)  # biases have none
-        for name, kept in (("learning_rate", max(rates)), ("weight_decay", decay)):
-            if kept != getattr(args, name):
+        for name, loaded in (("learning_rate", max(rates)), ("weight_decay", decay)):
+            if loaded != getattr(args, name):
                 logger.warning(
                     "`%s` is %s, but a resumed run goes on with its checkpoint's, %s. Start a new run to change it.",
-                    *(name, getattr(args, name), kept),
+                    *(name, getattr(args, name), loaded),
                 )
 
 

@@ -36,7 +36,7 @@ _WORDS = {
 
 @dataclass
 class DataArguments:
-    """Which rows a stage reads, and how many of them it keeps for the evaluation.
+    """The rows that a stage reads, and how many of them it keeps for the evaluation.
 
     Raises:
         ValueError: If a value has the wrong type or is out of range.
@@ -143,7 +143,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     from trl import TrlParser  # takes seconds, and only programs that parse need it
 
     types: list[Any] = list(dataclass_types) if isinstance(dataclass_types, Iterable) else [dataclass_types]
-    annotations = {name: hint for one in types for name, hint in _annotations(one).items()}
+    annotations = {name: hint for dataclass_type in types for name, hint in _annotations(dataclass_type).items()}
     parser = TrlParser(
         types, allow_abbrev=False, exit_on_error=False, usage="%(prog)s [--config FILE] [--field value]"
     )
@@ -152,8 +152,8 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     try:
         known, options = before.parse_known_args(sys.argv[1:] if argv is None else list(argv))
         values = {} if known.config is None else _read_config(Path(known.config), annotations)
-        options, given = _split_options(options, annotations)
-        values |= given
+        options, overrides = _split_options(options, annotations)
+        values |= overrides
         parser.set_defaults_with_config(**{n: _NULL_MEANS.get(n) if v is None else v for n, v in values.items()})
         *configs, unknown = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
@@ -235,7 +235,7 @@ def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[lis
 
 
 def _is_own(name: str, annotation: Any, values: list[str]) -> bool:
-    """Say whether the words after an option are null, or several for a field that takes a text or a list of texts."""
+    """Return whether the words after an option are null, or several for a field of a text or a list of texts."""
     options = _options(annotation)
     if len(values) == 1 and values[0] in _NULL:
         if not _fits(None, annotation, name):
@@ -253,7 +253,7 @@ def _is_own(name: str, annotation: Any, values: list[str]) -> bool:
 def _annotations(dataclass_type: type) -> dict[str, Any]:
     # Not `field.type`: the parser overwrites it with the type of a single command-line argument.
     hints = typing.get_type_hints(dataclass_type)
-    return {one.name: hints[one.name] for one in dataclasses.fields(dataclass_type) if one.init}
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(dataclass_type) if entry.init}
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

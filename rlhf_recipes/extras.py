@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def from_extra(extra: str, needed_by: str) -> Iterator[None]:
-    """Say what installs the packages that are imported within, where one is missing.
+    """Name the command that installs the packages imported within, where one is missing.
 
     Args:
         extra: The extra of `pyproject.toml` that brings them.

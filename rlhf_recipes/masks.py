@@ -1,4 +1,4 @@
-"""What every function of this package does with its mask."""
+"""Masking and the check of shapes that all functions of this package share."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class CompletionTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Loss of a batch; in evaluation what the model says of its tokens is kept."""
+        """Loss of a batch; in evaluation the sums over the tokens of each row are kept."""
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         handle = model.register_forward_hook(self._keep)
@@ -55,7 +55,7 @@ class CompletionTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate, and log what all tokens give together in place of means of the batches' means."""
+        """Evaluate, and log the metrics of all tokens together in place of means of the batches' means."""
         self._token_sums = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._token_sums:
@@ -76,8 +76,8 @@ class CompletionTrainer(SFTTrainer):
         save_with_first_rows(self, output_dir or str(self.args.output_dir), lambda row: row["input_ids"], log_probs)
 
     def _is_plain(self) -> bool:
-        other = (self.compute_loss_func, self.label_smoother)
-        return self.args.loss_type == "nll" and other == (None, None) and not self.aux_loss_enabled
+        custom = (self.compute_loss_func, self.label_smoother)
+        return self.args.loss_type == "nll" and custom == (None, None) and not self.aux_loss_enabled
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Add up over the tokens of each row, which tells accelerate's fillers apart from rows."""

@@ -231,8 +231,8 @@ BUGS = [
     Bug(VOTES, 'row.get("tie", False)', 'row.get("draw", False)', "TestReadVotes.test_rows"),
     Bug(
         VOTES,
-        "seen = dict.fromkeys(item for vote in votes for item in",
-        "seen = dict.fromkeys(item for vote in votes[::-1] for item in",
+        "voted = dict.fromkeys(item for vote in votes for item in",
+        "voted = dict.fromkeys(item for vote in votes[::-1] for item in",
         "TestCheckVotes.test_order_of_items",
     ),
     Bug(VOTES, "sizes[part] < 2", "sizes[part] < 4", "TestIdentifiedItems.test_the_largest_part_that_beat_each_other"),

@@ -1,4 +1,4 @@
-"""Make the recipe's rows from labelled texts: passages to imitate and to continue, and pairs that say what is liked.
+"""Make the recipe's rows from labelled texts: passages to imitate and to continue, and preference pairs.
 
 python recipes/movie_sentiment/pairs.py --dataset_name stanfordnlp/imdb --output_dir outputs/movie_sentiment/data
 """
@@ -20,7 +20,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![.!?])")
 
 @dataclass
 class PairsArguments:
-    """Where the labelled texts come from, and how they are cut."""
+    """Source of the labelled texts, and how they are cut."""
 
     dataset_name: str = field(
         default="stanfordnlp/imdb",
@@ -76,8 +76,8 @@ def read_passages(args: PairsArguments) -> list[tuple[int, list[str]]]:
     unknown = set(labels.values()) - {0, 1}
     if unknown:
         raise ValueError(f"`label` must be 1 (positive) or 0 (negative); found also {sorted(map(str, unknown))}.")
-    found = [(label, cut(text, args)) for text, label in labels.items()]
-    return [(label, passages) for label, passages in found if passages]
+    passages_of = [(label, cut(text, args)) for text, label in labels.items()]
+    return [(label, passages) for label, passages in passages_of if passages]
 
 
 def cut(text: str, args: PairsArguments) -> list[str]:

@@ -23,7 +23,7 @@ FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_
 
 @dataclass
 class AnnotationArguments:
-    """Who writes, who judges, and how often."""
+    """The writer of the completions, their annotator, and the number of pairs."""
 
     world: str = field(default="outputs/quickstart/world", metadata={"help": "Folder of the world."})
     sft_adapter: str = field(default="outputs/quickstart/sft", metadata={"help": "Who writes the completions."})
@@ -59,8 +59,10 @@ def main(args: AnnotationArguments) -> None:
     rows, alike = [], 0
     for prompt, *pair in zip(prompts, firsts, seconds, strict=True):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in pair]
-        seen = [Completion(text, ids[-1] == tokenizer.eos_token_id) for text, ids in zip(texts, pair, strict=True)]
-        choice = annotator.choose(prompt, *seen)
+        completions = [
+            Completion(text, ids[-1] == tokenizer.eos_token_id) for text, ids in zip(texts, pair, strict=True)
+        ]
+        choice = annotator.choose(prompt, *completions)
         if texts[0] == texts[1]:
             alike += 1
             continue
@@ -69,7 +71,7 @@ def main(args: AnnotationArguments) -> None:
         for side, index in (("chosen", choice == "second"), ("rejected", choice != "second")):
             row[side] = " " + texts[index]
             row[f"{side}_ids"] = tokenizer(prompt)["input_ids"] + pair[index]
-            row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *seen[index]).values())
+            row[f"gold_{side}"] = sum(annotator.gold.parts(prompt, *completions[index]).values())
         rows.append(row)
 
     start_run(stage="preferences", output_dir=args.output_dir, config=asdict(args), parent=args.sft_adapter)
@@ -84,7 +86,7 @@ def main(args: AnnotationArguments) -> None:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> list[list[int]]:
-    """Token ids of one completion per prompt, with the end token where it was sampled."""
+    """Sample token ids of one completion per prompt, with the end token where it was sampled."""
     completions = []
     for start in trange(0, len(prompts), args.batch_size, desc="sampling"):
         inputs = tokenizer(prompts[start : start + args.batch_size], return_tensors="pt", padding=True)

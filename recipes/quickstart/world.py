@@ -89,11 +89,11 @@ def main(world: WorldArguments) -> None:
 
 
 def is_finished(folder: Path, world: WorldArguments) -> bool:
-    """Tell whether the world exists; refuse a folder that holds anything else."""
+    """Return whether the world exists; refuse a folder that holds anything else."""
     if not folder.exists():
         return False
-    made = folder / "world.json"
-    if made.is_file() and json.loads(made.read_text()) == settings(world):
+    record = folder / "world.json"
+    if record.is_file() and json.loads(record.read_text()) == settings(world):
         return True
     raise FileExistsError(
         f"{folder} holds a world with other settings, or something else. Delete it, or give another --output_dir."

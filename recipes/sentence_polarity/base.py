@@ -29,7 +29,7 @@ BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 @dataclass
 class BaseArguments:
-    """Which kind of model, how large, and what it reads."""
+    """Kind and size of the model, and its texts."""
 
     kind: Literal["encoder", "decoder"] = field(metadata={"help": "encoder: BERT; decoder: Llama."})
     output_dir: str = field(metadata={"help": "A new folder for the model and its tokenizer."})
@@ -74,7 +74,7 @@ def main(args: BaseArguments) -> None:
 
 
 def encoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """A BERT whose tokens are words, and its tokenizer, with the format of BERT: [CLS] prompt [SEP] answer [SEP]."""
+    """Build a BERT of words as tokens, and its tokenizer, with the format of BERT: [CLS] prompt [SEP] answer [SEP]."""
     vocabulary = {word: index for index, word in enumerate([*BERT_TOKENS, *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -104,7 +104,7 @@ def encoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokeni
 
 
 def decoder(words: Sequence[str], args: BaseArguments) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """A Llama whose tokens are words, and its tokenizer."""
+    """Build a Llama whose tokens are words, and its tokenizer."""
     tokenizer = word_tokenizer(words)
     sizes = {"hidden_size": args.hidden_size, "layers": args.layers, "heads": args.heads}
     config = tiny_llama(tokenizer, **sizes, max_position_embeddings=args.context_length).config

@@ -21,7 +21,7 @@ from rlhf_recipes.rewards.encoding import encode, is_encoder
 
 @dataclass
 class CompareArguments:
-    """What is compared, and where the rows are."""
+    """The reward models to compare, and the rows."""
 
     reward_models: list[str] = field(
         metadata={"help": "Folders of the reward stage. The scores of several are added."}
@@ -58,21 +58,23 @@ def compare(
 
     The intervals come from a bootstrap of the positive and of the negative snippets, in which both see the same draw.
     """
-    good, bad = labels == 1, labels == 0
+    positive, negative = labels == 1, labels == 0
     wins = {}
     for name, scores in (("model", model), ("tfidf", tfidf)):
-        margins = scores[good][:, None] - scores[bad]
+        margins = scores[positive][:, None] - scores[negative]
         right = np.where(labels == 1, scores > 0, scores < 0) + 0.5 * (scores == 0)
         wins[name] = (np.sign(margins) + 1) / 2, right
     wins["difference"] = tuple(a - b for a, b in zip(wins["model"], wins["tfidf"], strict=True))
 
     rng = np.random.default_rng(seed)
-    draws = [rng.multinomial(side.sum(), np.full(side.sum(), 1 / side.sum()), resamples) for side in (good, bad)]
-    sizes = good.sum() * bad.sum(), len(labels)
+    draws = [
+        rng.multinomial(side.sum(), np.full(side.sum(), 1 / side.sum()), resamples) for side in (positive, negative)
+    ]
+    sizes = positive.sum() * negative.sum(), len(labels)
     result: dict[str, Any] = {"snippets": int(sizes[1]), "pairs": int(sizes[0])}
     for name, (pairs, singles) in wins.items():
         by_pair = ((draws[0] @ pairs) * draws[1]).sum(axis=1) / sizes[0]
-        by_snippet = (draws[0] @ singles[good] + draws[1] @ singles[bad]) / sizes[1]
+        by_snippet = (draws[0] @ singles[positive] + draws[1] @ singles[negative]) / sizes[1]
         for kind, value, drawn in (("pair", pairs, by_pair), ("snippet", singles, by_snippet)):
             low, high = np.quantile(drawn, [0.025, 0.975])
             result[f"{name}_{kind}_accuracy"] = float(value.mean())

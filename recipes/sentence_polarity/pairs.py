@@ -18,7 +18,7 @@ PROMPT = "review :"  # what a positive and a negative snippet have in common
 
 @dataclass
 class PairsArguments:
-    """Where the snippets come from, and how they are split and paired."""
+    """Source of the snippets, and how they are split and paired."""
 
     dataset_name: str = field(
         metadata={"help": "Dataset id or local file with the columns `text` and `label` (1 positive, 0 negative)."}
@@ -77,7 +77,7 @@ def read_snippets(args: PairsArguments) -> list[dict[str, Any]]:
     labels: dict[str, set[int]] = {}
     for text, label in zip(rows["text"], rows["label"], strict=True):
         labels.setdefault(" ".join(text.split()), set()).add(label)
-    return [{"text": text, "label": min(found)} for text, found in labels.items() if text and len(found) == 1]
+    return [{"text": text, "label": min(kinds)} for text, kinds in labels.items() if text and len(kinds) == 1]
 
 
 def pairs(snippets: list[dict[str, Any]], pairings: int, rng: random.Random) -> list[dict[str, str]]:
@@ -89,7 +89,7 @@ def pairs(snippets: list[dict[str, Any]], pairings: int, rng: random.Random) -> 
         rng.shuffle(liked)
         rng.shuffle(disliked)
         couples += zip(liked, disliked, strict=False)
-    return [{"prompt": PROMPT, "chosen": f" {good} ", "rejected": f" {bad} "} for good, bad in couples]
+    return [{"prompt": PROMPT, "chosen": f" {better} ", "rejected": f" {worse} "} for better, worse in couples]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Adam as TensorFlow wrote it, for whoever compares numbers with OpenAI's RLHF code."""
+"""Adam as in TensorFlow, to compare numbers with OpenAI's RLHF code."""
 
 from __future__ import annotations
 

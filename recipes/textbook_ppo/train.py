@@ -1,4 +1,4 @@
-"""PPO by the textbook: one learned reward, one judge, and Adam as TensorFlow wrote it.
+"""PPO by the textbook: one learned reward, one judge, and Adam as in TensorFlow.
 
 accelerate launch recipes/textbook_ppo/train.py --config recipes/textbook_ppo/ppo.yaml [--kl_anchor reference]
 """
@@ -13,7 +13,7 @@ from rlhf_recipes.config import DataArguments, parse_stage
 
 @dataclass
 class TextbookArguments:
-    """What PPO starts from, and how it is judged."""
+    """The models that PPO starts from, and the judge."""
 
     sft_adapter: str = field(metadata={"help": "Adapter to start from, which is also the reference."})
     reward_adapter: str = field(metadata={"help": "Reward model: an adapter trained on the same base."})

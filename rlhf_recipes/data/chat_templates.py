@@ -66,7 +66,7 @@ class _Texts:
     """
 
     before: str
-    whole: str
+    rendered: str
     start: int
     content: int | None
     end: int | None
@@ -114,14 +114,14 @@ def encode_answer(
     text = _texts(tokenizer, prompt, answer, tools, template_kwargs)
     prompt_ids = _ids_of(tokenizer, text.before)
     after = partial(_ids_after, tokenizer, text.before, prompt_ids)
-    ids = after(text.whole[text.start :])
+    ids = after(text.rendered[text.start :])
     ends = [place for place, token in enumerate(ids) if token in end_ids]
     if text.end is not None:  # those after the content, of which the first one ends the answer
-        count = sum(token in end_ids for token in _ids_of(tokenizer, text.whole[text.end :]))
+        count = sum(token in end_ids for token in _ids_of(tokenizer, text.rendered[text.end :]))
         ends = ends[max(0, len(ends) - count) :][:1]
     if text.end is not None and (not finished or not ends):  # without what the template writes after the content
-        content = text.whole[text.start : text.end]
-        ids = after(content) if text.end < len(text.whole) else ids
+        content = text.rendered[text.start : text.end]
+        ids = after(content) if text.end < len(text.rendered) else ids
         ids = [*ids, *[tokenizer.eos_token_id] * finished]
     elif ends:
         ids = ids[: ends[-1] + finished]
@@ -131,9 +131,9 @@ def encode_answer(
         prompt_ids,
         ids,
         closed=bool(ends),
-        added=text.before[_shared(text.before, text.whole[: text.start]) :],
-        written=text.whole[text.start : text.content] if text.content is not None else "",
-        closing=text.whole[len(text.whole) if text.end is None else text.end :],
+        added=text.before[_shared(text.before, text.rendered[: text.start]) :],
+        written=text.rendered[text.start : text.content] if text.content is not None else "",
+        closing=text.rendered[len(text.rendered) if text.end is None else text.end :],
     )
 
 
@@ -166,12 +166,12 @@ def encode_sampled(
         [['user', 'hi'], ['model', 'you', '<eos>']]
     """
     text = _texts(tokenizer, prompt, [{"role": "assistant", "content": _MARKER}], None, None)
-    lead = text.whole[text.start : text.content] if text.content is not None else ""
+    lead = text.rendered[text.start : text.content] if text.content is not None else ""
     if lead.isspace() and not completion.startswith(lead):  # decoding takes the space of some first words away
         completion = lead + completion
     prompt_ids = _ids_of(tokenizer, text.before)
     ids = _ids_after(tokenizer, text.before, prompt_ids, completion)
-    closing = [] if text.end is None else _ids_of(tokenizer, text.whole[text.end :])
+    closing = [] if text.end is None else _ids_of(tokenizer, text.rendered[text.end :])
     end = next((token for token in closing if token in end_ids), tokenizer.eos_token_id)
     return prompt_ids, [*ids, *[end] * finished]
 
@@ -314,7 +314,7 @@ def check_prompt_format(
 
 
 def options_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of how its chat is rendered, by its columns `tools` and `chat_template_kwargs`, as in TRL.
+    """Return how a row's chat is to be rendered, by its columns `tools` and `chat_template_kwargs`, as in TRL.
 
     Example:
         >>> options_of({"prompt": "Hi"})
@@ -347,31 +347,31 @@ def warn_about_template(
     Raises:
         ValueError: As `encode_answer`.
     """
-    seen = [encode_answer(tokenizer, *chat, end_ids, **options) for chat in chats]
-    if not seen or not PartialState().is_main_process:
+    answers = [encode_answer(tokenizer, *chat, end_ids, **options) for chat in chats]
+    if not answers or not PartialState().is_main_process:
         return
-    if not any(answer.closed for answer in seen):
+    if not any(answer.closed for answer in answers):
         names = " or ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in end_ids)
-        other = ""
-        if closing := _ids_of(tokenizer, seen[0].closing)[:1]:
+        advice = ""
+        if closing := _ids_of(tokenizer, answers[0].closing)[:1]:
             token = tokenizer.convert_ids_to_tokens(closing[0])
-            other = (
+            advice = (
                 f", or, if {token!r} is what ends an answer, add its id {closing[0]} to `eos_token_id` in the model's "
                 "generation_config.json"
             )
         logger.warning(
             "The chat template writes no end token (%s) after the last answer. %s Let the template write `eos_token` "
             "after each answer%s.",
-            *(names, consequence, other),
+            *(names, consequence, advice),
         )
-    if answers_given and (added := next((answer.added for answer in seen if answer.added), None)):
+    if answers_given and (added := next((answer.added for answer in answers if answer.added), None)):
         logger.warning(
             "The chat template's generation prompt adds %r, which the template does not write before a given answer: "
             "PPO samples answers after it. Turn it off (for many templates by `chat_template_kwargs`, such as "
             "`enable_thinking: false`), or put it into the answers of the rows, if the template keeps it there.",
             added,
         )
-    if rewards and (written := next((answer.written for answer in seen if answer.written.strip()), None)):
+    if rewards and (written := next((answer.written for answer in answers if answer.written.strip()), None)):
         logger.warning(
             "The chat template writes %r before a given answer, which its generation prompt does not open: the reward "
             "model is trained behind it, and PPO reads answers without it unless the policy writes it too. Use a "
@@ -446,12 +446,12 @@ def _texts(
             "tokenizer again, or give rows of plain text."
         )
     options = _options(tools, template_kwargs)
-    whole = _rendered(tokenizer, [*prompt, *answer], **options)
+    rendered = _rendered(tokenizer, [*prompt, *answer], **options)
     before = _rendered(tokenizer, prompt, add_generation_prompt=True, **options) if prompt else ""
     marked = _rendered(tokenizer, [*prompt, _with_marker(answer[0]), *answer[1:]], **options)
     place = marked.find(_MARKER)
-    content = place if place >= 0 and whole.startswith(marked[:place]) else None
-    start = len(before) if whole.startswith(before) else content
+    content = place if place >= 0 and rendered.startswith(marked[:place]) else None
+    start = len(before) if rendered.startswith(before) else content
     if start is None:
         raise ValueError(
             "The text that the chat template makes of a chat does not begin with what it makes of the prompt (its "
@@ -460,9 +460,9 @@ def _texts(
         )
     if len(answer) > 1:  # else the first message is the last one, and was marked
         marked = _rendered(tokenizer, [*prompt, *answer[:-1], _with_marker(answer[-1])], **options)
-    _, found, closing = marked.rpartition(_MARKER)
-    end = len(whole) - len(closing) if found and whole.endswith(closing) else None
-    return _Texts(before, whole, start, content, end)
+    _, marker, closing = marked.rpartition(_MARKER)
+    end = len(rendered) - len(closing) if marker and rendered.endswith(closing) else None
+    return _Texts(before, rendered, start, content, end)
 
 
 def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, prompt_ids: list[int], text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for."""
+"""The context length of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 
 
 def context_length(model: Any) -> int | None:
-    """Most tokens that a model has positions for; `None` if its configuration names no limit (Bloom, Mamba).
+    """Return the number of positions of a model; `None` if its configuration names no limit (Bloom, Mamba).
 
     Args:
         model: A model of transformers.
@@ -35,6 +35,6 @@ def context_length(model: Any) -> int | None:
         ):
             return module.num_embeddings - module.padding_idx - 1
     config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in _LIMITS]
+    limits = [getattr(config, name, None) for name in _LIMITS]
     # Some that have no limit say -1
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

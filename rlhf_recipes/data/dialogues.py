@@ -92,8 +92,8 @@ def split_pair(row: Row, sides: tuple[str, str] = ("chosen", "rejected")) -> tup
         ('Hi', ' Hello!', ' No.')
     """
     prompt, first = split_row(row, sides[0])
-    other, second = split_row(row, sides[1])
-    if prompt != other:
+    second_prompt, second = split_row(row, sides[1])
+    if prompt != second_prompt:
         raise BadRow(two_prompts(sides))
     if first == second and row.get(f"{sides[0]}_ids") == row.get(f"{sides[1]}_ids"):  # one may lack its end token
         raise BadRow(f"`{sides[0]}` and `{sides[1]}` are the same")
@@ -101,7 +101,7 @@ def split_pair(row: Row, sides: tuple[str, str] = ("chosen", "rejected")) -> tup
 
 
 def two_prompts(sides: tuple[str, str] = ("chosen", "rejected")) -> str:
-    """Say why a row whose two sides answer different prompts compares nothing.
+    """Return the reason why a row whose two sides answer different prompts compares nothing.
 
     Args:
         sides: The columns of the two.
@@ -173,7 +173,7 @@ def check_kind(value: Any, column: str) -> None:
 
 
 def _is_written_chat(text: str) -> bool:
-    """Say whether text is what JSON, Python or numpy write for a list of messages, or for one."""
+    """Return whether text is what JSON, Python or numpy write for a list of messages, or for one."""
     if not _WRITTEN.match(text):
         return False
     keys = set(_KEYS.findall(text))
@@ -199,12 +199,12 @@ def read_tools(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value) if value.strip() else None
+        tools = json.loads(value) if value.strip() else None
     except json.JSONDecodeError:
-        found = value
-    if not (found is None or isinstance(found, list)):
+        tools = value
+    if not (tools is None or isinstance(tools, list)):
         raise BadRow("`tools` is text, but not the JSON of a list. Give such a list, or null where there are no tools")
-    return None if found is None else value
+    return None if tools is None else value
 
 
 def filled(value: Any, name: str) -> Any:
@@ -262,6 +262,6 @@ def contents(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    found = [message.get("content") for message in value or ()]
-    parts = [part for content in found for part in (content if isinstance(content, list) else [content])]
+    message_contents = [message.get("content") for message in value or ()]
+    parts = [part for content in message_contents for part in (content if isinstance(content, list) else [content])]
     return "\n".join((part.get("text") or "") if isinstance(part, dict) else part or "" for part in parts)

@@ -282,9 +282,9 @@ def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: boo
     """Replace the source columns by what `convert` makes of them, without the rows that it refuses."""
     used = [column for column in _SOURCES if column in dataset.column_names]
     used += conversation_columns(dataset.column_names)
-    kept: list[int] = []
+    indices: list[int] = []
     rows: list[Row] = []
-    bad = BadRows()
+    bad_rows = BadRows()
     more = [column for column in ("chosen_ids", "rejected_ids", "tools") if column in dataset.column_names]
     tools: list[Any] = []
     for index, row in enumerate(dataset.select_columns([*used, *more]).with_format(None)):
@@ -297,11 +297,11 @@ def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: boo
             is_chat = any(isinstance(value, list) for value in converted.values())
             tools.append(read_tools(named) if is_chat else named)
         except BadRow as problem:
-            bad.add(str(problem), f"row {index}")
+            bad_rows.add(str(problem), f"row {index}")
         else:
             rows.append(converted)
-            kept.append(index)
-    bad.settle(len(dataset), len(rows), drop_bad_rows, harmless={two_prompts()})
+            indices.append(index)
+    bad_rows.settle(len(dataset), len(rows), drop_bad_rows, harmless={two_prompts()})
     converted = Dataset.from_dict({column: [row[column] for row in rows] for column in rows[0]})
     if "tools" in more:
         converted = converted.add_column("tools", tools, feature=dataset.features["tools"])
@@ -309,7 +309,7 @@ def _convert(dataset: Dataset, convert: Callable[[Row], Row], drop_bad_rows: boo
     others = dataset.remove_columns(used)
     if not others.column_names:
         return converted
-    others = others.select(kept).flatten_indices(keep_in_memory=True)
+    others = others.select(indices).flatten_indices(keep_in_memory=True)
     return concatenate_datasets([converted, others], axis=1)
 
 

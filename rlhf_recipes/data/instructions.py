@@ -19,7 +19,7 @@ _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def instructions_as_chats(dataset: Dataset, chat_template: Any) -> Dataset:
-    r"""Make chats of the prompts of HelpSteer2, PKU-SafeRLHF and RewardBench 2, for a model with a chat template.
+    r"""Turn the prompts of HelpSteer2, PKU-SafeRLHF and RewardBench 2 into chats, for a model with a chat template.
 
     Elsewhere text is joined as it is. There a prompt is what a user said, and a response what the assistant answers:
     joined they would read "1 + 1?Two." Answers to a chat become messages when the rows are read.
@@ -89,4 +89,4 @@ def _messages(text: str | None) -> list[dict[str, str]] | None:
         return None
     first, *rest = _TURN.split(text)
     turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
-    return [{"role": role.lower(), "content": said.strip()} for role, said in turns if said.strip()]
+    return [{"role": role.lower(), "content": content.strip()} for role, content in turns if content.strip()]

@@ -54,15 +54,15 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train") -> 
         >>> load_rows(str(path))["prompt"][:]
         ['The film was', 'I']
     """
-    found = _find(name, config, split)
-    rows = found if isinstance(found, Dataset) else concatenate_datasets([_read_file(path) for path in found])
+    source = _find(name, config, split)
+    rows = source if isinstance(source, Dataset) else concatenate_datasets([_read_file(path) for path in source])
     if len(rows) == 0:
         raise ValueError(f"Split {split!r} of {name} has no rows.")
     return rows
 
 
 def load_records(name: str, *, config: str | None = None, split: str = "train") -> list[dict[str, Any]]:
-    r"""Load one split of a dataset as plain values, with where each row comes from.
+    r"""Load one split of a dataset as plain values, each row with its source.
 
     In json and jsonl files the values of a column may be of different types, such as numbers and words.
 
@@ -86,9 +86,9 @@ def load_records(name: str, *, config: str | None = None, split: str = "train") 
         >>> [(row["label"], row["row"], row["line"]) for row in load_records(str(path))]
         [(0.7, 0, 1), ('tie', 1, 3)]
     """
-    found = _find(name, config, split)
+    source = _find(name, config, split)
     records = []
-    for part in [found] if isinstance(found, Dataset) else found:
+    for part in [source] if isinstance(source, Dataset) else source:
         if isinstance(part, Path) and _suffix(part) not in (".csv", ".parquet"):
             rows, lines = _read_json(part)
         else:
@@ -182,13 +182,13 @@ def _to_array(path: Path, column: str, values: list[Any]) -> pa.Array:
     for row, value in enumerate(values):
         if value is not None:
             first.setdefault(_TYPES[type(value)], row)
-    found = ", ".join(f"{kind} in row {row}" for kind, row in first.items())
+    detail = ", ".join(f"{kind} in row {row}" for kind, row in first.items())
     try:
         if len(first) < 2:
             return pa.array(values)
     except pa.ArrowException as error:
-        found = str(error)
-    raise ValueError(f"{path}: `{column}` has values of different types: {found}. Give all rows the same type.")
+        detail = str(error)
+    raise ValueError(f"{path}: `{column}` has values of different types: {detail}. Give all rows the same type.")
 
 
 def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[int | None]]:
@@ -200,8 +200,8 @@ def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[int | None]]:
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     # Not `splitlines`, which also cuts at rare line ends that may stand inside a JSON string.
-    whole = text.lstrip().startswith("[")
-    pieces = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    is_list = text.lstrip().startswith("[")
+    pieces = [(1, text)] if is_list else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows: list[Any] = []
     lines: list[int | None] = []
     for first_line, piece in pieces:
@@ -210,9 +210,9 @@ def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[int | None]]:
         except json.JSONDecodeError as error:
             line = first_line + error.lineno - 1
             raise ValueError(f"{path}, line {line}: not valid JSON ({error.msg}).") from error
-        found = value if whole else [value]
-        if not all(isinstance(row, dict) for row in found):
+        objects = value if is_list else [value]
+        if not all(isinstance(row, dict) for row in objects):
             raise ValueError(f'{path}, line {first_line}: expected a JSON object per row, such as {{"prompt": ...}}.')
-        rows += found
-        lines += [None] * len(found) if whole else [first_line]
+        rows += objects
+        lines += [None] * len(objects) if is_list else [first_line]
     return rows, lines

@@ -67,7 +67,7 @@ def load_splits(data_args: DataArguments, convert: Converter, chat_template: Any
 def load_preference_splits(data_args: DataArguments) -> DatasetDict:
     r"""Load the preferences that a reward model trains on and those that it is evaluated on.
 
-    As `load_splits`, with `load_preferences` in the place of a converter: rows of any kind become preference tables,
+    Like `load_splits`, with `load_preferences` in place of a converter: rows of any kind become preference tables,
     and messages name the lines of files. All rows of a prompt, with all of their completions, lie on one side.
 
     Args:
@@ -117,16 +117,17 @@ def _load_both(data_args: DataArguments, load: Callable[[str], Dataset]) -> Data
 
 def _warn_of_shared_prompts(splits: DatasetDict) -> None:
     train, test = (prompt_keys(splits[name]) for name in ("train", "test"))
-    known, asked = set(train), set(test)
-    shared = known & asked
-    if not shared or len(known | asked) == 1:  # one prompt for all rows is a task, and cannot be held out
+    train_prompts, test_prompts = set(train), set(test)
+    shared = train_prompts & test_prompts
+    # One prompt for all rows is a task, and cannot be held out.
+    if not shared or len(train_prompts | test_prompts) == 1:
         return
     row = next(row for row, prompt in enumerate(test) if prompt in shared)
     logger.warning(
         "%d of %d prompts of the test split are also in the training split (first: row %d, %s): what is measured on "
         "them may be learned by heart, so that the evaluation looks better than it is on new prompts. Take them out "
         "of one of the two, or unset `dataset_test_split`: then prompts of the training split are held out.",
-        *(len(shared), len(asked), row, _in_short(test[row])),
+        *(len(shared), len(test_prompts), row, _in_short(test[row])),
     )
 
 

@@ -25,7 +25,7 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
 
     Args:
         trainer: The trainer, with its tokenized rows.
-        given: The rows that it was given as `train` and `test`.
+        given: The rows that it was made with, as `train` and `test`.
 
     Raises:
         ValueError: If no row of a split is left, one is longer than the model's context, or one is empty or has
@@ -45,9 +45,9 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
     """
     model: Any = trainer.model  # TRL types what a trainer holds only in part
     args: Any = trainer.args
-    kept: dict[str, Any] = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    datasets: dict[str, Any] = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
-    for split, prepared in kept.items():
+    for split, prepared in datasets.items():
         if "seq_lengths" not in prepared.column_names:
             _check_left_out(split, prepared, len(given[split]), args.max_length)
         for column in sorted({"input_ids", "chosen_ids", "rejected_ids"} & set(prepared.column_names)):
@@ -57,32 +57,32 @@ def check_tokenized(trainer: SFTTrainer | RewardTrainer, given: DatasetDict) -> 
             _check_ids(f"`completion_ids` of the {split} rows", sequences, vocabulary, context)
 
 
-def _check_left_out(split: str, prepared: Dataset, given: int, max_length: int | None) -> None:
+def _check_left_out(split: str, prepared: Dataset, total: int, max_length: int | None) -> None:
     if len(prepared) == 0:
         raise ValueError(
-            f"None of the {given} {split} rows fits into `max_length` ({max_length} tokens). Raise `max_length`, or "
+            f"None of the {total} {split} rows fits into `max_length` ({max_length} tokens). Raise `max_length`, or "
             "shorten the rows."
         )
-    if len(prepared) < given and PartialState().is_main_process:
-        left_out = given - len(prepared)
+    if len(prepared) < total and PartialState().is_main_process:
+        left_out = total - len(prepared)
         logger.warning(
             "%d of %d %s rows do not fit into `max_length` (%s tokens) and are left out.",
-            *(left_out, given, split, max_length),
+            *(left_out, total, split, max_length),
         )
 
 
-def _check_ids(what: str, rows: Any, vocabulary: int, context: int | None) -> None:
+def _check_ids(name: str, rows: Any, vocabulary: int, context: int | None) -> None:
     lengths = [len(ids) for ids in rows]
     if min(lengths) == 0:
-        raise ValueError(f"{what}: row {lengths.index(0)} has no tokens. Remove such rows.")
+        raise ValueError(f"{name}: row {lengths.index(0)} has no tokens. Remove such rows.")
     if context is not None and max(lengths) > context:
         raise ValueError(
-            f"{what}: the longest has {max(lengths)} tokens, but the model's context is {context}. Set `max_length` "
+            f"{name}: the longest has {max(lengths)} tokens, but the model's context is {context}. Set `max_length` "
             f"to {context} or less, or use a model with a longer context."
         )
     lowest, highest = min(min(ids) for ids in rows), max(max(ids) for ids in rows)
     if lowest < 0 or highest >= vocabulary:
         raise ValueError(
-            f"{what} have token ids from {lowest} to {highest}, but the model knows 0 to {vocabulary - 1}. Use "
+            f"{name} have token ids from {lowest} to {highest}, but the model knows 0 to {vocabulary - 1}. Use "
             "the tokenizer of the model."
         )

@@ -26,7 +26,7 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Tell whether a path is a folder with a saved PEFT adapter.
+    """Return whether a path is a folder with a saved PEFT adapter.
 
     Example:
         >>> is_adapter("no/such/folder")
@@ -36,7 +36,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_name(model: nn.Module) -> str:
-    """Path or hub id of the base model of a model, with or without adapters."""
+    """Return the path or hub id of the base model of a model, with or without adapters."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name: str = base.config._name_or_path  # type: ignore[union-attr, assignment]
     return name
@@ -73,7 +73,7 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
 
 
 def base_of(adapter: str | Path) -> str:
-    """Name of the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
+    """Return the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
 
     PEFT writes the base's name as it was given. A relative folder is looked for from here, and from the folders above
     the adapter, which is where it lies after the whole tree moved or if a program is started from another folder.
@@ -92,16 +92,16 @@ def base_of(adapter: str | Path) -> str:
     if not name:
         raise ValueError(f"{file} names no base. Set its `base_model_name_or_path` to the base's folder or hub id.")
     places = [Path.cwd(), *Path(adapter).resolve().parents]
-    found = list(dict.fromkeys((place / name).resolve() for place in places if (place / name).is_dir()))
-    if Path(name).is_absolute() or not found or (found == [Path(name).resolve()]):
+    candidates = list(dict.fromkeys((place / name).resolve() for place in places if (place / name).is_dir()))
+    if Path(name).is_absolute() or not candidates or (candidates == [Path(name).resolve()]):
         return name
-    if len(found) > 1:
-        folders = " or ".join(repr(str(folder)) for folder in found)
+    if len(candidates) > 1:
+        folders = " or ".join(repr(str(folder)) for folder in candidates)
         raise ValueError(
             f"`base_model_name_or_path` of {file} is {name!r}, which may be {folders}. "
             "Write the whole path of the adapter's base there."
         )
-    return str(found[0])
+    return str(candidates[0])
 
 
 def read_adapter(path: str | Path, base: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -126,18 +126,18 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise TypeError(f"The adapter in {str(path)!r} is a {config.peft_type}; only LoRA adapters can share a base.")
     check_shareable(config, f"The adapter in {str(path)!r}")
-    expected, found = base_name(base), base_of(path)
-    if not same_model(expected, found):
+    expected, saved = base_name(base), base_of(path)
+    if not same_model(expected, saved):
         raise ValueError(
-            f"The adapter in {str(path)!r} was trained on {found!r}, but the base model is {expected!r}. Use the base "
+            f"The adapter in {str(path)!r} was trained on {saved!r}, but the base model is {expected!r}. Use the base "
             f"that it was trained on; if it is the same model at a new place, correct `base_model_name_or_path` in "
             f"{Path(path) / CONFIG}."
         )
     return fuse_lora(config)
 
 
-def check_shareable(config: LoraConfig, what: str) -> None:
-    """Refuse LoRA adapters that change more of a base than their own role may, or that look ahead in a text.
+def check_shareable(config: LoraConfig, subject: str) -> None:
+    """Refuse LoRA adapters that change more of a base than their saved role may, or that look ahead in a text.
 
     Raises:
         ValueError: With the field and the fix.
@@ -151,16 +151,16 @@ def check_shareable(config: LoraConfig, what: str) -> None:
     }
     for name, reason in reasons.items():
         if getattr(config, name):
-            raise ValueError(f"{what} has `{name}`: {reason}. Take an adapter without it.")
+            raise ValueError(f"{subject} has `{name}`: {reason}. Take an adapter without it.")
     if config.bias != "none":
         raise ValueError(
-            f"{what} has `bias: {config.bias}`: it would train the biases of the base, which all roles share. Take "
+            f"{subject} has `bias: {config.bias}`: it would train the biases of the base, which all roles share. Take "
             "one with `bias: none`."
         )
 
 
 def same_model(left: str | None, right: str | None) -> bool:
-    """Tell whether two names of base models, hub ids or folders, are the same.
+    """Return whether two names of base models, hub ids or folders, are the same.
 
     Example:
         >>> same_model("outputs/base", "./outputs/base"), same_model("outputs/base", None)

@@ -9,7 +9,7 @@ import torch
 
 
 def complete_arguments(model: torch.nn.Module) -> None:
-    """Let a causal model complete what it is called with: positions, and no router logits that nobody asked for.
+    """Let a causal model complete its arguments: positions, and no router logits unless asked for.
 
     TRL, which computes the routers' loss, reads the number of experts by one name, which some configurations lack.
 
@@ -62,8 +62,8 @@ def positions_follow_mask(model: torch.nn.Module) -> None:
 
 def _position_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     mask = kwargs.get("attention_mask")
-    given = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
-    if not given and mask is not None and mask.dim() == 2:
+    has_positions = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
+    if not has_positions and mask is not None and mask.dim() == 2:
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return args, kwargs
 

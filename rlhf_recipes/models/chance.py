@@ -1,4 +1,4 @@
-"""Layers that draw random numbers in training, and how to keep a network that is trained the one that samples."""
+"""Turn off what layers draw at random in training, so that the network that is trained is the one that samples."""
 
 from __future__ import annotations
 

@@ -56,11 +56,14 @@ def _leave_out(config: LoraConfig, model: nn.Module) -> None:
     names = [name for name, module in model.named_modules() if _is_no_product(module)]
     if config.target_modules == "all-linear":
         last = {name.rpartition(".")[2] for name in names} | _refused_by_peft(config, model)
-        given = config.exclude_modules or []
-        if isinstance(given, str):
-            config.exclude_modules = "|".join([f"({given})", *(rf"(.*\.)?{re.escape(name)}" for name in sorted(last))])
+        excluded = config.exclude_modules or []
+        if isinstance(excluded, str):
+            config.exclude_modules = "|".join(
+                [f"({excluded})", *(rf"(.*\.)?{re.escape(name)}" for name in sorted(last))]
+            )
         elif last:
-            config.exclude_modules = sorted({*given, *last})  # by their ends, so that a saved adapter leaves them out
+            # By their ends, so that a saved adapter leaves them out
+            config.exclude_modules = sorted({*excluded, *last})
     elif named := [name for name in names if check_target_module_exists(config, name)]:
         raise ValueError(
             f"`target_modules` names {named[0]!r}, a layer that gives more than one tensor, which LoRA cannot adapt. "
@@ -70,17 +73,17 @@ def _leave_out(config: LoraConfig, model: nn.Module) -> None:
 
 def _refused_by_peft(config: LoraConfig, model: nn.Module) -> set[str]:
     """Linear layers of state-space models whose weights fused kernels read without asking the layer."""
-    found = set()
+    refused = set()
     for last in {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}:
         try:
             _check_lora_target_modules_mamba(config, model, last)
         except ValueError:
-            found.add(last)
-    return found
+            refused.add(last)
+    return refused
 
 
 def _is_no_product(module: nn.Module) -> bool:
-    """Whether a module that is a kind of linear layer gives something else than a product with its weight."""
+    """Return whether a module that is a kind of linear layer gives something else than a product with its weight."""
     weight: Any = getattr(module, "weight", None)
     own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if not own or isinstance(module, BaseTunerLayer) or not weight.is_floating_point():  # as those in 4 bits
@@ -91,7 +94,7 @@ def _is_no_product(module: nn.Module) -> bool:
 
 
 class _Fused(nn.Module):
-    """What the fused layers share; the class behind it computes what has no fused form."""
+    """Shared parts of the fused layers; the class behind it computes what has no fused form."""
 
     base_layer: nn.Module
 
@@ -110,7 +113,7 @@ class FusedLinear4bit(_Fused, lora.Linear4bit):  # type: ignore[misc]  # PEFT ma
 
 
 class _Update(NamedTuple):
-    """What an adapter adds: `scaling * x @ down.t() @ up.t()`, with `down` (r, in) and `up` (out, r)."""
+    """Update of an adapter: `scaling * x @ down.t() @ up.t()`, with `down` (r, in) and `up` (out, r)."""
 
     down: Tensor
     up: Tensor

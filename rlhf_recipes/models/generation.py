@@ -68,7 +68,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 def ignored_settings(model: Any) -> dict[str, Any]:
-    """Settings of a model's own `generation_config` by which `generate` would not draw from the model itself.
+    """Return settings of a model's own `generation_config` by which `generate` would not draw from the model itself.
 
     Here they have no effect (`sample_with_transformers`); whoever is used to the model's texts should know.
 
@@ -95,7 +95,7 @@ def ignored_settings(model: Any) -> dict[str, Any]:
 
 
 def warn_of_ignored_settings(model: Any) -> None:
-    """Say in one line which settings of a model's own `generation_config` have no effect on what is sampled here."""
+    """Warn in one line of the settings of a model's own `generation_config` that have no effect on sampling here."""
     if (ignored := ignored_settings(model)) and PartialState().is_main_process:
         shown = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
         logger.warning(
@@ -161,15 +161,19 @@ def _sample_checked(
     generation_config: GenerationConfig,
     **kwargs: Any,
 ) -> Any:
-    """The sampling loop of transformers, behind a look at what it is given; `calls` shows that it was here."""
+    """The sampling loop of transformers, after a check of its logits processors; `calls` records that it ran."""
     calls.append(generation_config)
-    strange = [type(one).__name__ for one in logits_processor if not isinstance(one, TemperatureLogitsWarper)]
+    strange = [
+        type(processor).__name__
+        for processor in logits_processor
+        if not isinstance(processor, TemperatureLogitsWarper)
+    ]
     if strange:
         raise RuntimeError(
             f"Completions must be sampled from the policy itself, but {strange} would change what is drawn. Only "
             "`temperature` may: remove the setting of the generation configuration that asks for it."
         )
-    temperatures = [one.temperature for one in logits_processor] or [1.0]
+    temperatures = [processor.temperature for processor in logits_processor] or [1.0]
     if not generation_config.do_sample or generation_config.num_beams != 1 or temperatures != [temperature]:
         raise RuntimeError(
             f"Completions must be sampled at the temperature {temperature} of their log-probabilities, but the "
@@ -192,7 +196,7 @@ class EnoughEnded(StoppingCriteria):
         self.ends, self.start = ends, start
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Say for all rows alike, shape `(B,)`, whether to stop."""
+        """Return for all rows alike, shape `(B,)`, whether to stop."""
         share = _ended(input_ids[:, self.start :], self.ends).float().mean()
         return (share >= _ENDED).expand(len(input_ids))
 
@@ -226,7 +230,7 @@ def sample(
     start, config = input_ids.size(1), copy.deepcopy(generation_config)
     assert config.max_new_tokens is not None  # the trainer's configuration sets it
     length, cache = start + config.max_new_tokens, read_prompts(model, input_ids, attention_mask)
-    found = input_ids.new_full((len(input_ids), length), config.pad_token_id)
+    sequences = input_ids.new_full((len(input_ids), length), config.pad_token_id)
     end_ids, rows = input_ids.new_tensor(ends), torch.arange(len(input_ids), device=input_ids.device)
     while len(rows) and input_ids.size(1) < length:
         config.max_new_tokens = length - input_ids.size(1)
@@ -239,17 +243,17 @@ def sample(
             past_key_values=cache,
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
         )
-        found[rows, : input_ids.size(1)] = input_ids
-        going = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
+        sequences[rows, : input_ids.size(1)] = input_ids
+        unfinished = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
         more = attention_mask.new_ones(len(input_ids), input_ids.size(1) - attention_mask.size(1))
-        attention_mask = torch.cat([attention_mask, more], dim=1)[going]
-        cache.batch_select_indices(going)
-        input_ids, rows = input_ids[going], rows[going]
-    return found[:, : input_ids.size(1)]
+        attention_mask = torch.cat([attention_mask, more], dim=1)[unfinished]
+        cache.batch_select_indices(unfinished)
+        input_ids, rows = input_ids[unfinished], rows[unfinished]
+    return sequences[:, : input_ids.size(1)]
 
 
 def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache:
-    """Keys and values of all but the last token of prompts `(B, P)`, with zeros on padding, for `model.generate`."""
+    """Cache keys and values of all but the last token of prompts `(B, P)`, zeros on padding, for `model.generate`."""
     cache = DynamicCache(config=model.config)
     if input_ids.size(1) > 1 and not attention_mask.all():
         rows = Rows(attention_mask[:, :-1], packed=True)

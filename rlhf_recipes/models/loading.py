@@ -68,7 +68,7 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
 
 
 def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """Collect what a stage's model arguments say about weights and attention, for `load_causal_lm` and its like.
+    """Collect the options for weights and attention from a stage's model arguments, for `load_causal_lm` and its like.
 
     Args:
         model_args: TRL's model arguments.
@@ -192,9 +192,9 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
     scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
     if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
         lacking = f"lack {len(missing)} of its weights, {min(missing, default='')!r} among them"
-        found = lacking if missing else f"hold {min(scores)!r}"
+        defect = lacking if missing else f"hold {min(scores)!r}"
         raise ValueError(
-            f"{path!r} is no trained language model: its files {found}"
+            f"{path!r} is no trained language model: its files {defect}"
             f"{', and are those of a classifier' if scores else ''}. As `model` (`model_name_or_path`), give a model "
             "that writes text."
         )

@@ -41,7 +41,7 @@ def packed_sdpa(
     if sequence_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     counts = [len(group.places) for group in sequence_groups]
-    parts = zip(*(each.split(counts, dim=2) for each in (query, key, value)), strict=True)
+    parts = zip(*(tensor.split(counts, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for group, (queries, keys, values) in zip(sequence_groups, parts, strict=True):
         padded = (group.pad(queries), group.pad(keys), group.pad(values))
@@ -70,9 +70,9 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def is_packed(model: Any) -> bool:
-    """Tell whether a model reads texts one after another."""
-    found: bool = model.config.get_text_config()._attn_implementation == PACKED
-    return found
+    """Return whether a model reads texts packed one after another."""
+    packed: bool = model.config.get_text_config()._attn_implementation == PACKED
+    return packed
 
 
 @torch.no_grad()
@@ -84,7 +84,9 @@ def pack(model: Any) -> None:
     """
     config, trunk = model.config.get_text_config(), model.base_model
     kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    takes_groups = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(trunk.forward).parameters.values())
+    takes_groups = any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(trunk.forward).parameters.values()
+    )
     if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_groups:
         return
     model.set_attn_implementation(PACKED)
@@ -95,11 +97,11 @@ def pack(model: Any) -> None:
 def _same_states(trunk: Any, vocabulary: int) -> bool:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=trunk.device)
     ids = torch.arange(mask.numel(), device=trunk.device).view_as(mask) % vocabulary
-    training, found = trunk.training, []
+    training, states = trunk.training, []
     trunk.eval()
     for packed in (False, True):
         rows = Rows(mask, packed)
-        found.append(rows.split(trunk(input_ids=rows.join(ids), use_cache=False, **rows.arguments).last_hidden_state))
+        states.append(rows.split(trunk(input_ids=rows.join(ids), use_cache=False, **rows.arguments).last_hidden_state))
     trunk.train(training)
-    difference, size = (found[1] - found[0]).norm(), found[0].norm()
+    difference, size = (states[1] - states[0]).norm(), states[0].norm()
     return bool(difference <= (_TOLERANCE if size.dtype == torch.float32 else _TOLERANCE_IN_16_BITS) * size)

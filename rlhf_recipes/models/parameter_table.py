@@ -1,4 +1,4 @@
-"""What a run holds in memory before its first step: a table of roles, their parameters, and bytes."""
+"""Table of what a run holds in memory before its first step: roles, their parameters, and bytes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def parameter_table(owners: dict[str, list[Any]]) -> str:
     """
     rows = [("role", "parameters", "trained", "MiB")]
     rows += [_row(owner, parameters) for owner, parameters in owners.items()]
-    everything = [p for parameters in owners.values() for p in parameters]
-    states = sum((1 + _MOMENTS) * _bytes([p]) for p in everything if p.requires_grad)
+    parameters_of_all = [p for parameters in owners.values() for p in parameters]
+    states = sum((1 + _MOMENTS) * _bytes([p]) for p in parameters_of_all if p.requires_grad)
     rows.append(("gradients, Adam", "", "", f"{states / 2**20:,.1f}"))
-    rows.append(_row("together", everything, states))
+    rows.append(_row("together", parameters_of_all, states))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
@@ -52,7 +52,7 @@ def stage_table(model: nn.Module, role: str) -> str:
         role: Name of what is trained.
     """
     parameters = list(model.parameters())
-    frozen, trained = ([p for p in parameters if p.requires_grad == wanted] for wanted in (False, True))
+    frozen, trained = ([p for p in parameters if p.requires_grad == trainable] for trainable in (False, True))
     return parameter_table({"base": frozen, role: trained} if frozen else {role: trained})
 
 
@@ -74,7 +74,7 @@ def roles_table(policy: nn.Module, roles: Roles, reward_models: dict[str, nn.Mod
 
 
 def _owner(name: str, policy: nn.Module, roles: Roles) -> str:
-    """Which role a parameter belongs to: its adapter, its head, or what all share."""
+    """Return the role that a parameter belongs to: its adapter, its head, or what all share."""
     if name.startswith(f"{CRITIC_MODEL}."):
         return CRITIC
     parts = set(name.split("."))

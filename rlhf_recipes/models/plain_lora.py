@@ -22,7 +22,7 @@ _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def changes_base(config: Any) -> bool:
-    """Tell whether an adapter with this configuration takes a part of the base's weights out of it.
+    """Return whether an adapter with this configuration takes a part of the base's weights out of it.
 
     Example:
         >>> changes_base(LoraConfig(init_lora_weights="pissa_niter_4")), changes_base(LoraConfig())
@@ -57,7 +57,7 @@ def as_plain_lora(
     odd = [key for key in weights if ".lora_" in key and not key.endswith((_DOWN, _UP))]
     quantized = getattr(base, "is_quantized", False)
     if start not in _FROM_WEIGHTS or config.use_dora or odd or quantized:
-        why = (
+        cause = (
             "the base is quantized"
             if quantized
             else f"it has weights such as {odd[0]!r}"
@@ -66,7 +66,7 @@ def as_plain_lora(
         )
         raise ValueError(
             f"The adapter {name} was started with `init_lora_weights: {config.init_lora_weights}`, which takes a part "
-            f"of the base out of it, and the base is shared here. It cannot be told which part, because {why}. Save "
+            f"of the base out of it, and the base is shared here. It cannot be told which part, because {cause}. Save "
             "the adapter as plain LoRA where it was trained (PEFT's `save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)`), or train one with `init_lora_weights: true`."
         )
@@ -91,7 +91,7 @@ def _start_of(base: nn.Module, config: LoraConfig, layer: str, rank: int) -> tup
     module: Any = base.get_submodule(layer)
     original = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     patterns = config.alpha_pattern or {}
-    alone = LoraConfig(
+    layer_config = LoraConfig(
         r=rank,
         lora_alpha=patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha),
         use_rslora=config.use_rslora,
@@ -100,5 +100,5 @@ def _start_of(base: nn.Module, config: LoraConfig, layer: str, rank: int) -> tup
         target_modules=["0"],
     )
     with torch.random.fork_rng():  # PEFT first draws a random start
-        made: Any = inject_adapter_in_model(alone, nn.Sequential(copy.deepcopy(original))).get_submodule("0")
-    return made.lora_A["default"].weight, made.lora_B["default"].weight
+        adapted: Any = inject_adapter_in_model(layer_config, nn.Sequential(copy.deepcopy(original))).get_submodule("0")
+    return adapted.lora_A["default"].weight, adapted.lora_B["default"].weight

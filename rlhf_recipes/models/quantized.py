@@ -1,4 +1,4 @@
-"""What models with quantized weights need: gradients that stay right on a CPU, and no merging into their weights."""
+"""Support for models with quantized weights: gradients that stay right on a CPU, and no merging into their weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def keep_4bit_differentiable(model: torch.nn.Module) -> None:
 
 
 def merges_exactly(model: torch.nn.Module) -> bool:
-    """Tell whether an adapter can be merged into a model: not into weights that would round it away.
+    """Return whether an adapter can be merged into a model: not into weights that would round it away.
 
     Merged into 4 bits, a small adapter is lost as a whole, and the noise of a new quantization comes on top.
 

@@ -1,4 +1,4 @@
-"""How a reward model's numbers become its score: which tokens count, and the gain and bias of its normalisation."""
+"""Readout of a reward model: the tokens whose numbers give its score, and the gain and bias of its normalisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ReadoutName = Literal["last", "sum", "mean"]
 
 @dataclass(frozen=True)
 class Readout:
-    """What stands between a reward model's head and its score. It is saved beside the weights.
+    """The step between a reward model's head and its score, saved beside the weights.
 
     Args:
         readout: `"last"`: the head's number at the last token; `"sum"` or `"mean"`: of its numbers at the

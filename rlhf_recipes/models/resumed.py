@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: is its model the one that the checkpoint was made of?
+"""Check that a run resumes with the model that its checkpoint was made of.
 
 A checkpoint holds the weights of an adapter. What they compute depends on the adapter's configuration and on its base,
 which the run that resumes brings along: with another `lora_alpha` the same weights are another policy.
@@ -39,15 +39,15 @@ def check_same_adapter(checkpoint: str | Path, model: Any, adapter: str = POLICY
         ValueError: If one of both is an adapter and the other is a whole model, or their bases or the fields of their
             LoRA configurations differ; it names these.
     """
-    here, saved = isinstance(model, PeftModel), is_adapter(checkpoint)
-    if not here and getattr(model, "_hf_peft_config_loaded", False):  # transformers' own adapters
+    is_peft, saved = isinstance(model, PeftModel), is_adapter(checkpoint)
+    if not is_peft and getattr(model, "_hf_peft_config_loaded", False):  # transformers' own adapters
         return
-    if here != saved:
+    if is_peft != saved:
         kinds = {True: "an adapter (`peft_config`, `use_peft`)", False: "a whole model"}
         raise ValueError(
-            f"{str(checkpoint)!r} holds {kinds[saved]}, but this run trains {kinds[here]}. Train the same."
+            f"{str(checkpoint)!r} holds {kinds[saved]}, but this run trains {kinds[is_peft]}. Train the same."
         )
-    if not here:
+    if not is_peft:
         return
     old, new = PeftConfig.from_pretrained(str(checkpoint)), model.peft_config[adapter]
     base = base_name(model)

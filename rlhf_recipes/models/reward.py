@@ -80,8 +80,8 @@ def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrain
         ValueError: If weights of the head are missing.
     """
     base, adapter, tokenizer = _load_parts(str(path))
-    whole: Any = _dequantized(base) if getattr(base, "is_quantized", False) else base.float()
-    return whole if adapter is None else _adapted(whole, adapter).merge_and_unload(), tokenizer
+    model: Any = _dequantized(base) if getattr(base, "is_quantized", False) else base.float()
+    return model if adapter is None else _adapted(model, adapter).merge_and_unload(), tokenizer
 
 
 def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None, PreTrainedTokenizerBase]:
@@ -106,9 +106,9 @@ def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None,
 def _dequantized(base: Any) -> PreTrainedModel:
     weights = base.dequantize().float().state_dict()
     # A new model, because transformers cannot save one in float32 that it loaded from 4 bits
-    whole: PreTrainedModel = type(base)(base.config)
-    whole.load_state_dict(weights)
-    return whole
+    model: PreTrainedModel = type(base)(base.config)
+    model.load_state_dict(weights)
+    return model
 
 
 def _adapted(base: PreTrainedModel, adapter: str) -> Any:
@@ -125,7 +125,7 @@ def _check_complete(path: str, missing: set[str]) -> None:
 
 
 def score_tokens(model: nn.Module, unwrapped: nn.Module, call: dict[str, Any]) -> tuple[Any, Tensor]:
-    """Run a model for sequence classification and keep what its head says at every token.
+    """Run a model for sequence classification and keep its head's output at every token.
 
     Args:
         model: The model, as it is called in training.
@@ -142,16 +142,16 @@ def score_tokens(model: nn.Module, unwrapped: nn.Module, call: dict[str, Any]) -
     if isinstance(unwrapped, PeftModel):
         base = unwrapped.get_base_model()
     head = getattr(base, "score", None)
-    seen: list[Tensor] = []
+    head_outputs: list[Tensor] = []
     if head is not None:
-        handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        handle = head.register_forward_hook(lambda module, inputs, output: head_outputs.append(output))
         try:
             outputs = model(**call)
         finally:
             handle.remove()
-    if not seen or seen[0].dim() != 3:
+    if not head_outputs or head_outputs[0].dim() != 3:
         raise ValueError(
             f"{type(unwrapped).__name__} has no head `score` that reads every token, so `readout` can only be 'last' "
             "and `objective` not 'token'. Use a decoder, or change the settings."
         )
-    return outputs, seen[0].squeeze(-1).float()
+    return outputs, head_outputs[0].squeeze(-1).float()

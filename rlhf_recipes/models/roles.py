@@ -38,7 +38,7 @@ _active: ContextVar[tuple[Roles, str | None] | None] = ContextVar("active_role",
 
 
 def is_critic_parameter(name: str) -> bool:
-    """Tell whether a parameter of the policy's module tree belongs to the critic.
+    """Return whether a parameter of the policy's module tree belongs to the critic.
 
     Example:
         >>> is_critic_parameter("base_model.model.lm_head.lora_A.critic.weight"), is_critic_parameter("lm_head.weight")
@@ -125,7 +125,7 @@ class Roles:
         )
 
     def add_head(self, role: str, weight: Tensor | None = None) -> None:
-        """Add a head to a role: a copy of `weight` (1, H), or zeros, which say 0 for everything at first."""
+        """Add a head to a role: a copy of `weight` (1, H), or zeros, which give 0 for everything at first."""
         # OPT's last states may be narrower than its layers
         head = nn.Linear(self._base.get_output_embeddings().weight.size(1), 1, bias=False)
         with torch.no_grad():
@@ -165,7 +165,7 @@ class Roles:
 
     @property
     def packed(self) -> bool:
-        """Whether the base reads texts one after another."""
+        """True if the base reads texts packed one after another."""
         return is_packed(self._base)
 
     def hidden_states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
@@ -180,7 +180,7 @@ class Roles:
         return hidden_states
 
     def hidden_states_and_below(self, input_ids: Tensor, count: int, **arguments: Any) -> tuple[Tensor, Tensor]:
-        """The same, and the states (B, L, H) that enter the upper `count` layers."""
+        """Last hidden states (B, L, H), and the states (B, L, H) that enter the upper `count` layers."""
         with states_below(self._base, count) as below:
             hidden_states = self.hidden_states(input_ids, **arguments)
         return hidden_states, below[0]
@@ -231,8 +231,8 @@ class Roles:
                 input_ids, mask = self._padded([sequences[row] for row in chunk], pad_token_id)
                 rows = Rows(mask, self.packed)
                 values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
-                found = zip(chunk, rows.split(values), strict=True)
-                scores |= {row: each[: len(sequences[row])] for row, each in found}
+                by_row = zip(chunk, rows.split(values), strict=True)
+                scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
@@ -300,8 +300,8 @@ class Roles:
             metadata={"format": "pt"},
         )
         config: Any = copy.deepcopy(self.model.peft_config[adapter])
-        kept = ["classifier", "score", *(config.modules_to_save or [])]
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", kept, True
+        modules_to_save = ["classifier", "score", *(config.modules_to_save or [])]
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", modules_to_save, True
         config.save_pretrained(str(folder))
 
     def load(self, folder: str | Path, role: str, adapter: str) -> None:

@@ -71,7 +71,7 @@ class Rows:
         packed: Whether the network can read them one after another.
 
     Attributes:
-        arguments: What the network is given besides the tokens.
+        arguments: The network's arguments besides the tokens.
 
     Example:
         >>> rows = Rows(torch.tensor([[0, 1, 1], [1, 0, 0]]), packed=True)
@@ -129,7 +129,7 @@ class Rows:
 
 def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[SequenceGroup]:
     """Groups of texts in the order of their `lengths` `(B,)`, from text `rows` and position of each token, `(N,)`."""
-    size, found, start = math.ceil(len(lengths) / _GROUPS), [], 0
+    size, groups, start = math.ceil(len(lengths) / _GROUPS), [], 0
     counts = lengths.tolist()  # once for all groups, since a GPU waits for it
     for first, group in zip(range(0, len(lengths), size), lengths.split(size), strict=True):
         longest, count = max(counts[first : first + size]), sum(counts[first : first + size])
@@ -137,9 +137,9 @@ def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Seque
             columns = torch.arange(longest, device=lengths.device)
             sources = (group.cumsum(dim=0) - group)[:, None] + columns.minimum(group[:, None] - 1)
             tokens = slice(start, start + count)
-            found.append(SequenceGroup(sources, (rows[tokens] - first) * longest + positions[tokens]))
+            groups.append(SequenceGroup(sources, (rows[tokens] - first) * longest + positions[tokens]))
             start += count
-    return found
+    return groups
 
 
 OF_PROMPT, OF_COMPLETION = {"columns": "prompt"}, {"columns": "completion"}  # what the columns of a field are
@@ -195,10 +195,10 @@ class Texts:
         """Cut off the columns in which no text has a token, at least one of each left. The tensors are views."""
         prompt, completion = (int(count_columns(mask)) for mask in (self.prompt_mask, self.completion_mask))
         cut: dict[str, Tensor] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if value is not None and (columns := each.metadata.get("columns")):
-                cut[each.name] = value[:, -prompt:] if columns == "prompt" else value[:, :completion]
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
+            if value is not None and (columns := attribute.metadata.get("columns")):
+                cut[attribute.name] = value[:, -prompt:] if columns == "prompt" else value[:, :completion]
         return replace(self, **cut)
 
     def by_length(self, batch_size: int) -> Iterator[tuple[Tensor, Texts]]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
     """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
 
-    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: what it would say
-    of prompts and padding is not computed.
+    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: the logits
+    of prompts and padding are not computed.
 
     Args:
         model: The model, with or without adapters.

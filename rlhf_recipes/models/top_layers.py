@@ -75,9 +75,9 @@ def only_top(model: Any, count: int) -> Iterator[None]:
         model: The causal model.
         count: Number of upper layers.
     """
-    trunk, whole = model.base_model, decoder_layers(model)
-    trunk.layers = whole[-count:]
+    trunk, layers = model.base_model, decoder_layers(model)
+    trunk.layers = layers[-count:]
     try:
         yield
     finally:
-        trunk.layers = whole
+        trunk.layers = layers

@@ -1,4 +1,4 @@
-"""What base an adapter was trained on: quantized or not, in which precision, and what it said there of a few rows.
+"""Record of the base that an adapter was trained on: quantized or not, its precision, and numbers of a few rows.
 
 An adapter learns on the weights it sees. On others (those of 4 bits in place of 32, say) it computes something else,
 and nothing shows it. So each stage saves a few rows with the numbers that the adapter gave for them, and whoever loads
@@ -26,7 +26,7 @@ Numbers = list[list[float]]  # for each row
 
 
 def describe_base(model: Any) -> str:
-    """Say in words how the weights of a model, or of the base of a PEFT model, are kept.
+    """Describe in words how the weights of a model, or of the base of a PEFT model, are kept.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,8 +54,8 @@ def log_probs(model: Any, row: Sequence[int]) -> list[float]:
     """Log-probability of each token of a row but the first, in nats, by a causal model as it is."""
     ids = torch.tensor([list(row)], device=model.device)
     logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
-    found: list[float] = logps.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
-    return found
+    values: list[float] = logps.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+    return values
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def raw_score(model: Any, row: Sequence[int]) -> list[float]:
 def save_trained_on(
     folder: str | Path, model: Any, rows: Iterable[Sequence[int]], numbers_of: Callable[[Any, Sequence[int]], Any]
 ) -> None:
-    """Write what an adapter was trained on into its folder, with what it says of a few rows.
+    """Write into an adapter's folder which base it was trained on, with its numbers of a few rows.
 
     Args:
         folder: The adapter's folder.
@@ -78,9 +78,9 @@ def save_trained_on(
     """
     training = model.training
     model.eval()
-    kept = [list(map(int, row[:_TOKENS])) for row, _ in zip(rows, range(ROWS), strict=False)]
-    kept = [row for row in kept if len(row) > 1]
-    record = {"base": describe_base(model), "rows": kept, "numbers": [numbers_of(model, row) for row in kept]}
+    cut_rows = [list(map(int, row[:_TOKENS])) for row, _ in zip(rows, range(ROWS), strict=False)]
+    cut_rows = [row for row in cut_rows if len(row) > 1]
+    record = {"base": describe_base(model), "rows": cut_rows, "numbers": [numbers_of(model, row) for row in cut_rows]}
     model.train(training)
     Path(folder, FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
@@ -107,7 +107,7 @@ def save_with_first_rows(
 def check_trained_on(
     folder: str | Path, model: Any, numbers_of: Callable[[Any, Sequence[int]], Any], unit: str, tolerance: float
 ) -> None:
-    """Compare an adapter on this base with what it said where it was trained, if the base is of another kind.
+    """Compare an adapter's numbers on this base with those where it was trained, if the base is of another kind.
 
     Args:
         folder: The adapter's folder. Without the file nothing is known, and nothing is said.
@@ -128,8 +128,8 @@ def check_trained_on(
         before = torch.tensor([number for row in numbers for number in row], dtype=torch.float64)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}). Remove it to load the adapter unchecked.") from error
-    here = describe_base(model)
-    if here == base or not len(before):
+    current = describe_base(model)
+    if current == base or not len(before):
         return
     training = model.training
     model.eval()
@@ -138,12 +138,12 @@ def check_trained_on(
     difference = (now - before).abs().mean().item()
     if unit == OF_THE_SPREAD:
         difference /= max(before.std().item(), 1e-12) if len(before) > 1 else 1.0
-    told = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {here}"
+    message = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {current}"
     if not difference <= tolerance:
         raise ValueError(
-            f"{told}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "
+            f"{message}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "
             "another model. Load the base as in training (`load_in_4bit`, `dtype`), or train the adapter on this one. "
             "`adapter_tolerance` raises the bound."
         )
     if PartialState().is_main_process:
-        logger.warning("%s: on %d rows it differs by %.2g %s.", told, len(rows), difference, unit)
+        logger.warning("%s: on %d rows it differs by %.2g %s.", message, len(rows), difference, unit)

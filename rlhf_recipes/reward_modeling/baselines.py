@@ -1,4 +1,4 @@
-"""What a reward model has to beat on held-out pairs: the length of a completion, and a linear model of its words."""
+"""Baselines of a reward model on held-out pairs: the length of a completion, and a linear model of its words."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def fit_tfidf(train: Dataset) -> TfidfScorer:
 
 
 def winners_and_losers(pairs: Dataset) -> tuple[list[str], list[str]]:
-    """Return what people preferred and what they did not, as texts. Of a chat, the messages' contents, one a line.
+    """Return the preferred and the other completions as texts; of a chat, the messages' contents, one a line.
 
     Args:
         pairs: Rows with the columns `prompt`, `chosen` and `rejected`, and maybe `label`, as for `pair_baselines`.
@@ -189,8 +189,8 @@ def _decided(pairs: Dataset) -> Dataset:
 
 
 def _labels(pairs: Dataset) -> list[float]:
-    given = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
-    return [1.0 if label is None else label for label in given]
+    labels = pairs["label"] if "label" in pairs.column_names else [None] * len(pairs)
+    return [1.0 if label is None else label for label in labels]
 
 
 def _fold_pairs(train: Dataset, chosen: list[str], rejected: list[str]) -> list[tuple[int, int]]:

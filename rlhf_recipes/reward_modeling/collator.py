@@ -1,4 +1,4 @@
-"""Batches of judged groups: all completions of a prompt in one element, with what people said about them."""
+"""Batches of judged groups: all completions of a prompt in one element, with people's judgements of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sequences_of(row: Row) -> list[list[int]]:
 
 
 def ranks_of(row: Row) -> list[float] | None:
-    """What a row says about the order of its completions, whatever kind it is of: lower is better, equal is a tie.
+    """Return the ranks of a row's completions, whatever judgement it holds: lower is better, equal is a tie.
 
     Args:
         row: A row of the preference table, or of TRL's chosen and rejected, which is a pair that the first one wins.
@@ -57,7 +57,7 @@ def ranks_of(row: Row) -> list[float] | None:
 
 
 def pairs_of(row: Row) -> list[tuple[int, int, float]]:
-    """List the pairs of completions that a row says something about, with the probability that the first one wins.
+    """List the pairs of completions that a row compares, with the probability that the first one wins.
 
     Example:
         >>> pairs_of({"completion_ids": [[5], [6], [7]], "ranks": [1, 2, 2]})

@@ -83,7 +83,7 @@ class PreferenceConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check what TRL does not know of."""
+        """Check the fields that TRL does not have."""
         validate_fields(self)
         super().__post_init__()
         if not 0.0 <= self.label_noise < 1.0:
@@ -99,8 +99,8 @@ class PreferenceConfig(RewardConfig):
             "token_loss": (self.token_loss != "mse", ("token",)),
             "center_rewards_coefficient": (bool(self.center_rewards_coefficient), _COMPARISONS),
         }
-        for name, (given, objectives) in changed.items():
-            if given and self.objective not in objectives:
+        for name, (is_set, objectives) in changed.items():
+            if is_set and self.objective not in objectives:
                 named = " and ".join(f"`objective: {objective}`" for objective in objectives)
                 raise ValueError(
                     f"`{name}` is for {named}, but `objective` is {self.objective!r}, where it has no meaning. Remove "
@@ -109,5 +109,5 @@ class PreferenceConfig(RewardConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the loss is TRL's own: pairs with hard labels, read at the last token, with or without margins."""
+        """True if the loss is TRL's own: pairs with hard labels, read at the last token, with or without margins."""
         return (self.objective, self.readout, self.label_noise, self.margin_use) == ("pairwise", "last", 0.0, "margin")

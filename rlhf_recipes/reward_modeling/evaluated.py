@@ -1,4 +1,4 @@
-"""What an evaluation says of all rows together, however they were cut into batches and shared by processes."""
+"""Metrics of all rows of an evaluation together, however they were cut into batches and shared by processes."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ class EvaluatedRows:
         """
         if not self._parts:
             return {}
-        rows = {name: _joined([part[name] for part in self._parts]) for name in self._parts[0]}
+        rows = {name: _concatenated([part[name] for part in self._parts]) for name in self._parts[0]}
         rows["group_mask"] = mask = rows["group_mask"].bool()
         raw = rows["scores"][mask]
-        found = {"loss": objective_of_rows(config, rows, rows["scores"], rows.get("losses"))}
-        found |= {"min_reward": raw.min(), "mean_reward": raw.double().mean(), "max_reward": raw.max()}
+        metrics = {"loss": objective_of_rows(config, rows, rows["scores"], rows.get("losses"))}
+        metrics |= {"min_reward": raw.min(), "mean_reward": raw.double().mean(), "max_reward": raw.max()}
         margins = untied_margins(rows["scores"], rows["ranks"], mask) if "ranks" in rows else raw[:0]
         if len(margins):
-            found |= {"accuracy": (margins > 0).double().mean(), "margin": margins.double().mean()}
-        return {name: value.item() for name, value in found.items()}
+            metrics |= {"accuracy": (margins > 0).double().mean(), "margin": margins.double().mean()}
+        return {name: value.item() for name, value in metrics.items()}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Put batches behind each other, as wide as the widest."""
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    """Concatenate batches, padded to the widest."""
     if parts[0].dim() == 1:
         return torch.cat(parts)
     width = max(part.size(1) for part in parts)

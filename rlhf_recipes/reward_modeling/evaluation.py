@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def evaluate_pairs(trainer: RewardTrainer) -> dict[str, Any]:
     """Score the held-out rows of a trainer with the model as it is now, and summarise the pairs that they compare.
 
-    A ranking, ratings or a choice of K give all pairs that they say something about. Every process scores all rows, in
+    A ranking, ratings or a choice of K give all pairs that they compare. Every process scores all rows, in
     the precision that the trainer trains in.
 
     Args:

@@ -75,8 +75,8 @@ def mean_weights(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         raise ValueError("There are no weights to average. Give those of two or more models.")
     first = members[0]
     shapes = [{name: tensor.shape for name, tensor in member.items()} for member in members]
-    for number, found in enumerate(shapes):
-        if strange := {name for name, _ in shapes[0].items() ^ found.items()}:
+    for number, member_shapes in enumerate(shapes):
+        if strange := {name for name, _ in shapes[0].items() ^ member_shapes.items()}:
             raise ValueError(
                 f"Models 0 and {number} differ in {len(strange)} weights: {min(strange)!r} is missing in one, or has "
                 "another shape. Average models that started from the same base."

@@ -47,7 +47,7 @@ def completion_losses(config: PreferenceConfig, batch: dict[str, Tensor], token_
         return None
     labels = batch["token_labels"]
     judged = batch["completion_mask"].bool() & labels.isfinite()
-    return regroup(token_loss(token_scores, labels, judged, config.token_loss), batch["group_mask"])
+    return scatter_completions(token_loss(token_scores, labels, judged, config.token_loss), batch["group_mask"])
 
 
 def objective_of_rows(
@@ -73,11 +73,11 @@ def objective_of_rows(
     return loss
 
 
-def regroup(values: Tensor, mask: Tensor) -> Tensor:
-    """Put one value per completion, first group first, into its place in `(N, K)`; 0 elsewhere.
+def scatter_completions(values: Tensor, mask: Tensor) -> Tensor:
+    """Scatter one value per completion, first group first, to its place in `(N, K)`; 0 elsewhere.
 
     Example:
-        >>> regroup(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, True], [True, False]])).tolist()
+        >>> scatter_completions(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, True], [True, False]])).tolist()
         [[1.0, 2.0], [3.0, 0.0]]
     """
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

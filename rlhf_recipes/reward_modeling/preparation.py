@@ -85,17 +85,17 @@ def with_chat_ids(
     Raises:
         ValueError: If a chat cannot be encoded, with its row, or the rows are text and the tokenizer ends prompts too.
     """
-    some = list(islice(rows, _LOOKED_AT))
-    group = bool(some) and "completions" in some[0]
+    first_rows = list(islice(rows, _LOOKED_AT))
+    group = bool(first_rows) and "completions" in first_rows[0]
     names = ("completion_ids",) if group else ("chosen_ids", "rejected_ids")
-    some = [row for row in some if any(row.get(column) is None for column in names)]
-    if not some:
+    first_rows = [row for row in first_rows if any(row.get(column) is None for column in names)]
+    if not first_rows:
         return rows
-    if not (chats := [chat for row in some for chat in _chats_of(row)[:1]]):
+    if not (chats := [chat for row in first_rows for chat in _chats_of(row)[:1]]):
         check_prompts_stay_open(tokenizer)
         return rows
     consequence = f"The reward model is trained with {tokenizer.eos_token!r} there, which a policy may never write."
-    warn_about_template(tokenizer, chats, end_ids, consequence, rewards=True, **options_of(some[0]))
+    warn_about_template(tokenizer, chats, end_ids, consequence, rewards=True, **options_of(first_rows[0]))
 
     def encoded(row: dict[str, Any], index: int) -> dict[str, Any]:
         if group and row.get("completion_ids"):

@@ -97,15 +97,17 @@ def drop_ties(dataset: Dataset, config: PreferenceConfig) -> Dataset:
     """
     if config.ties == "soft":
         return dataset
-    kept = [index for index, row in enumerate(dataset) if len(set(ranks_of(row) or [])) > 1]
-    if len(kept) == len(dataset):
+    indices = [index for index, row in enumerate(dataset) if len(set(ranks_of(row) or [])) > 1]
+    if len(indices) == len(dataset):
         return dataset
-    if not kept:
+    if not indices:
         raise ValueError(
             f"All {len(dataset)} training rows are ties, which `ties: drop` leaves out. Set `ties: soft`."
         )
-    logger.info("%d of %d training rows are ties and left out (`ties: drop`).", len(dataset) - len(kept), len(dataset))
-    return dataset.select(kept)
+    logger.info(
+        "%d of %d training rows are ties and left out (`ties: drop`).", len(dataset) - len(indices), len(dataset)
+    )
+    return dataset.select(indices)
 
 
 def to_whole_texts(table: Dataset) -> Dataset:
@@ -160,8 +162,10 @@ def prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list
         lengths.append([_shared(ids, sequence) for sequence in sequences_of(row)])
         for sequence, length in zip(sequences_of(row), lengths[-1], strict=True):
             if length == 0 or length == len(sequence):
-                what = "do not begin with the tokens of its prompt" if length == 0 else "have nothing after its prompt"
-                raise ValueError(f"Row {index}: the token ids of a completion {what}. They hold both, in this order.")
+                fault = (
+                    "do not begin with the tokens of its prompt" if length == 0 else "have nothing after its prompt"
+                )
+                raise ValueError(f"Row {index}: the token ids of a completion {fault}. They hold both, in this order.")
     return lengths
 
 
@@ -180,7 +184,7 @@ def token_labels(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kind: str
     Raises:
         ValueError: With the row, if targets and tokens do not fit together.
     """
-    made = []
+    targets = []
     for index, row in enumerate(dataset):
         sequences = sequences_of(row)
         if row.get("token_labels") is not None:
@@ -192,17 +196,17 @@ def token_labels(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kind: str
                 raise ValueError(f"{place_of({'row': index, **row}).capitalize()}: {error}") from error
         else:
             labels = [[rating] * len(ids) for rating, ids in zip(row["ratings"], sequences, strict=True)]
-        made.append([[math.nan if label is None else float(label) for label in one] for one in labels])
-        if kind == "bce" and any(label < 0 or label > 1 for one in made[-1] for label in one):
+        targets.append([[math.nan if label is None else float(label) for label in per_token] for per_token in labels])
+        if kind == "bce" and any(label < 0 or label > 1 for per_token in targets[-1] for label in per_token):
             raise ValueError(
                 f"{place_of({'row': index, **row}).capitalize()} has a target that is not in [0, 1], as "
                 "`token_loss: bce` needs. Rescale it, or use `token_loss: mse`."
             )
-    return made
+    return targets
 
 
 def _pair_problem(row: Row, config: PreferenceConfig) -> str | None:
-    """What is wrong with a row of TRL's, or `None`."""
+    """Return what is wrong with a row of TRL's, or `None`."""
     label, margin = row.get("label"), row.get("margin")
     if label is not None and not (is_number(label) and 0.0 <= label <= 1.0):
         return f"has the `label` {label!r}. Give the probability that `chosen` wins, in [0, 1], or rename the column."
@@ -229,13 +233,13 @@ def _check_margins_are_whole(table: Dataset, name: str) -> None:
 
 
 def _table_problem(row: Row, config: PreferenceConfig) -> str | None:
-    """What the objective misses in a checked row of the preference table, or `None`."""
-    wanted = _TARGETS[config.objective]
-    if all(row.get(column) is None for column in wanted):
-        given = [name for name in JUDGEMENTS if row.get(name) is not None]
+    """Return what the objective misses in a checked row of the preference table, or `None`."""
+    targets = _TARGETS[config.objective]
+    if all(row.get(column) is None for column in targets):
+        judgements = [name for name in JUDGEMENTS if row.get(name) is not None]
         return (
-            f"has no {' or '.join(f'`{name}`' for name in wanted)}, which `objective: {config.objective}` reads; it "
-            f"has {quoted(given)}. Choose the objective that fits, or make pairs of the rows with `to_pairs`."
+            f"has no {' or '.join(f'`{name}`' for name in targets)}, which `objective: {config.objective}` reads; it "
+            f"has {quoted(judgements)}. Choose the objective that fits, or make pairs of the rows with `to_pairs`."
         )
     if row.get("margin") is not None and config.objective != "pairwise":
         return f"has a `margin`, which `objective: {config.objective}` does not use. Remove the column."

@@ -23,7 +23,7 @@ from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
 from rlhf_recipes.reward_modeling.losses import untied_margins
-from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, regroup
+from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, scatter_completions
 from rlhf_recipes.reward_modeling.preparation import with_chat_ids
 from rlhf_recipes.reward_modeling.table import (
     check_rows,
@@ -79,11 +79,11 @@ class PreferenceTrainer(RewardTrainer):
         self.add_callback(KeptRates())
         self._prompts_in_step = 0
         self._evaluated = EvaluatedRows(self.accelerator)
-        config, given = args, kwargs.get("data_collator")
+        config, own_collator = args, kwargs.get("data_collator")
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         rows = [dataset for dataset in (self.train_dataset, *evals.values()) if dataset is not None]
         # TRL's batches, and with them its loss, unless something is asked for that they cannot say.
-        if given is None and not all(_is_trl(dataset, config) for dataset in rows):
+        if own_collator is None and not all(_is_trl(dataset, config) for dataset in rows):
             collator: Any = self.data_collator
             self.data_collator = PreferenceCollator(
                 pad_token_id=collator.pad_token_id,
@@ -138,16 +138,17 @@ class PreferenceTrainer(RewardTrainer):
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: PreferenceConfig, dataset_name: str
     ) -> Dataset:
         """Give each row of the preference table the token ids of its completions, and leave out those too long."""
-        given = dataset["completion_ids"] if "completion_ids" in dataset.column_names else None
-        if given is None or any(ids is None for ids in given):
+        saved_ids = dataset["completion_ids"] if "completion_ids" in dataset.column_names else None
+        if saved_ids is None or any(ids is None for ids in saved_ids):
             unlimited = copy.copy(args)
             unlimited.max_length = None  # a row is left out whole, not two texts of it
             texts = super()._prepare_dataset(to_whole_texts(dataset), processing_class, unlimited, dataset_name)
-            made = with_completion_ids(dataset, texts, processing_class.eos_token_id)
+            tokenized = with_completion_ids(dataset, texts, processing_class.eos_token_id)
             groups = [
-                own or new for own, new in zip(given or made["completion_ids"], made["completion_ids"], strict=True)
+                own or new
+                for own, new in zip(saved_ids or tokenized["completion_ids"], tokenized["completion_ids"], strict=True)
             ]
-            dataset = made.remove_columns("completion_ids").add_column("completion_ids", groups)
+            dataset = tokenized.remove_columns("completion_ids").add_column("completion_ids", groups)
         if args.max_length is None:
             return dataset
         limit = args.max_length
@@ -178,7 +179,7 @@ class PreferenceTrainer(RewardTrainer):
             return self._trl_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs["group_mask"]
         outputs, raw, token_scores = self._scores(model, inputs)
-        scores = regroup(raw, mask)
+        scores = scatter_completions(raw, mask)
         loss = preference_objective(self.args, inputs, scores, token_scores)
         if model.training:
             self._record(inputs, raw.detach(), scores.detach())
@@ -218,7 +219,7 @@ class PreferenceTrainer(RewardTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate, and log what all rows give together in place of means of the batches' means."""
+        """Evaluate, and log the metrics of all rows together in place of means of the batches' means."""
         self._evaluated = EvaluatedRows(self.accelerator)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics: Any = output.metrics

@@ -27,7 +27,7 @@ class AdapterReward:
         pad_token_id: Padding id of the tokenizer.
         batch_size: Sequences per forward pass.
         readout: Which of the head's numbers make the score, with gain and bias.
-        reads: Beside the score, what the adapter tells of the tokens: `"redistributed"`, its score split over them
+        reads: Beside the score, what the adapter gives for the tokens: `"redistributed"`, its score split over them
             (`Readout.token_rewards`), from the same forward pass, or `"attention"`, its last token's attention. It
             writes that into the `RewardRecord` that it is called with.
     """

@@ -92,10 +92,10 @@ def _raised(name: str, error: Exception, kwargs: dict[str, Any]) -> RuntimeError
 def _as_list(name: str, rewards: Any, expected: int) -> list[Any]:
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, Sequence) or isinstance(rewards, str) or len(rewards) != expected:
-        found = f"{len(rewards)} values" if isinstance(rewards, Sequence) else f"a {type(rewards).__name__}"
+        returned = f"{len(rewards)} values" if isinstance(rewards, Sequence) else f"a {type(rewards).__name__}"
         raise ValueError(
             f"The reward function {name!r} must return a list of {expected} rewards, one per completion; it returned "
-            f"{found}."
+            f"{returned}."
         )
     return list(rewards)
 

@@ -35,7 +35,7 @@ class ClassifierReward:
         batch_size: Texts per forward pass.
         readout: Which numbers make the score, with gain and bias; `None`: the raw one.
         eos_token_ids: Ids that end a completion of the policy. One without is shown to a decoder without its end
-            token. `None`: what the trainer says (`PPOTrainer` does); with another one, all are finished.
+            token. `None`: as the trainer passes (`PPOTrainer` does); with another one, all are finished.
 
     Raises:
         ValueError: If the model has more than one output, its embeddings do not hold all tokens, an encoder is to

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Tell whether a sequence classifier is an encoder: decoders read a linear head named `score` at a token.
+    """Return whether a sequence classifier is an encoder: decoders read a linear head named `score` at a token.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -38,13 +38,13 @@ def which_ended(
     eos_token_ids: Collection[int] | None,
     finished: Sequence[bool] | None,
 ) -> list[bool]:
-    """Tell which completions ended with an end token.
+    """Return which completions ended with an end token.
 
     Args:
         count: How many there are.
         completion_ids: Their token ids as the policy sampled them, if they are known.
         eos_token_ids: Ids that end one, if they are known.
-        finished: What the trainer says, which knows all of its end tokens.
+        finished: What the trainer passes, which knows all of its end tokens.
 
     Returns:
         For each whether it ended; all did where nothing is known.
@@ -105,16 +105,16 @@ def encode(
         ids = [*answer.prompt_ids, *answer.ids]
         return ids, min(len(answer.prompt_ids), len(ids) - 1)
     prompt_ids: Any = tokenizer(text=prompt)["input_ids"]
-    whole: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
-    pairs = enumerate(zip(prompt_ids, whole, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(whole)))
-    return list(whole), min(same, len(whole) - 1)
+    all_ids: Any = tokenizer(text=prompt + completion + (str(tokenizer.eos_token) if finished else ""))["input_ids"]
+    pairs = enumerate(zip(prompt_ids, all_ids, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(all_ids)))
+    return list(all_ids), min(same, len(all_ids) - 1)
 
 
 def encode_rows(
     rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, context: int | None, max_length: int | None
 ) -> DatasetDict:
-    """Encode rows for the training of an encoder: trainers take token ids as they are, without an end token more.
+    """Encode rows for the training of an encoder: trainers take token ids as they are, without adding an end token.
 
     Args:
         rows: Splits with `chosen` and `rejected`, or `completions`, and maybe `prompt`. Ids that are there stay.
@@ -151,9 +151,9 @@ def encode_rows(
     def encoded(row: dict[str, Any], index: int, split: str) -> dict[str, Any]:
         where = f"of row {index} of the {split} rows"
         if "completions" in row:
-            given = row.get("completion_ids")
+            saved_ids = row.get("completion_ids")
             texts = enumerate(row["completions"])
-            return {"completion_ids": given or [ids_of(row, text, f"Completion {k} {where}") for k, text in texts]}
+            return {"completion_ids": saved_ids or [ids_of(row, text, f"Completion {k} {where}") for k, text in texts]}
         return {f"{side}_ids": ids_of(row, row[side], f"`{side}` {where}") for side in ("chosen", "rejected")}
 
     result = rows.copy()

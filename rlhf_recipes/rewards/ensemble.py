@@ -17,7 +17,7 @@ Aggregation = Literal["mean", "min", "mean_minus_std"]
 
 
 def aggregate_scores(scores: Tensor, aggregation: Aggregation, k: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Make one reward of the scores of several reward models.
+    """Combine the scores of several reward models into one reward.
 
     Source: https://huggingface.co/papers/2310.02743: the mean, and the worst case (minimum);
     https://huggingface.co/papers/2401.00243: adapters on one base, and the mean minus the weighted standard deviation.
@@ -95,7 +95,7 @@ class EnsembleReward:
         self.members, self.aggregation, self.k = list(members), aggregation, k
 
     def with_members(self, functions: Sequence[Callable[..., Any]]) -> EnsembleReward:
-        """Copy the ensemble with functions in the place of its folders."""
+        """Copy the ensemble with functions in place of its folders."""
         return EnsembleReward(functions, self.aggregation, self.k, self.__name__)
 
     def __call__(

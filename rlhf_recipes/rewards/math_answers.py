@@ -28,11 +28,11 @@ def last_box(text: str) -> str | None:
         >>> last_box(r"It is \boxed{3}. No, it is \boxed{\frac{1}{2}}."), last_box("It is 3.")
         ('\\frac{1}{2}', None)
     """
-    _, found, rest = text.rpartition(_BOX)
-    depth = 1 if found else 0
+    _, box, rest = text.rpartition(_BOX)
+    depth = 1 if box else 0
     for position, character in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(character, 0)
-        if found and depth == 0:
+        if box and depth == 0:
             return rest[:position]
     return None
 
@@ -128,7 +128,7 @@ def _math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
     def read(text: str) -> Any:
         return math_verify.parse(rf"{_BOX}{text}}}", parsing_timeout=5 if limited else None)
 
-    def equal(true: Any, given: Any) -> bool:
-        return bool(math_verify.verify(true, given, timeout_seconds=5 if limited else None))
+    def equal(true: Any, answer: Any) -> bool:
+        return bool(math_verify.verify(true, answer, timeout_seconds=5 if limited else None))
 
     return read, equal

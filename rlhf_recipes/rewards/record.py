@@ -1,4 +1,4 @@
-"""What reward functions say of a rollout beside one number per completion."""
+"""Record of what reward functions return for a rollout beside one number per completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards from another process, over HTTP. What it answers is checked, because nothing vouches for it."""
+"""Rewards from another process, over HTTP. Its answers are checked, because nothing vouches for them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RemoteReward:
         batch_size: Completions per request.
         concurrency: Requests at a time.
         key_variable: Environment variable with a key that is sent as `Authorization: Bearer <key>`.
-        eos_token_ids: Ids that end a completion of the policy. `None`: what the trainer says (`PPOTrainer` does); with
+        eos_token_ids: Ids that end a completion of the policy. `None`: as the trainer passes (`PPOTrainer` does); with
             another one, all are finished.
 
     Raises:
@@ -124,8 +124,8 @@ class RemoteReward:
         answer = await self._post(client, columns)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(rows):
-            found = f"{len(scores)} of them" if isinstance(scores, list) else _shown(json.dumps(answer).encode())
-            raise self._unusable(f"{len(rows)} `scores` in an object were expected, and it gave {found}")
+            returned = f"{len(scores)} of them" if isinstance(scores, list) else _shown(json.dumps(answer).encode())
+            raise self._unusable(f"{len(rows)} `scores` in an object were expected, and it gave {returned}")
         for row, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
                 raise self._unusable(
@@ -179,9 +179,9 @@ class RemoteReward:
         except (ValueError, RecursionError):
             raise self._unusable(f"JSON was expected, and it gave {_shown(body)}") from None
 
-    def _unusable(self, what: str) -> ValueError:
+    def _unusable(self, fault: str) -> ValueError:
         return ValueError(
-            f"The answer of the reward server at {self._shown_url} cannot be used: {what}. Check that the address is "
+            f"The answer of the reward server at {self._shown_url} cannot be used: {fault}. Check that the address is "
             "that of a reward endpoint and the server's own log."
         )
 
@@ -245,8 +245,8 @@ class JudgeReward(RemoteReward):
         try:
             content = answer["choices"][0]["message"]["content"]
         except (LookupError, TypeError):
-            found = _shown(json.dumps(answer).encode())
-            raise self._unusable(f"`choices[0].message.content` was expected, and it gave {found}") from None
+            returned = _shown(json.dumps(answer).encode())
+            raise self._unusable(f"`choices[0].message.content` was expected, and it gave {returned}") from None
         low, high = self._range
         number = content.strip() if isinstance(content, str) else ""
         if _NUMBER.fullmatch(number) and low <= float(number) <= high:

@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30.0  # seconds for a client that sends slowly
 
     def do_GET(self) -> None:
-        """Say that the server is there."""
+        """Answer that the server is there."""
         if self.path == "/health":
             self._answer(200, {"status": "ok"})
         else:
@@ -130,7 +130,7 @@ def _rows(request: Any, max_rows: int) -> tuple[list[Any], list[Any], list[bool]
     if not 1 <= len(prompts) <= max_rows:
         raise _Refused(413, f"the request has {len(prompts)} rows, and 1 to {max_rows} are allowed")
     finished = request.get("finished", [True] * len(prompts))
-    if not isinstance(finished, list) or [type(one) for one in finished] != [bool] * len(prompts):
+    if not isinstance(finished, list) or [type(flag) for flag in finished] != [bool] * len(prompts):
         raise _Refused(400, "`finished` must be a list of true and false, one per completion")
     for row, pair in enumerate(zip(prompts, completions, strict=True)):
         if not (all(isinstance(text, str) for text in pair) or all(map(_is_chat, pair))):

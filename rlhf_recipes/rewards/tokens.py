@@ -18,7 +18,7 @@ _UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a characte
 
 
 class TokenClassifierReward:
-    """Pay each token of a completion what a token classifier says of it.
+    """Pay each token of a completion what a token classifier gives it.
 
     The model reads the text of prompt and completion with its own tokenizer. Each of its rewards goes to the policy's
     token that holds the last character it judges; no reward is lost or doubled. Rewards on the prompt are left out.

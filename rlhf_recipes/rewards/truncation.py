@@ -35,7 +35,7 @@ def truncate(ids: Sequence[int], stop_token_ids: Collection[int], start: int) ->
 
 
 class TruncatedReward:
-    """Give another reward function truncated completions, and a fixed score to those that cannot be cut.
+    """Pass truncated completions to another reward function, and give a fixed score to those that cannot be cut.
 
     The policy is still trained on all the tokens it sampled; only what is judged is shorter.
 
@@ -75,6 +75,6 @@ class TruncatedReward:
         if completions and not isinstance(completions[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         if "finished" in kwargs:  # what was cut is a whole text
-            kwargs["finished"] = [found for _, found in cut]
+            kwargs["finished"] = [stopped for _, stopped in cut]
         rewards = self._function(completions=texts, completion_ids=[ids for ids, _ in cut], **kwargs)
-        return [reward if found else self._missing_score for reward, (_, found) in zip(rewards, cut, strict=True)]
+        return [reward if stopped else self._missing_score for reward, (_, stopped) in zip(rewards, cut, strict=True)]

@@ -1,4 +1,4 @@
-"""Rewards that compare an answer with the true one: which wrong answers do they pay?"""
+"""Check which wrong answers are paid by a reward that compares answers with the true one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BREAK = "{answer}"
 
 @dataclass(frozen=True)
 class PaidAnswers:
-    """What a verifier pays for one kind of answer.
+    """The reward that a verifier pays for one kind of answer.
 
     Attributes:
         kind: `true`, the row's own answer; the same in another form: `spaces`, with white space around it, `sentence`,
@@ -89,29 +89,29 @@ def check_verifier(
         >>> [entry.kind for entry in found if not entry.right and entry.paid > 0.1]
         ['negated']
     """
-    listed = [dict(row) for row in rows]
-    answers = _answers(listed, answer_column)
+    row_dicts = [dict(row) for row in rows]
+    answers = _answers(row_dicts, answer_column)
     if _BREAK not in template:
         raise ValueError(f"`template` must hold {_BREAK!r}, where the answer goes; got {template!r}.")
     if not pays[0] < pays[1]:
         raise ValueError(f"`pays` is the least and the most that the reward pays, such as (0.0, 1.0); got {pays}.")
-    function = _as_function(reward, listed)
-    found = []
+    function = _as_function(reward, row_dicts)
+    results = []
     for kind, (right, texts) in _texts(answers, template, constant).items():
-        tried = [(number, text) for number, text in enumerate(texts) if text is not None]
+        attempts = [(number, text) for number, text in enumerate(texts) if text is not None]
         try:
-            rewards = function([listed[number] for number, _ in tried], [text for _, text in tried])
+            rewards = function([row_dicts[number] for number, _ in attempts], [text for _, text in attempts])
         except Exception as error:
             raise RuntimeError(f"The reward failed on answers of the kind {kind!r}: {error}") from error
-        found.append(_summary(kind, right, tried, rewards, pays))
-    return found
+        results.append(_summary(kind, right, attempts, rewards, pays))
+    return results
 
 
-def refuse_if_bought(found: Sequence[PaidAnswers], bound: float = 0.1) -> None:
+def refuse_if_bought(results: Sequence[PaidAnswers], bound: float = 0.1) -> None:
     """Stop before a training whose reward can be had without the answer.
 
     Args:
-        found: What `check_verifier` found.
+        results: What `check_verifier` returned.
         bound: Largest share of the full reward that a wrong kind of answer may be paid on average.
 
     Raises:
@@ -127,30 +127,30 @@ def refuse_if_bought(found: Sequence[PaidAnswers], bound: float = 0.1) -> None:
     """
     if not 0 <= bound < 1:
         raise ValueError(f"`bound` is a share of the full reward, from 0 to below 1; got {bound}.")
-    table = f"\n{paid_table(found)}"
-    true = next(entry for entry in found if entry.kind == "true")
+    table = f"\n{paid_table(results)}"
+    true = next(entry for entry in results if entry.kind == "true")
     if true.paid < 1 - bound:
         raise ValueError(
             f"The verifier pays the rows' own answers {true.paid:.2f} of the full reward, such as {true.example!r} in "
             f"row {true.row}: see that `template` says how a completion gives its answer, and `pays` what the reward "
             f"pays.{table}"
         )
-    if bought := [entry for entry in found if not entry.right and entry.paid > bound]:
-        listed = ", ".join(
+    if bought := [entry for entry in results if not entry.right and entry.paid > bound]:
+        kinds = ", ".join(
             f"{entry.paid:.2f} for the kind {entry.kind!r}, such as {entry.example!r} in row {entry.row}"
             for entry in bought
         )
         raise ValueError(
-            f"The verifier can be bought: it pays {listed}; at most {bound} is allowed. Repair it, or leave the task "
+            f"The verifier can be bought: it pays {kinds}; at most {bound} is allowed. Repair it, or leave the task "
             f"out.{table}"
         )
 
 
-def paid_table(found: Sequence[PaidAnswers]) -> str:
-    """Write what `check_verifier` found as a table.
+def paid_table(results: Sequence[PaidAnswers]) -> str:
+    """Write the results of `check_verifier` as a table.
 
     Args:
-        found: Its entries.
+        results: Its entries.
 
     Returns:
         Lines of text.
@@ -161,7 +161,7 @@ def paid_table(found: Sequence[PaidAnswers]) -> str:
         other     wrong   0.25  0.11 to 0.47        20  '7'
     """
     lines = [f"{'answer':<18}{'paid':<6}{'95 % interval':<18}{'rows':<6}example"]
-    for entry in found:
+    for entry in results:
         line = f"{entry.kind:<10}{'right' if entry.right else 'wrong':<8}"
         if entry.interval is None:
             lines.append(f"{line}not tried: no row has such an answer")
@@ -185,17 +185,17 @@ def _answers(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def _texts(answers: list[str], template: str, constant: str) -> dict[str, tuple[bool, list[str | None]]]:
-    # For each kind whether it holds the true answer, and what it says in each row.
+    # For each kind whether it holds the true answer, and its text in each row.
     def write(wrong: list[str | None]) -> list[str | None]:
         pairs = zip(wrong, answers, strict=True)
         return [None if text is None or _same(text, true) else _fill(template, text) for text, true in pairs]
 
-    said = [_fill(template, answer) for answer in answers]
+    filled = [_fill(template, answer) for answer in answers]
     return {
-        "true": (True, list(said)),
-        "spaces": (True, [f" {text}\n" for text in said]),
-        "sentence": (True, [f"The answer is {text}." for text in said]),
-        "twice": (True, [f"{text} {text}" for text in said]),
+        "true": (True, list(filled)),
+        "spaces": (True, [f" {text}\n" for text in filled]),
+        "sentence": (True, [f"The answer is {text}." for text in filled]),
+        "twice": (True, [f"{text} {text}" for text in filled]),
         "constant": (False, write([constant] * len(answers))),
         "other": (False, write([_other(answers, number) for number in range(len(answers))])),
         "negated": (False, write([_negated(answer) for answer in answers])),
@@ -207,11 +207,11 @@ def _fill(template: str, answer: str) -> str:
     return template.replace(_BREAK, answer)
 
 
-def _same(one: str, other: str) -> bool:
+def _same(first: str, second: str) -> bool:
     try:
-        return float(one) == float(other)
+        return float(first) == float(second)
     except ValueError:
-        return one.strip().casefold() == other.strip().casefold()
+        return first.strip().casefold() == second.strip().casefold()
 
 
 def _other(answers: list[str], number: int) -> str | None:
@@ -230,16 +230,16 @@ def _as_function(reward: Callable[..., Any], rows: list[dict[str, Any]]) -> Call
     # Both kinds of rewards as one function of rows and texts.
     columns = sorted({column for row in rows for column in row} - {"prompt", "completion", "completion_ids"})
 
-    def of_columns(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:
-        prompts = [row.get("prompt", "") for row in some]
+    def of_columns(part: list[dict[str, Any]], texts: list[str]) -> list[Any]:
+        prompts = [row.get("prompt", "") for row in part]
         pairs = zip(prompts, texts, strict=True)
-        given = [text if isinstance(prompt, str) else _message(text) for prompt, text in pairs]
-        values = {column: [row.get(column) for row in some] for column in columns}
-        called = checked(reward)(prompts=prompts, completions=given, completion_ids=[[] for _ in some], **values)
+        completions = [text if isinstance(prompt, str) else _message(text) for prompt, text in pairs]
+        values = {column: [row.get(column) for row in part] for column in columns}
+        called = checked(reward)(prompts=prompts, completions=completions, completion_ids=[[] for _ in part], **values)
         return asyncio.run(called) if is_async_callable(reward) else called
 
-    def of_each(some: list[dict[str, Any]], texts: list[str]) -> list[Any]:
-        return [reward(text, row) for text, row in zip(texts, some, strict=True)]
+    def of_each(part: list[dict[str, Any]], texts: list[str]) -> list[Any]:
+        return [reward(text, row) for text, row in zip(texts, part, strict=True)]
 
     signature = inspect.signature(reward)
     if _takes(signature, prompts=[], completions=[], completion_ids=[], **dict.fromkeys(columns)):
@@ -265,12 +265,12 @@ def _takes(signature: inspect.Signature, *positional: Any, **named: Any) -> bool
 
 
 def _summary(
-    kind: str, right: bool, tried: list[tuple[int, str]], rewards: list[Any], pays: tuple[float, float]
+    kind: str, right: bool, attempts: list[tuple[int, str]], rewards: list[Any], pays: tuple[float, float]
 ) -> PaidAnswers:
-    if not tried:
+    if not attempts:
         return PaidAnswers(kind, right, 0, math.nan, None, "", -1)
     shares = []
-    for (number, text), reward in zip(tried, rewards, strict=True):
+    for (number, text), reward in zip(attempts, rewards, strict=True):
         value = pays[0] if reward is None else float(reward)
         share = (value - pays[0]) / (pays[1] - pays[0])
         if not -1e-9 <= share <= 1 + 1e-9:  # scorers that divide lengths end a little above 1
@@ -279,7 +279,7 @@ def _summary(
             )
         shares.append(min(max(share, 0.0), 1.0))
     stands_out = shares.index(min(shares) if right else max(shares))
-    number, text = tried[stands_out]
+    number, text = attempts[stands_out]
     # Numbers in [0, 1] spread no more than zeros and ones of the same mean, so Wilson's interval is wide enough.
     interval = proportion_interval(math.fsum(shares), len(shares))
     return PaidAnswers(kind, right, len(shares), math.fsum(shares) / len(shares), interval, text, number)

@@ -220,7 +220,7 @@ def align_rewards(
     for reward, (start, end) in zip(rewards, _in_text_order("offsets", offsets), strict=True):
         last_character = max(start, end - 1)
         received[max(bisect_right(starts, last_character) - 1, 0)].append(reward)
-    return [math.fsum(each) for each in received]
+    return [math.fsum(parts) for parts in received]
 
 
 def _in_text_order(name: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -164,7 +164,7 @@ def steered_kl(kl: Tensor, mask: Tensor, per: Literal["completion", "token"] = "
 
 
 def looks_like_per_token(target: float, per_completion: float, per_token: float) -> bool:
-    """Whether a target for the KL of a completion is far below it, and close to the KL of a token.
+    """Return whether a target for the KL of a completion is far below it, and close to the KL of a token.
 
     Args:
         target: In nats per completion.

@@ -21,7 +21,7 @@ def _of_one_process(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Completions:
-    """What transforms may know of the completions that were scored.
+    """The scored completions, as far as transforms may know them.
 
     Attributes:
         token_ids: Tokens of each completion without padding, with the end token where it was sampled.

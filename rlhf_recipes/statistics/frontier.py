@@ -1,4 +1,4 @@
-"""The frontier of a training: what is gained for each step away from the reference, and where more is too much."""
+"""The frontier of a training: the score against the distance to the reference, and where more distance does harm."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def frontier(history: Iterable[Mapping[str, Any]], kl: str, scores: Mapping[str,
     """
     points: list[dict[str, float]] = []
     for entry in history:
-        found = {name: entry[key] for name, key in scores.items() if is_number(entry.get(key))}
-        if found and is_number(entry.get(kl)):
+        values = {name: entry[key] for name, key in scores.items() if is_number(entry.get(key))}
+        if values and is_number(entry.get(kl)):
             distance = float(max(entry[kl], 0.0)) ** 0.5
-            points.append({"step": entry["step"], "kl": entry[kl], "distance": distance, **found})
+            points.append({"step": entry["step"], "kl": entry[kl], "distance": distance, **values})
     fits = {}
     for name in scores:
         own = [point for point in points if name in point]

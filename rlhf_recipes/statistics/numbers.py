@@ -1,4 +1,4 @@
-"""What counts as a number in rows and logs."""
+"""Recognise numbers in rows and logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Say whether a value is a finite number: not text, nan, infinite, true or false.
+    """Return whether a value is a finite number: not text, nan, infinite, true or false.
 
     Args:
         value: Any value, also of numpy.

@@ -1,4 +1,4 @@
-"""What a set of completions looks like as text: how varied it is, and what it repeats."""
+"""Statistics of completions as texts: how varied they are, and what they repeat."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def self_bleu(sequences: Sequence[Sequence[Hashable]], rows: int = 100, seed: in
     chosen = range(len(sequences))
     if len(sequences) > rows:
         chosen = np.random.default_rng(seed).choice(len(sequences), size=rows, replace=False).tolist()
-    # Numbers in the place of the tokens, which may hold blanks
+    # Numbers in place of the tokens, which may hold blanks
     vocabulary: dict[Hashable, str] = {}
     texts = [
         " ".join(vocabulary.setdefault(token, str(len(vocabulary))) for token in sequences[index]) for index in chosen

@@ -36,28 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
     _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
     _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
-    given, words = parser.parse_known_args(arguments)
+    args, words = parser.parse_known_args(arguments)
     try:
-        if given.command == "plan":
+        if args.command == "plan":
             sys.stdout.write(_plan(words))
             return 0
         if words:
             parser.error(f"unrecognized arguments: {' '.join(words)}")
-        if given.command == "verifier":
-            return _verifier(given)
-        sys.stdout.write(f"{printable(given.run(given))}\n")
+        if args.command == "verifier":
+            return _verifier(args)
+        sys.stdout.write(f"{printable(args.run(args))}\n")
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        if given.command == "report" and isinstance(error, ValueError):
+        if args.command == "report" and isinstance(error, ValueError):
             raise
-        sys.stderr.write(f"rlhf-recipes {given.command}: {printable(error)}\n")
+        sys.stderr.write(f"rlhf-recipes {args.command}: {printable(error)}\n")
         return 2
     return 0
 
 
-def _report(given: argparse.Namespace) -> Path:
+def _report(args: argparse.Namespace) -> Path:
     from rlhf_recipes.tools.report import write_report
 
-    return write_report(given.folders, given.output_dir)
+    return write_report(args.folders, args.output_dir)
 
 
 def _plan(words: list[str]) -> str:
@@ -94,16 +94,16 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_rank)
 
 
-def _rank(given: argparse.Namespace) -> str:
+def _rank(args: argparse.Namespace) -> str:
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.tools.ranking.report import rank_votes
 
-    return rank_votes(load_rows(given.votes, split=given.split), given.next)
+    return rank_votes(load_rows(args.votes, split=args.split), args.next)
 
 
 def _add_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rankings", help="file, folder or dataset id with `prompt`, `completions` and `ranks`")
-    parser.add_argument("output", type=Path, help="jsonl file to write, with `ratings` in the place of `ranks`")
+    parser.add_argument("output", type=Path, help="jsonl file to write, with `ratings` in place of `ranks`")
     parser.add_argument("--split", default="train", help="split of the rankings (default: train)")
     parser.add_argument(
         "--pool",
@@ -114,36 +114,36 @@ def _add_rate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_rate)
 
 
-def _rate(given: argparse.Namespace) -> Path:
+def _rate(args: argparse.Namespace) -> Path:
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.tools.ranking.ratings import rate_rankings
 
-    if given.output.exists():
-        raise FileExistsError(f"{given.output} is there already. Name another file, or remove it.")
-    rated = rate_rankings(load_rows(given.rankings, split=given.split), pool=given.pool)
-    rated.to_json(given.output)
-    return given.output  # type: ignore[no-any-return]
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} is there already. Name another file, or remove it.")
+    rated = rate_rankings(load_rows(args.rankings, split=args.split), pool=args.pool)
+    rated.to_json(args.output)
+    return args.output  # type: ignore[no-any-return]
 
 
-def _verifier(given: argparse.Namespace) -> int:
+def _verifier(args: argparse.Namespace) -> int:
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.rewards.verifier import check_verifier, paid_table, refuse_if_bought
 
-    if given.number < 1 or not 0 <= given.bound < 1:
+    if args.number < 1 or not 0 <= args.bound < 1:
         raise ValueError(
-            f"Expected `number` from 1 on and `bound` from 0 to below 1, got {given.number} and {given.bound:g}."
+            f"Expected `number` from 1 on and `bound` from 0 to below 1, got {args.number} and {args.bound:g}."
         )
-    rows = load_rows(given.rows, split=given.split).shuffle(seed=0)
-    some = rows.select(range(min(given.number, len(rows))))
+    rows = load_rows(args.rows, split=args.split).shuffle(seed=0)
+    sample = rows.select(range(min(args.number, len(rows))))
     try:
-        found = check_verifier(
-            _function(given.reward), some, given.answer_column, given.template, given.constant, tuple(given.pays)
+        results = check_verifier(
+            _function(args.reward), sample, args.answer_column, args.template, args.constant, tuple(args.pays)
         )
     except (AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise ValueError(error) from error
-    sys.stdout.write(f"{printable(paid_table(found))}\n")
+    sys.stdout.write(f"{printable(paid_table(results))}\n")
     try:
-        refuse_if_bought(found, given.bound)
+        refuse_if_bought(results, args.bound)
     except ValueError as error:
         sys.stderr.write(f"rlhf-recipes verifier: {printable(str(error).splitlines()[0])}\n")
         return 1

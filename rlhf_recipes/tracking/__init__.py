@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: its W&B run, its commit, and the runs it came from."""
+"""Records of a run: its W&B run, its commit, and the runs it came from."""
 
 from rlhf_recipes.tracking.lineage import git_commit, read_run, stage_config
 from rlhf_recipes.tracking.outputs import log_outputs

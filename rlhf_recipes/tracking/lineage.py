@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, versions, command, and the stages before it, kept as `run.json` in its folder."""
+"""Lineage of a run: commit, versions, command, and the stages before it, kept as `run.json` in its folder."""
 
 from __future__ import annotations
 

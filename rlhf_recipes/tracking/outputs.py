@@ -1,4 +1,4 @@
-"""What a finished stage hands to its W&B run: the adapter for the lineage graph, and the numbers of its evaluation."""
+"""Outputs of a stage for its W&B run: the adapter for the lineage graph, and the numbers of its evaluation."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ def flat_numbers(record: Mapping[str, Any], prefix: str = "evaluation") -> dict[
         {'evaluation/policy/kl': 2.5, 'evaluation/win_rate': 0.8, 'evaluation/win_rate_low': 0.7,
         'evaluation/win_rate_high': 0.9}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in record.items():
         name = f"{prefix}/{key}"
         if isinstance(value, Mapping):
-            found |= flat_numbers(value, name)
+            numbers |= flat_numbers(value, name)
         elif isinstance(value, list) and key.endswith("_ci") and len(value) == 2:
-            found |= {
+            numbers |= {
                 f"{name.removesuffix('_ci')}_{end}": number for end, number in zip(("low", "high"), value, strict=True)
             }
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 def adapter_artifact(output_dir: str | Path, record: Mapping[str, Any]) -> wandb.Artifact:
@@ -101,7 +101,7 @@ def adapter_artifact(output_dir: str | Path, record: Mapping[str, Any]) -> wandb
 
 
 def use_parents(run: wandb.Run, record: Mapping[str, Any]) -> None:
-    """Say that a run starts from the artifacts of its parents, as far as these have logged any.
+    """Declare the artifacts of a run's parents as its inputs, as far as these have logged any.
 
     Args:
         run: The run, online.

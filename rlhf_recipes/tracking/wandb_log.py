@@ -1,4 +1,4 @@
-"""What hooks send straight to a W&B run, for the trainer's log takes only numbers: tables, and rows with an axis."""
+"""Logging of hooks straight to a W&B run, for the trainer's log takes only numbers: tables, and rows with an axis."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ class TestCommand:
     def test_a_function_of_a_package(self, files, capsys):
         _, rows = files
         assert main(["verifier", "rlhf_recipes.rewards.verifier:paid_table", str(rows)]) == 2
-        assert "takes (found" in capsys.readouterr().err
+        assert "takes (results" in capsys.readouterr().err
 
 
 def test_examples_of_the_page_run():

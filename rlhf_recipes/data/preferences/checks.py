@@ -44,7 +44,7 @@ def check_row(row: Row) -> None:
 
 
 def compare(row: Row, first: int, second: int) -> dict[str, float]:
-    """Say what each judgement of a row tells about two of its completions.
+    """Compare two completions of a row by each of its judgements.
 
     Args:
         row: A checked row.
@@ -52,27 +52,27 @@ def compare(row: Row, first: int, second: int) -> dict[str, float]:
         second: Index of another one.
 
     Returns:
-        By column, the probability that the first one is better: 1, 0, 0.5 for a tie, or `label`. `best` tells
-        nothing about two completions that were not chosen.
+        By column, the probability that the first one is better: 1, 0, 0.5 for a tie, or `label`. `best` gives
+        nothing for two completions that were not chosen.
 
     Example:
         >>> compare({"completions": ["a", "b", "c"], "ranks": [1, 2, 2], "best": 0}, 0, 2)
         {'ranks': 1.0, 'best': 1.0}
     """
-    found: dict[str, float] = {}
+    preferences: dict[str, float] = {}
     if row.get("label") is not None:
-        found["label"] = float(row["label"]) if first < second else 1.0 - float(row["label"])
+        preferences["label"] = float(row["label"]) if first < second else 1.0 - float(row["label"])
     if row.get("ranks") is not None:
-        found["ranks"] = _wins(row["ranks"][second], row["ranks"][first])
+        preferences["ranks"] = _wins(row["ranks"][second], row["ranks"][first])
     if row.get("best") in (first, second):
-        found["best"] = float(row["best"] == first)
+        preferences["best"] = float(row["best"] == first)
     if row.get("ratings") is not None:
-        found["ratings"] = _wins(row["ratings"][first], row["ratings"][second])
-    return found
+        preferences["ratings"] = _wins(row["ratings"][first], row["ratings"][second])
+    return preferences
 
 
 def same(row: Row, first: int, second: int) -> bool:
-    """Say whether two completions of a row are equal: in their token ids where it has them, in their text otherwise.
+    """Return whether two completions of a row are equal: in their token ids where it has them, else in their text.
 
     Args:
         row: A row.
@@ -91,7 +91,7 @@ def same(row: Row, first: int, second: int) -> bool:
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Say whether a value is a whole number and neither true nor false.
+    """Return whether a value is a whole number and neither true nor false.
 
     Args:
         value: Any value, also of numpy.
@@ -134,7 +134,7 @@ def _check_ids(row: Row) -> None:
 
 
 def _lists(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(one, list) for one in value)
+    return isinstance(value, list) and len(value) == count and all(isinstance(entry, list) for entry in value)
 
 
 def _target(value: Any) -> bool:
@@ -176,7 +176,7 @@ def _ranks(row: Row) -> bool:
     if not all(map(is_whole, ranks)):
         raise BadRow("`ranks` is not made of whole numbers")
     places = sorted(set(ranks))
-    by_count = [1 + sum(other < place for other in ranks) for place in places]  # ties take up places: 1, 1, 3
+    by_count = [1 + sum(rank < place for rank in ranks) for place in places]  # ties take up places: 1, 1, 3
     if places not in (by_count, list(range(1, len(places) + 1))):
         raise BadRow("`ranks` does not count from 1 without gaps (ties as 1, 1, 2 or 1, 1, 3)")
     return True

@@ -1,4 +1,4 @@
-"""From groups of K completions to pairs."""
+"""Turn groups of K completions into pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_recipes.data.preferences.schema import TABLE_COLUMNS, make_table, plac
 
 logger = logging.getLogger(__name__)
 
-_ORDERS = ("label", "ranks", "best", "ratings")  # the first one that says something about a pair decides
+_ORDERS = ("label", "ranks", "best", "ratings")  # the first one that compares a pair decides
 
 
 def to_pairs(table: Dataset) -> Dataset:
@@ -58,7 +58,7 @@ def to_pairs(table: Dataset) -> Dataset:
 
 
 def compared_pairs(table: Dataset) -> Dataset:
-    """Make a loss of pairs possible: groups become pairs, and rows that compare nothing are left out and counted.
+    """Turn groups into pairs for a loss of pairs; rows that compare nothing are left out and counted.
 
     Args:
         table: A preference table.
@@ -110,8 +110,8 @@ def best_completions(table: Dataset) -> Dataset:
     """
     others = table.select_columns([name for name in table.column_names if name not in TABLE_COLUMNS])
     best = [row["completions"][_best(row)] for row in table.with_format(None)]
-    made = table.select_columns("prompt").add_column("completion", best, feature=table.features["completions"].feature)
-    return concatenate_datasets([made, others], axis=1) if others.column_names else made
+    rows = table.select_columns("prompt").add_column("completion", best, feature=table.features["completions"].feature)
+    return concatenate_datasets([rows, others], axis=1) if others.column_names else rows
 
 
 def _best(row: Row) -> int:

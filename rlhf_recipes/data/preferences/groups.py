@@ -140,10 +140,10 @@ def _read(
 
 
 def _one_of(names: list[str], *choices: str) -> str:
-    found = [name for name in choices if name in names]
-    if len(found) != 1:
+    matches = [name for name in choices if name in names]
+    if len(matches) != 1:
         raise ValueError(f"Expected one of the columns {quoted(choices)}; found {quoted(names)}.")
-    return found[0]
+    return matches[0]
 
 
 def _group(row: Row) -> Row:

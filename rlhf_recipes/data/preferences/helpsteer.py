@@ -49,14 +49,14 @@ def from_helpsteer2(
     check_columns(names, needs, ())
     others = [name for name in names if name not in {*needs, *PROVENANCE}]
     groups: dict[str, Row] = {}
-    bad, kept = BadRows(), 0
+    bad_rows, kept = BadRows(), 0
     for index, row in enumerate(iterate(rows)):
         origin = {"source": row.get("source"), "row": row.get("row"), "line": row.get("line")}
         origin["row"] = index if origin["row"] is None else origin["row"]
         try:
             prompt = _checked(row, rating)
         except BadRow as problem:
-            bad.add(str(problem), place_of(origin))
+            bad_rows.add(str(problem), place_of(origin))
             continue
         kept += 1
         lists: Row = {name: [] for name in ("completions", "ratings", *others)}
@@ -65,7 +65,7 @@ def from_helpsteer2(
         group["ratings"].append(row[rating])
         for name in others:
             group[name].append(row.get(name))
-    bad.settle(len(rows), kept, drop_bad_rows)
+    bad_rows.settle(len(rows), kept, drop_bad_rows)
     columns = ("prompt", "completions", "ratings")
 
     def convert(group: Row) -> Row:

@@ -64,7 +64,7 @@ def from_label_studio(
             'Export as "JSON", which has both; "JSON-MIN" and "CSV" do not.'
         )
     keys = {"prompt": prompt, "left": left, "right": right}
-    _check_tag([one for task in iterate(tasks) for one in _list(task, "annotations")])
+    _check_tag([annotation for task in iterate(tasks) for annotation in _list(task, "annotations")])
     by_task = [_votes(index, task, keys) for index, task in enumerate(iterate(tasks))]
     if merge_annotators:
         by_task = [_merge(votes) for votes in by_task]
@@ -92,14 +92,14 @@ def _votes(index: int, task: Row, keys: dict[str, str]) -> list[Row]:
     }
     texts = {key: value for key, value in data.items() if isinstance(value, str) and key not in taken}
     origin = {name: task[name] for name in PROVENANCE if task.get(name) is not None}
-    whole = {"row": index} | origin | texts | {name: data.get(key) for name, key in keys.items()}
-    whole["task"] = None if task.get("id") is None else str(task["id"])
+    shared = {"row": index} | origin | texts | {name: data.get(key) for name, key in keys.items()}
+    shared["task"] = None if task.get("id") is None else str(task["id"])
     missing = [key for key in keys.values() if data.get(key) is None]
     annotations = _list(task, "annotations")
     if missing or not annotations:
         problem = f"`data` has no `{missing[0]}`" if missing else _NONE
-        return [whole | {"label": None, "annotator": None, "votes": 0, "problem": problem}]
-    return [whole | {"votes": 1} | _judgement(annotation) for annotation in annotations]
+        return [shared | {"label": None, "annotator": None, "votes": 0, "problem": problem}]
+    return [shared | {"votes": 1} | _judgement(annotation) for annotation in annotations]
 
 
 def _judgement(annotation: Any) -> Row:

@@ -38,13 +38,13 @@ def from_nectar(rows: Rows, *, drop_bad_rows: bool = False, source: str | None =
     def convert(row: Row) -> Row:
         answers, prompt = row["answers"], row["prompt"]
         is_list = isinstance(answers, list) and all(
-            isinstance(one, dict) and {"answer", "rank"} <= one.keys() for one in answers
+            isinstance(answer, dict) and {"answer", "rank"} <= answer.keys() for answer in answers
         )
         if not is_list:
             raise BadRow("`answers` is not a list of objects with `answer` and `rank`")
-        if not all(is_number(one["rank"]) for one in answers):
+        if not all(is_number(answer["rank"]) for answer in answers):
             raise BadRow("`answers` has a `rank` that is not a number")
-        texts, ranks = [one["answer"] for one in answers], [one["rank"] for one in answers]
+        texts, ranks = [answer["answer"] for answer in answers], [answer["rank"] for answer in answers]
         prompt = without_space(prompt)
         if isinstance(prompt, str) and prompt.endswith("\n\nAssistant:"):
             texts = [f" {text.lstrip(' ')}" if isinstance(text, str) and text.strip() else text for text in texts]

@@ -112,11 +112,11 @@ def find_sides(names: Sequence[str]) -> tuple[str, str]:
         >>> find_sides(["prompt", "response_a", "response_b"])
         ('response_a', 'response_b')
     """
-    found = [sides for sides in SIDES if set(sides) <= set(names)]
-    if len(found) != 1:
+    matches = [sides for sides in SIDES if set(sides) <= set(names)]
+    if len(matches) != 1:
         known = "; ".join(quoted(sides) for sides in SIDES)
         raise ValueError(f"Expected two completions in one of these pairs of columns: {known}. Found {quoted(names)}.")
-    return found[0]
+    return matches[0]
 
 
 def label_of(value: Any, labels: Mapping[str, float]) -> float:
@@ -146,7 +146,7 @@ def label_of(value: Any, labels: Mapping[str, float]) -> float:
 
 
 def two_completions(row: Row, sides: tuple[str, str]) -> Row:
-    """Make the prompt, the completions and their token ids of two columns.
+    """Make the prompt, the completions and their token ids from two columns.
 
     Args:
         row: Values by column.

@@ -1,4 +1,4 @@
-"""What all readers of preferences share: take rows of a kind, convert and check each, count the bad ones."""
+"""Reading that all readers of preferences share: take rows of a kind, convert and check each, count the bad ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(
     names = column_names(rows)
     check_columns(names, needs, may_have)
     others = [name for name in names if name not in {*needs, *may_have, *PROVENANCE}]
-    found, bad = [], BadRows()
+    table_rows, bad_rows = [], BadRows()
     for index, row in enumerate(iterate(rows)):
         row = {name: row.get(name) for name in names}
         origin = {
@@ -71,12 +71,12 @@ def read(
             if "tools" in others and isinstance(converted["prompt"], list):
                 row["tools"] = read_tools(row["tools"])
         except BadRow as problem:
-            bad.add(str(problem), place_of(origin))
+            bad_rows.add(str(problem), place_of(origin))
         else:
-            found.append(converted | {name: row[name] for name in others})
-    bad.settle(len(rows), len(found), drop_bad_rows, harmless)
+            table_rows.append(converted | {name: row[name] for name in others})
+    bad_rows.settle(len(rows), len(table_rows), drop_bad_rows, harmless)
     types: dict[str, Any] = dict(rows.features) if isinstance(rows, Dataset) else {}
-    return make_table(found, {name: types.get(name) for name in others})
+    return make_table(table_rows, {name: types.get(name) for name in others})
 
 
 def _with_chats(row: Row) -> Row:

@@ -114,7 +114,7 @@ _SIGNS -= {"data", "instruction", "prompt", "response", "helpfulness", "answers"
 
 
 def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str | None = None) -> Dataset:
-    """Read rows of a kind that their columns name.
+    """Read preferences of any known kind, which their columns name.
 
     Columns that could be read in two ways are refused, never guessed about: call the reader that is meant, or rename
     or remove the other columns. The readers' options are those of their defaults.
@@ -149,7 +149,7 @@ def to_preference_table(rows: Rows, *, drop_bad_rows: bool = False, source: str 
 
 
 def are_preferences(names: Collection[str]) -> bool:
-    """Say whether `to_preference_table` knows what kind of preferences rows with these columns hold.
+    """Return whether `to_preference_table` knows what kind of preferences rows with these columns hold.
 
     Example:
         >>> are_preferences(["prompt", "answers"]), are_preferences(["prompt", "completion"])

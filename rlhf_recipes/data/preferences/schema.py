@@ -101,7 +101,7 @@ def make_table(rows: Sequence[Row], others: dict[str, Any] | None = None) -> Dat
 
 
 def place_of(row: Row) -> str:
-    """Say where a row comes from.
+    """Describe where a row comes from.
 
     Args:
         row: A row with `row` and perhaps `line`.
@@ -117,7 +117,7 @@ def place_of(row: Row) -> str:
 
 
 def quoted(names: Sequence[str]) -> str:
-    """Write names of columns into a message.
+    """Quote names of columns for a message.
 
     Args:
         names: The names.

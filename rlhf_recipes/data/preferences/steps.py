@@ -54,11 +54,11 @@ def from_steps(
         if not isinstance(labels, list):
             raise BadRow("`labels` is not a list of one label per step")
         steps = [text + separator for text in texts[:-1]] + texts[-1:]
-        whole = "".join(steps)
+        completion = "".join(steps)
         chat = isinstance(row["prompt"], list)
         return {
             "prompt": row["prompt"],
-            "completions": [[{"role": "assistant", "content": whole}] if chat else whole],
+            "completions": [[{"role": "assistant", "content": completion}] if chat else completion],
             "steps": [steps],
             "step_labels": [[_label(label, grades) for label in labels]],
         }

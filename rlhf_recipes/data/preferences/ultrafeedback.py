@@ -48,12 +48,13 @@ def from_ultrafeedback(
     def convert(row: Row) -> Row:
         completions = row["completions"]
         if not (
-            isinstance(completions, list) and all(isinstance(one, dict) and "response" in one for one in completions)
+            isinstance(completions, list)
+            and all(isinstance(completion, dict) and "response" in completion for completion in completions)
         ):
             raise BadRow("`completions` is not a list of objects with a `response`")
         return {
             "prompt": row["instruction"],
-            "completions": [one["response"] for one in completions],
+            "completions": [completion["response"] for completion in completions],
             "ratings": rate(completions),
         }
 
@@ -64,10 +65,10 @@ def _means(completions: list[Row]) -> list[float]:
     rated = [
         {
             aspect: value
-            for aspect, given in _dict(one.get("annotations")).items()
-            if (value := _number(given)) is not None
+            for aspect, rating in _dict(completion.get("annotations")).items()
+            if (value := _number(rating)) is not None
         }
-        for one in completions
+        for completion in completions
     ]
     shared = set.intersection(*map(set, rated)) if rated else set()
     if not shared:
@@ -80,7 +81,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _overall_scores(completions: list[Row]) -> list[float]:
-    scores = [_number({"Rating": one.get("overall_score")}) for one in completions]
+    scores = [_number({"Rating": completion.get("overall_score")}) for completion in completions]
     if any(score is None for score in scores):
         raise BadRow("a completion has no `overall_score`")
     return [score for score in scores if score is not None]

@@ -1,4 +1,4 @@
-"""A simulated annotator: prefers what has the higher gold score, with the noise of a real one."""
+"""A simulated annotator, who prefers the completion with the higher gold score, with the noise of a real one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Choice = Literal["first", "second", "tie"]
 
 
 class Completion(NamedTuple):
-    """A completion as an annotator sees it: its text, and whether it came to its end."""
+    """A completion as an annotator sees it: its text, and whether it has ended."""
 
     text: str
     finished: bool = True
@@ -64,7 +64,7 @@ class Annotator:
         self._rng = random.Random(seed)
 
     def choose(self, prompt: str, first: Completion, second: Completion) -> Choice:
-        """Say which completion is better; the answer depends only on the arguments and the state of its randomness."""
+        """Choose the better completion; the choice depends only on the arguments and the state of its randomness."""
         if self._rng.random() < self.lapse:
             return "first" if self._rng.random() < 0.5 else "second"
         scores = [sum(self.gold.parts(prompt, text, finished).values()) for text, finished in (first, second)]

@@ -15,7 +15,7 @@ from rlhf_recipes.data.synthetic import grammar
 
 @dataclass(frozen=True)
 class GoldWeights:
-    """What each quality of a review is worth, in gold points.
+    """Worth of each quality of a review, in gold points.
 
     Attributes:
         sentiment: Limit of the sentiment term `sentiment * tanh((praise - blame) / 3)`, counted in distinct words.
@@ -132,7 +132,7 @@ class GoldScore:
         return [sum(self.parts(prompt, completion, finished).values()) for prompt, completion, finished in rows]
 
     def parts(self, prompt: str, completion: str, finished: bool = True) -> dict[str, float]:
-        """Show what the score is made of: signed gold points by quality; their sum is the score."""
+        """Return the parts of the score: signed gold points by quality; their sum is the score."""
         words, weights = completion.split(), self.weights
         topic = next((self._topic_of_thing[word] for word in prompt.split() if word in self._topic_of_thing), None)
         distinct = set(words)

@@ -73,7 +73,7 @@ CLAUSE_COUNTS = {1: 0.10, 2: 0.35, 3: 0.35, 4: 0.20}
 
 @dataclass(frozen=True)
 class Style:
-    """How the reviews of a corpus are mixed and how clean they are; every number is a probability.
+    """Mixture of the reviews of a corpus, and how clean they are; every number is a probability.
 
     Attributes:
         positive: Share of reviews in a good mood.
@@ -91,7 +91,7 @@ class Style:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language, each once, in a fixed order.
+    """Return every word of the language, each once, in a fixed order.
 
     Example:
         >>> words = vocabulary()
@@ -104,7 +104,7 @@ def vocabulary() -> list[str]:
 
 
 def allowed_bigrams() -> set[tuple[str, str]]:
-    """Every pair of neighbouring word classes that the grammar can write, the edges of a review included.
+    """Return every pair of neighbouring word classes that the grammar can write, the edges of a review included.
 
     Example:
         >>> ("article", "aspect") in allowed_bigrams(), ("adjective", "adjective") in allowed_bigrams()

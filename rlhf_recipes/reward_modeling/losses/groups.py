@@ -116,8 +116,8 @@ def best_of_k_loss(scores: Tensor, best: Tensor | int, mask: Tensor | None = Non
         raise ValueError(f"Expected one index per prompt, shape {tuple(scores.shape[:-1])}, got {tuple(best.shape)}.")
     scores, _, mask = _groups(scores, scores, mask, "scores")
     best = best.reshape(-1, 1)
-    there = (best >= 0) & (best < scores.size(1))
-    if not (there & mask.gather(1, best.where(there, 0))).all():
+    in_range = (best >= 0) & (best < scores.size(1))
+    if not (in_range & mask.gather(1, best.where(in_range, 0))).all():
         raise ValueError(f"`best` names a completion that is not there: {best.flatten().tolist()}. Count from 0.")
     losses = scores.masked_fill(~mask, -torch.inf).logsumexp(dim=1, keepdim=True) - scores.gather(1, best)
     return losses.mean()
@@ -146,7 +146,7 @@ def regression_loss(scores: Tensor, ratings: Tensor, mask: Tensor | None = None)
 
 
 def centering_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How far the scores are from being centered at 0: the mean of `(s_i + s_j)^2` over each prompt's pairs.
+    """Distance of the scores from being centered at 0: the mean of `(s_i + s_j)^2` over each prompt's pairs.
 
     Losses of comparisons leave the zero of the scores open. A small multiple of this closes it. With `K = 2` it is the
     term that TRL's `center_rewards_coefficient` weighs.
@@ -173,7 +173,7 @@ def centering_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def untied_margins(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
-    """By how much the better completion of each untied pair leads.
+    """Lead of the better completion in each untied pair.
 
     Args:
         scores: Scores of the completions, shape `(N, K)`, or `(K,)` for one prompt.
@@ -231,7 +231,7 @@ def _groups(scores: Tensor, targets: Tensor, mask: Tensor | None, name: str) -> 
 
 
 def _compare(ranks: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Tell where `i` is better than `j`, and where they are tied (each tied pair once), both `(N, K, K)`."""
+    """Return where `i` is better than `j`, and where they are tied (each tied pair once), both `(N, K, K)`."""
     both = mask[:, :, None] & mask[:, None, :]
     better = both & (ranks[:, :, None] < ranks[:, None, :])
     tied = (both & (ranks[:, :, None] == ranks[:, None, :])).triu(diagonal=1)

@@ -117,7 +117,7 @@ def scaled_pairwise_loss(
 
 def _losses(chosen: Tensor, rejected: Tensor, label: Tensor | float, margin: Tensor | float, noise: float) -> Tensor:
     """Loss of each pair."""
-    label, margin = (torch.as_tensor(given, dtype=chosen.dtype, device=chosen.device) for given in (label, margin))
+    label, margin = (torch.as_tensor(value, dtype=chosen.dtype, device=chosen.device) for value in (label, margin))
     shapes = [tuple(tensor.shape) for tensor in (chosen, rejected, label, margin)]
     if shapes[0] != shapes[1] or any(shape not in ((), shapes[0]) for shape in shapes[2:]):
         raise ValueError(

@@ -84,31 +84,31 @@ def certify(
         return {**measures, "verdict": judge(measures)}
     if not pairs.decided.any():
         raise ValueError("All held-out pairs are ties (label 0.5): there is no accuracy to measure.")
-    found = _pair_measures(pairs, category_column, margin_column)
-    found["baselines"] = _baselines(pairs, train)
+    results = _pair_measures(pairs, category_column, margin_column)
+    results["baselines"] = _baselines(pairs, train)
     try:  # other texts than those of the pairs
-        found["probes"] = probe(scorer, pairs, probe_rows, seed)
+        results["probes"] = probe(scorer, pairs, probe_rows, seed)
         if train is not None and len(train):
             gap, measures["data"]["shared"] = _gap(pairs, score_pairs(scorer, _draw(train, train_rows, seed)))
-            found["train_gap"] = gap
+            results["train_gap"] = gap
         if samples is not None:
-            found |= _sample_measures(scorer, pairs, samples, gold_column)
+            results |= _sample_measures(scorer, pairs, samples, gold_column)
     except DivergedError as error:
         measures["scores"] |= {"not_finite": error.bad, "n": error.n}
         return {**measures, "verdict": judge(measures)}
-    measures |= {**found, "examples": _worst_errors(scorer, pairs)}
+    measures |= {**results, "examples": _worst_errors(scorer, pairs)}
     measures["verdict"] = judge(measures)
     return measures
 
 
 def _scores(scorer: Scorer, pairs: Pairs) -> dict[str, Any]:
-    everything = np.concatenate([pairs.chosen, pairs.rejected])
-    bad = int((~np.isfinite(everything)).sum())
-    scores: dict[str, Any] = {"not_finite": bad, "n": len(everything), "constant": False}
+    all_scores = np.concatenate([pairs.chosen, pairs.rejected])
+    bad = int((~np.isfinite(all_scores)).sum())
+    scores: dict[str, Any] = {"not_finite": bad, "n": len(all_scores), "constant": False}
     if not bad:
-        scores["constant"] = bool(np.ptp(everything) <= 1e-5 * max(1.0, float(np.abs(everything).max())))
+        scores["constant"] = bool(np.ptp(all_scores) <= 1e-5 * max(1.0, float(np.abs(all_scores).max())))
         sides = {"chosen": _normalised(scorer, pairs.chosen), "rejected": _normalised(scorer, pairs.rejected)}
-        scores |= {"all": describe(_normalised(scorer, everything))}
+        scores |= {"all": describe(_normalised(scorer, all_scores))}
         scores |= {name: describe(values) for name, values in sides.items()}
         scores["values"] = {name: values.tolist() for name, values in sides.items()}
     readout = {"readout": scorer.readout.readout, "gain": scorer.readout.gain, "bias": scorer.readout.bias}
@@ -150,7 +150,7 @@ def _pair_measures(pairs: Pairs, category_column: str | None, margin_column: str
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a cell holds something: pandas writes nan into empty ones."""
+    """Return whether a cell holds something: pandas writes nan into empty ones."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
@@ -167,11 +167,11 @@ def _gap(pairs: Pairs, train: Pairs) -> tuple[dict[str, Any] | None, int]:
             "by heart. They do not count for the gap between training and held-out accuracy.",
             *(shared, len(both)),
         )
-    held_out, seen = pairs.decided, train.decided & ~both
-    if not seen.any():
+    held_out, trained = pairs.decided, train.decided & ~both
+    if not trained.any():
         return None, shared
     prompts, train_prompts = np.array(pairs.prompts), np.array(train.prompts)
-    sides = (train.differences[seen], train_prompts[seen], pairs.differences[held_out], prompts[held_out])
+    sides = (train.differences[trained], train_prompts[trained], pairs.differences[held_out], prompts[held_out])
     return accuracy_gap(*sides), shared
 
 
@@ -210,19 +210,19 @@ def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column
     for index, row in enumerate(rows):
         check_texts(row, ("prompt", "completion"), f"Sample {index}")
     encoded = [scorer.encode(row["prompt"], row["completion"], **options_of(row)) for row in rows]
-    kept = [index for index, text in enumerate(encoded) if scorer.fits(text)]
-    if not kept:
+    indices = [index for index, text in enumerate(encoded) if scorer.fits(text)]
+    if not indices:
         raise ValueError(f"None of the {len(rows)} samples fits into {scorer.max_length} tokens. Raise `max_length`.")
-    scores = scorer.finite_scores([encoded[index] for index in kept])
-    gold = [rows[index].get(gold_column) for index in kept]
+    scores = scorer.finite_scores([encoded[index] for index in indices])
+    gold = [rows[index].get(gold_column) for index in indices]
     known = all(map(_is_number, gold))
     if not known and any(map(_is_number, gold)):
-        index = kept[[_is_number(value) for value in gold].index(False)]
+        index = indices[[_is_number(value) for value in gold].index(False)]
         raise ValueError(f"Sample {index} has no `{gold_column}`, but others have one. Give it to all or to none.")
-    normalised, prompts = _normalised(scorer, scores), [prompt_key(rows[index]["prompt"]) for index in kept]
+    normalised, prompts = _normalised(scorer, scores), [prompt_key(rows[index]["prompt"]) for index in indices]
     data = _normalised(scorer, np.concatenate([pairs.chosen, pairs.rejected]))
     return {
-        "samples": {"n": len(kept), "left_out": len(rows) - len(kept), "values": normalised.tolist()},
+        "samples": {"n": len(indices), "left_out": len(rows) - len(indices), "values": normalised.tolist()},
         "spread": score_spread(data, normalised, prompts),
         "best_of_n": best_of_n(normalised, prompts, gold if known else None),
     }

@@ -52,7 +52,7 @@ class Pairs:
 
     @property
     def decided(self) -> NDArray[np.bool_]:
-        """Which pairs are no ties."""
+        """Mask of the pairs that are no ties."""
         decided: NDArray[np.bool_] = self.labels != 0.5
         return decided
 
@@ -79,19 +79,19 @@ def score_pairs(scorer: Scorer, rows: Dataset) -> Pairs:
     """
     pairs = pair_rows(rows)
     encoded = [[_encode_side(scorer, pair, side) for side in ("chosen", "rejected")] for pair in pairs]
-    kept = [index for index, sides in enumerate(encoded) if all(map(scorer.fits, sides))]
-    if not kept:
+    indices = [index for index, sides in enumerate(encoded) if all(map(scorer.fits, sides))]
+    if not indices:
         raise ValueError(f"None of the {len(pairs)} pairs fits into {scorer.max_length} tokens. Raise `max_length`.")
-    chosen, rejected = ([encoded[index][side] for index in kept] for side in (0, 1))
+    chosen, rejected = ([encoded[index][side] for index in indices] for side in (0, 1))
     return Pairs(
-        rows=[pairs[index] for index in kept],
+        rows=[pairs[index] for index in indices],
         chosen=scorer.score(chosen),
         rejected=scorer.score(rejected),
         chosen_lengths=np.array([side.length for side in chosen]),
         rejected_lengths=np.array([side.length for side in rejected]),
-        prompts=[prompt_key(pairs[index]["prompt"]) for index in kept],
-        labels=np.array([pairs[index]["label"] for index in kept]),
-        left_out=len(pairs) - len(kept),
+        prompts=[prompt_key(pairs[index]["prompt"]) for index in indices],
+        labels=np.array([pairs[index]["label"] for index in indices]),
+        left_out=len(pairs) - len(indices),
     )
 
 

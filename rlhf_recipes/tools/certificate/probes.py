@@ -24,7 +24,7 @@ _CHANGES: dict[str, Callable[[str], str]] = {"repetition": repeated, "truncation
 
 
 def probe(scorer: Scorer, pairs: Pairs, rows: int, seed: int) -> dict[str, Any]:
-    """Change the chosen completions, or their prompts, and see what the scores do.
+    """Change the chosen completions, or their prompts, and measure how the scores change.
 
     Args:
         scorer: The reward model.
@@ -61,10 +61,10 @@ def probe(scorer: Scorer, pairs: Pairs, rows: int, seed: int) -> dict[str, Any]:
     results = {}
     for name, sides in compared.items():
         rows_of = enumerate(zip(*sides, strict=True))
-        kept = [i for i, (a, b) in rows_of if a != b and _key(a) in scores and _key(b) in scores]
-        if kept:
-            before, after = ([scores[_key(side[i])] for i in kept] for side in sides)
-            results[name] = score_shift(before, after, [keys[i] for i in kept], scale)
+        indices = [i for i, (a, b) in rows_of if a != b and _key(a) in scores and _key(b) in scores]
+        if indices:
+            before, after = ([scores[_key(side[i])] for i in indices] for side in sides)
+            results[name] = score_shift(before, after, [keys[i] for i in indices], scale)
     return results
 
 

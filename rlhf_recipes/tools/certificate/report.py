@@ -31,7 +31,7 @@ def write_certificate(measures: Mapping[str, Any], folder: str | Path, title: st
 
 
 def plain(value: Any) -> Any:
-    """Bring measures into what JSON can hold: no `values` of plots, and `None` for numbers that are not finite.
+    """Convert measures to what JSON can hold: no `values` of plots, and `None` for numbers that are not finite.
 
     Example:
         >>> plain({"temperature": float("inf"), "scores": {"values": [1.0], "n": 1}})

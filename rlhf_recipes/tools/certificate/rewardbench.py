@@ -51,15 +51,15 @@ def reward_bench(scorer: Scorer, path: str) -> dict[str, Any]:
         sides = [row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")]
         row["right"] = len(sides[0])
         row["encoded"] = [_encode(scorer, row["prompt"], text) for side in sides for text in side]
-    kept = [row for row in rows if all(map(scorer.fits, row["encoded"]))]
-    if not kept:
+    usable = [row for row in rows if all(map(scorer.fits, row["encoded"]))]
+    if not usable:
         raise ValueError(f"No row of {path} fits into {scorer.max_length} tokens. Raise `max_length`.")
-    scores = scorer.score([encoded for row in kept for encoded in row["encoded"]])
-    ends = np.cumsum([len(row["encoded"]) for row in kept])
-    for row, own in zip(kept, np.split(scores, ends[:-1]), strict=True):
+    scores = scorer.score([encoded for row in usable for encoded in row["encoded"]])
+    ends = np.cumsum([len(row["encoded"]) for row in usable])
+    for row, own in zip(usable, np.split(scores, ends[:-1]), strict=True):
         row["scores"] = own
-    result = _second_version(kept) if several else _first_version(kept)
-    return {**result, "n": len(kept), "left_out": len(rows) - len(kept)}
+    result = _second_version(usable) if several else _first_version(usable)
+    return {**result, "n": len(usable), "left_out": len(rows) - len(usable)}
 
 
 def _encode(scorer: Scorer, prompt: Any, text: str) -> Encoded:

@@ -79,8 +79,8 @@ class Scorer:
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("The reward model's tokenizer has no padding token. Set `pad_token` and save it again.")
-        whole: Any = model
-        self._base = whole.get_base_model() if isinstance(model, PeftModel) else whole
+        module: Any = model
+        self._base = module.get_base_model() if isinstance(model, PeftModel) else module
         # TRL writes the choice of a padding token into the tokenizer, not into the base's configuration.
         self._base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.readout = model.eval(), tokenizer, readout or Readout()
@@ -97,7 +97,7 @@ class Scorer:
         Args:
             prompt: The prompt.
             completion: The completion.
-            **options: What the row says of its chat template, as of `options_of`.
+            **options: The row's options for its chat template, from `options_of`.
         """
         ids, start = encode(self.tokenizer, prompt, completion, encoder=self.encoder, end_ids=self.end_ids, **options)
         return Encoded(ids, start, len(ids) - (start or self._prompt_length(prompt, **options)))
@@ -115,7 +115,7 @@ class Scorer:
         return len(encode_prompt(self.tokenizer, prompt, **({} if self.encoder else options)))
 
     def fits(self, text: Encoded) -> bool:
-        """Tell whether the model can read the whole of a text."""
+        """Return whether a text fits into the model's context."""
         return len(text.ids) <= self.max_length
 
     def finite_scores(self, rows: Sequence[Encoded]) -> NDArray[np.float64]:

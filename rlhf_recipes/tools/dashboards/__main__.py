@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity", required=True, type=_name, help="user or team on W&B")
     parser.add_argument("--project", default="rlhf-recipes", type=_name, help="project of the runs (%(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="write the workspaces as JSON, and send nothing")
-    given = parser.parse_args(arguments)
-    workspaces = {slug: make(given.entity, given.project) for slug, make in _WORKSPACES.items()}
-    if given.dry_run:
+    args = parser.parse_args(arguments)
+    workspaces = {slug: make(args.entity, args.project) for slug, make in _WORKSPACES.items()}
+    if args.dry_run:
         json.dump({slug: as_json(workspace) for slug, workspace in workspaces.items()}, sys.stdout, indent=1)
         sys.stdout.write("\n")
         return 0
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, wandb.Error) as error:
         sys.stderr.write(
             f"The workspaces could not be saved: {error}\nCheck the network, the key (`wandb login --relogin`), and "
-            f"that {given.entity}/{given.project} exists: the first run that is online or synced makes a project.\n"
+            f"that {args.entity}/{args.project} exists: the first run that is online or synced makes a project.\n"
         )
         return 2
     return 0

@@ -12,7 +12,7 @@ with from_extra("wandb", needed_by="Making dashboards"):
 
 
 def save_workspace(workspace: ws.Workspace, slug: str) -> str:
-    """Save a workspace to W&B: a new one the first time, after that in the place of the one that was saved before.
+    """Save a workspace to W&B: a new one the first time, afterwards in exchange for the one saved before.
 
     What was changed by hand in the app is lost then; a copy under another name ("Save as new view") stays.
 
@@ -40,7 +40,7 @@ def save_workspace(workspace: ws.Workspace, slug: str) -> str:
 
 
 def as_json(workspace: ws.Workspace) -> dict[str, Any]:
-    """What is sent to W&B for a workspace, as JSON can hold it.
+    """Return what is sent to W&B for a workspace, as JSON can hold it.
 
     Example:
         >>> from rlhf_recipes.tools.dashboards import ppo_workspace

@@ -1,4 +1,4 @@
-"""The workspaces: which panels they have, and which runs they show."""
+"""The workspaces: their panels, and the runs that they show."""
 
 from __future__ import annotations
 

@@ -133,18 +133,22 @@ def _drawn(accuracy: Mapping[str, Any]) -> str:
 
 
 def _calibration(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    found = measures["calibration"]
+    calibration = measures["calibration"]
     rows = [
-        ("expected calibration error", number(found["ece"]), f"{found['ece_if_calibrated']['high']:.3f} by chance"),
-        ("Brier score", number(found["brier"]), "0.250 for a coin"),
-        ("log loss, nats", number(found["log_loss"]), "0.693 for a coin"),
-        ("best temperature", number(found["temperature"]), "1 is calibrated, above 1 too sure"),
+        (
+            "expected calibration error",
+            number(calibration["ece"]),
+            f"{calibration['ece_if_calibrated']['high']:.3f} by chance",
+        ),
+        ("Brier score", number(calibration["brier"]), "0.250 for a coin"),
+        ("log loss, nats", number(calibration["log_loss"]), "0.693 for a coin"),
+        ("best temperature", number(calibration["temperature"]), "1 is calibrated, above 1 too sure"),
     ]
     return "<h2>Calibration</h2>" + table(("", "value", ""), rows) + plots["reliability"]
 
 
 def _length(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    found = measures["length"]
+    length = measures["length"]
     names = {
         "balanced": "accuracy, longer and shorter chosen weighted alike",
         "similar": "accuracy, lengths within 10 %",
@@ -152,10 +156,10 @@ def _length(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         "shorter_chosen": "accuracy where the chosen one is shorter",
     }
     rows = [
-        ("rank correlation of score and length", number(found["completions"]), found["completions"]["n"]),
-        ("the same for differences within pairs", number(found["pairs"]), found["pairs"]["n"]),
+        ("rank correlation of score and length", number(length["completions"]), length["completions"]["n"]),
+        ("the same for differences within pairs", number(length["pairs"]), length["pairs"]["n"]),
     ]
-    parts = {name: found["controlled"][key] for key, name in names.items()}
+    parts = {name: length["controlled"][key] for key, name in names.items()}
     rows += [(name, number(part), part["n"] if part else 0) for name, part in parts.items()]
     return "<h2>Length</h2>" + table(("", "value", "n"), rows) + plots["length"]
 
@@ -163,9 +167,9 @@ def _length(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
 def _probes(probes: Mapping[str, Any]) -> str:
     rows = []
     for name, shift in probes.items():
-        what, reading = _PROBES[name]
+        change, reading = _PROBES[name]
         shares = [f"{shift[share]:.0%}" for share in ("fell", "same", "rose")]
-        rows.append((name, what, number(shift), f"{shift['in_std']:+.2f}", *shares, shift["n"], reading))
+        rows.append((name, change, number(shift), f"{shift['in_std']:+.2f}", *shares, shift["n"], reading))
     header = ("probe", "change", "mean shift", "in std", "fall", "same", "rise", "n", "how to read it")
     return "<h2>Sensitivity</h2>" + table(header, rows)
 
@@ -203,11 +207,11 @@ def _scores(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     return f"<h2>Scores</h2><p>{clean(text)}</p>" + table(header, rows) + plots["scores"] + curve
 
 
-def _reward_bench(found: Mapping[str, Any]) -> str:
-    sections = [(name, number(value)) for name, value in found["sections"].items()]
+def _reward_bench(bench: Mapping[str, Any]) -> str:
+    sections = [(name, number(value)) for name, value in bench["sections"].items()]
     return (
-        f"<h2>RewardBench, version {found['version']}</h2><p>{found['n']} rows, {found['left_out']} left out as too "
-        "long.</p>" + _groups("subset", found["subsets"]) + table(("section", "score"), sections)
+        f"<h2>RewardBench, version {bench['version']}</h2><p>{bench['n']} rows, {bench['left_out']} left out as too "
+        "long.</p>" + _groups("subset", bench["subsets"]) + table(("section", "score"), sections)
     )
 
 

@@ -15,7 +15,7 @@ _MOST_POINTS = 1500
 
 
 def draw_plots(measures: Mapping[str, Any]) -> dict[str, str]:
-    """Draw what there is to draw.
+    """Draw the plots that the measures allow.
 
     Args:
         measures: What `certify` measured.
@@ -36,8 +36,8 @@ def draw_plots(measures: Mapping[str, Any]) -> dict[str, str]:
 def _scores(axes: Axes, measures: Mapping[str, Any]) -> None:
     values = measures["scores"]["values"]
     samples = (measures.get("samples") or {}).get("values", [])
-    everything = np.concatenate([values["chosen"], values["rejected"], samples])
-    bins: Any = np.linspace(everything.min(), everything.max(), 31)
+    all_scores = np.concatenate([values["chosen"], values["rejected"], samples])
+    bins: Any = np.linspace(all_scores.min(), all_scores.max(), 31)
     parts = [("chosen", values["chosen"], _BLUE), ("rejected", values["rejected"], _ORANGE)]
     for name, part, colour in [*parts, *([("policy samples", samples, _GREY)] if samples else [])]:
         axes.hist(part, bins=bins, density=True, histtype="step", color=colour, label=name, linewidth=1.4)
@@ -73,7 +73,7 @@ def _length(axes: Axes, measures: Mapping[str, Any]) -> None:
 
 def _best_of_n(axes: Axes, measures: Mapping[str, Any]) -> None:
     rows = measures["best_of_n"]["curve"]
-    places = [row["n"] for row in rows]
+    counts = [row["n"] for row in rows]
     names = {
         "proxy": ("reward model", _GREY),
         "gold": ("gold score", _BLUE),
@@ -81,7 +81,7 @@ def _best_of_n(axes: Axes, measures: Mapping[str, Any]) -> None:
     }
     for name, (label, colour) in names.items():
         if name in rows[0]:
-            _with_bars(axes, places, [row[name] for row in rows], label, colour)
+            _with_bars(axes, counts, [row[name] for row in rows], label, colour)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="n", ylabel="mean score of the best of n")
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""What pages are made of: no scripts, nothing from the network, every text escaped."""
+"""Parts of HTML pages: no scripts, nothing from the network, every text escaped."""
 
 from __future__ import annotations
 

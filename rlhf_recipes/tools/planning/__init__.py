@@ -1,1 +1,1 @@
-"""How much memory a run takes, computed before it starts and without its weights."""
+"""Memory of a run, computed before it starts and without its weights."""

@@ -121,7 +121,7 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
 
 
 def casts_inputs(sizes: RunSizes) -> bool:
-    """Whether each adapted layer keeps a copy of its input in another number format."""
+    """Return whether each adapted layer keeps a copy of its input in another number format."""
     return sizes.autocast if sizes.weight_bytes == 4 else not sizes.autocast
 
 
@@ -136,8 +136,8 @@ def kept_activations(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSiz
     last = 3 * 4 * network.hidden * tokens
     casts = 2.0 * adapter.parameters / network.layers if sizes.autocast else 0.0
     again = -(-network.layers // sizes.checkpointing) if sizes.checkpointing else 0  # the first, then every n-th
-    whole = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
-    return whole + again * tokens * network.hidden * sizes.weight_bytes + last
+    stored = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
+    return stored + again * tokens * network.hidden * sizes.weight_bytes + last
 
 
 def working_memory(sizes: RunSizes, tokens: int, backward: bool) -> float:
@@ -205,5 +205,5 @@ def cache_bytes(sizes: RunSizes) -> float:
 
 
 def rollout_bytes(sizes: RunSizes) -> float:
-    """Bytes of what a rollout is kept as: ids and masks in 8 bytes, five numbers for each token of a completion."""
+    """Bytes of a stored rollout: ids and masks in 8 bytes, five numbers for each token of a completion."""
     return sizes.rollout * (16 * sizes.prompt + (16 + 5 * 4 + 4) * sizes.completion)

@@ -108,7 +108,7 @@ def adapter_sizes(model: PreTrainedModel, config: LoraConfig) -> AdapterSizes:
 
 
 def whole_model_sizes(model: PreTrainedModel) -> AdapterSizes:
-    """A model that is trained as a whole, in the place of an adapter: it keeps the inputs of all linear layers."""
+    """A model that is trained as a whole, in place of an adapter: it keeps the inputs of all linear layers."""
     copy = adapter_sizes(model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear"))
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
     return AdapterSizes(total, 0, copy.inputs, copy.shared_inputs)

@@ -1,4 +1,4 @@
-"""The phases of a PPO run, put together from the terms of `memory`, and the largest micro-batch for a budget."""
+"""The phases of a PPO run, combined from the terms of `memory`, and the largest micro-batch for a budget."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def _train(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
         rest=common.rest + TRAINING_BYTES[sizes.device],
     )
     in_layers = _backward(sizes, sizes.network, sizes.policy)
-    kept = kept_activations(sizes, sizes.network, sizes.policy)
+    activations = kept_activations(sizes, sizes.network, sizes.policy)
     moments = [
         replace(common, activations=in_layers, logits=exact_kl_memory(sizes)),
-        replace(common, activations=kept, logits=logits_memory(sizes, backward=True)),
+        replace(common, activations=activations, logits=logits_memory(sizes, backward=True)),
     ]
     if sizes.critic is not None:
         own = _backward(sizes, sizes.critic_network or sizes.network, sizes.critic)

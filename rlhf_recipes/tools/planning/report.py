@@ -60,7 +60,7 @@ def write_plan(words: Sequence[str]) -> str:
 
 
 def describe(sizes: RunSizes, args: PPOConfig) -> list[str]:
-    """Say in words what is planned: the model, the roles, lengths, batches, and tokens per update."""
+    """Describe the plan in words: the model, the roles, lengths, batches, and tokens per update."""
     network, completions = sizes.network, sizes.rollout
     total = network.linear_parameters + network.other_parameters
     form = f"{sizes.quantized_bits}-bit weights" if sizes.quantized_bits else f"{8 * sizes.weight_bytes}-bit weights"
@@ -89,7 +89,7 @@ def phase_table(phases: dict[str, PhaseMemory]) -> list[str]:
 
 
 def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]:
-    """Say which micro-batch and which rollout are the largest that fit.
+    """Find the largest micro-batch and the largest rollout that fit, and write them out.
 
     Raises:
         ValueError: If nothing fits; it names the phase and the least that it needs.
@@ -97,8 +97,8 @@ def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]
     budget = budget_gib * 1024 * MIB - (CUDA_CONTEXT_BYTES if sizes.device == "cuda" else 0)
     in_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     candidates = [size for size in range(1, in_a_step + 1) if in_a_step % size == 0]
-    found = largest_micro_batch(sizes, budget, candidates)
-    if found is None:
+    micro_batch = largest_micro_batch(sizes, budget, candidates)
+    if micro_batch is None:
         smallest = replace(sizes, micro_batch=1)
         name, least = peak(smallest)
         knobs = {
@@ -113,10 +113,10 @@ def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]
             f"{budget_gib:g} GiB are too few: with a micro-batch of 1, the phase {name!r} needs at least "
             f"{_gib(least, sizes):.2f} GiB. What helps: {knobs[name]}."
         )
-    name, most = peak(replace(sizes, micro_batch=found))
+    name, most = peak(replace(sizes, micro_batch=micro_batch))
     return [
-        f"{budget_gib:g} GiB: the largest micro-batch is `per_device_train_batch_size: {found}` with "
-        f"`gradient_accumulation_steps: {in_a_step // found}` (peak {_gib(most, sizes):.2f} GiB, in {name!r}).",
+        f"{budget_gib:g} GiB: the largest micro-batch is `per_device_train_batch_size: {micro_batch}` with "
+        f"`gradient_accumulation_steps: {in_a_step // micro_batch}` (peak {_gib(most, sizes):.2f} GiB, in {name!r}).",
         f"The most completions that can be generated together: {largest_rollout(sizes, budget)}; now {sizes.rollout}.",
     ]
 
@@ -138,11 +138,11 @@ def _parse(fields: list[str]) -> tuple[tuple[Any, ...], str]:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     before.add_argument("--use_cpu")
-    given, _ = before.parse_known_args(fields)
-    asked = given.use_cpu
-    if asked is None and given.config is not None:
-        asked = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get("use_cpu")
-    return arguments, "cpu" if str(asked).lower() in ("true", "1", "yes") else "cuda"
+    args, _ = before.parse_known_args(fields)
+    use_cpu = args.use_cpu
+    if use_cpu is None and args.config is not None:
+        use_cpu = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")).get("use_cpu")
+    return arguments, "cpu" if str(use_cpu).lower() in ("true", "1", "yes") else "cuda"
 
 
 def _caveats(sizes: RunSizes) -> list[str]:

@@ -1,4 +1,4 @@
-"""From the arguments of a PPO stage to the sizes that its memory depends on."""
+"""Sizes that the memory of a PPO stage depends on, from its arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSiz
 def run_sizes(
     ppo_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig, prompt_length: int, device: str
 ) -> tuple[RunSizes, list[str]]:
-    """Find out what the memory of a PPO run depends on, without loading weights.
+    """Find the sizes that the memory of a PPO run depends on, without loading weights.
 
     Args:
         ppo_args: What it starts from.
@@ -46,8 +46,8 @@ def run_sizes(
     config: Any = model.config
     network = network_sizes(model)
 
-    def adapter(folder: str | None, what: str) -> AdapterSizes:
-        return adapter_sizes(empty_model(base, **source), _lora(folder, what, model_args, notes))
+    def adapter(folder: str | None, role: str) -> AdapterSizes:
+        return adapter_sizes(empty_model(base, **source), _lora(folder, role, model_args, notes))
 
     policy = adapter(ppo_args.sft_adapter, "sft_adapter")
     rewards, others = _rewards(ppo_args, adapter)
@@ -83,8 +83,8 @@ def run_sizes(
 
 
 def _checkpointed(training_args: PPOConfig) -> int:
-    given: Any = training_args.activation_checkpointing_kwargs or {}
-    return int(given.get("every_n_layers", 1)) if training_args.activation_checkpointing else 0
+    settings: Any = training_args.activation_checkpointing_kwargs or {}
+    return int(settings.get("every_n_layers", 1)) if training_args.activation_checkpointing else 0
 
 
 def optimizer_bytes(optim: Any) -> float:
@@ -156,11 +156,11 @@ def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _lora(folder: str | None, what: str, model_args: ModelConfig, notes: list[str]) -> LoraConfig:
+def _lora(folder: str | None, role: str, model_args: ModelConfig, notes: list[str]) -> LoraConfig:
     if folder is not None and is_adapter(folder):
         return _saved_lora(folder)
     if folder is not None:
-        notes.append(f"{what} {folder!r} is not there yet: taken as an adapter with this stage's LoRA settings.")
+        notes.append(f"{role} {folder!r} is not there yet: taken as an adapter with this stage's LoRA settings.")
     return lora_config(model_args, "CAUSAL_LM")
 
 

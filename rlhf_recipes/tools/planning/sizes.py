@@ -1,4 +1,4 @@
-"""What the memory of a PPO run depends on: shapes of model and adapters, lengths, batches, number formats."""
+"""Sizes that the memory of a PPO run depends on: shapes of model and adapters, lengths, batches, number formats."""
 
 from __future__ import annotations
 

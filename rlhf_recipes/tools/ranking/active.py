@@ -1,4 +1,4 @@
-"""Which pairs to ask a labeller about: those that an ensemble of reward models disagrees about most."""
+"""Choose the pairs to ask a labeller about: those that an ensemble of reward models disagrees about most."""
 
 from __future__ import annotations
 

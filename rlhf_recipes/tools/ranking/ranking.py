@@ -1,4 +1,4 @@
-"""From votes to scores: Elo and Bradley-Terry.
+"""Scores from votes: Elo and Bradley-Terry.
 
 `evalica` does the maths wherever it has it: sequential Elo, and the Bradley-Terry fit.
 """
@@ -27,7 +27,7 @@ ELO_PER_NAT = 400 / math.log(10)
 
 
 class ScoringMethod(Protocol):
-    """What turns votes into one score per item, such as `bradley_terry` or `functools.partial(elo, k=16)`."""
+    """A function from votes to one score per item, such as `bradley_terry` or `functools.partial(elo, k=16)`."""
 
     def __call__(
         self, votes: Sequence[Vote], items: Sequence[Hashable] | None = None, allow_disconnected: bool = False

@@ -1,4 +1,4 @@
-"""From rankings to ratings: the rows that a reward model is fitted to by regression."""
+"""Ratings from rankings: the rows that a reward model is fitted to by regression."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rate_rankings(
             units differ.
 
     Returns:
-        The table with `ratings`, `K` floats a row in the order of `completions`, in the place of `ranks`, which the
+        The table with `ratings`, `K` floats a row in the order of `completions`, in place of `ranks`, which the
         ratings of a pool may contradict. Other columns stay as they are.
 
     Raises:
@@ -57,7 +57,7 @@ def rate_rankings(
     votes: dict[Hashable, list[Vote]] = {}
     for number, row in enumerate(rows):
         votes.setdefault(pools[number], []).extend(_votes(items[number], row["ranks"], number))
-    scores = {key: method(together, allow_disconnected=pool == "prompt") for key, together in votes.items()}
+    scores = {key: method(group_votes, allow_disconnected=pool == "prompt") for key, group_votes in votes.items()}
     ratings = [[scores[key][item] for item in row_items] for key, row_items in zip(pools, items, strict=True)]
     table = table.remove_columns([name for name in ("ranks", "ratings") if name in table.column_names])
     return table.add_column("ratings", _normalized(ratings) if normalize else ratings)

@@ -1,4 +1,4 @@
-"""What votes say, as text: strengths, how far annotators agree, and which pairs to ask about next."""
+"""Report of votes as text: strengths, how far annotators agree, and which pairs to ask about next."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def rank_votes(rows: Iterable[Mapping[str, Any]], ask_about: int | None = None, 
 def _grouped(votes: list[Vote], annotators: Sequence[Hashable]) -> tuple[list[Vote], str]:
     """The votes, in groups that are drawn together, and what these are."""
     if groups := {vote.group for vote in votes} - {None}:
-        alone = sum(vote.group is None for vote in votes)
-        return votes, f"{len(groups)} groups" + (f" and {alone} single votes" if alone else "")
+        ungrouped = sum(vote.group is None for vote in votes)
+        return votes, f"{len(groups)} groups" + (f" and {ungrouped} single votes" if ungrouped else "")
     names = set(annotators) - {None}
     if len(names) < _FEWEST:
         return votes, f"{len(votes)} single votes"
@@ -98,8 +98,8 @@ def _agreement(table: Sequence[Mapping[str, Any]], votes: Sequence[Vote]) -> lis
         shared = [by_name for by_name in sums.values() if name in by_name and len(by_name) > 1]
         own = [_outcome(by_name[name]) for by_name in shared]
         others = [_outcome(sum(_sign(by_name[other]) for other in by_name if other != name)) for by_name in shared]
-        found: Mapping[str, Any] = human_agreement(own, others) if shared else {}
-        numbers = [found.get(measure, math.nan) for measure in ("accuracy", "kappa")]
+        agreement: Mapping[str, Any] = human_agreement(own, others) if shared else {}
+        numbers = [agreement.get(measure, math.nan) for measure in ("accuracy", "kappa")]
         lines.append([_shown(name), str(len(shared)), *("-" if math.isnan(x) else f"{x:.3f}" for x in numbers)])
     return ["", "Each annotator against the majority of the others:", *in_columns(lines, left=1)]
 
@@ -122,13 +122,13 @@ def _next_pairs(votes: Sequence[Vote], items: Sequence[Hashable], number: int, s
     draws = torch.from_numpy(bootstrap_draws(votes, bradley_terry, items, resamples=_MEMBERS, seed=seed))
     pairs = list(combinations(range(len(items)), 2))
     first, second = (draws[:, list(places)] for places in zip(*pairs, strict=True))
-    asked = select_queries(first, second, min(number, len(pairs)), seed)
+    queries = select_queries(first, second, min(number, len(pairs)), seed)
     chances = (first - second).sigmoid()
     lines = [["first", "second", "first wins", "deviation"]]
-    for place in asked.tolist():
-        one, other = pairs[place]
+    for place in queries.tolist():
+        left, right = pairs[place]
         chance = chances[:, place]
         lines.append(
-            [_shown(items[one]), _shown(items[other]), f"{chance.mean():.2f}", f"{chance.std(correction=0):.3f}"]
+            [_shown(items[left]), _shown(items[right]), f"{chance.mean():.2f}", f"{chance.std(correction=0):.3f}"]
         )
     return ["", "Ask next about the pairs on which the draws disagree most:", *in_columns(lines, left=2)]

@@ -62,8 +62,8 @@ def votes_of_ranking(items: Sequence[Hashable], ranks: Sequence[int], group: Has
         if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
             raise ValueError(f"Ranks are whole numbers from 1 (the best) on, got {list(ranks)}.")
     votes = []
-    for (one, rank), (other, other_rank) in combinations(zip(items, ranks, strict=True), 2):
-        winner, loser = (other, one) if other_rank < rank else (one, other)
+    for (first, rank), (second, other_rank) in combinations(zip(items, ranks, strict=True), 2):
+        winner, loser = (second, first) if other_rank < rank else (first, second)
         votes.append(Vote(winner, loser, tie=bool(rank == other_rank), group=group))
     return votes
 
@@ -121,15 +121,15 @@ def check_votes(
         raise ValueError("There are no votes, so there is nothing to tell the items apart by.")
     for number, vote in enumerate(votes):
         _check_vote(vote, number)
-    seen = dict.fromkeys(item for vote in votes for item in (vote.winner, vote.loser))
-    listed = list(dict.fromkeys(items)) if items is not None else list(seen)
+    voted = dict.fromkeys(item for vote in votes for item in (vote.winner, vote.loser))
+    listed = list(dict.fromkeys(items)) if items is not None else list(voted)
     if items is not None and len(listed) != len(items):
         raise ValueError(f"`items` lists an item twice: {len(items)} entries, {len(listed)} distinct ones.")
-    if unknown := seen.keys() - set(listed):
+    if unknown := voted.keys() - set(listed):
         raise ValueError(f"{len(unknown)} items of the votes are not in `items`, such as {_short(unknown.pop())}.")
     if allow_disconnected:
         return listed
-    if silent := [item for item in listed if item not in seen]:
+    if silent := [item for item in listed if item not in voted]:
         raise ValueError(
             f"{len(silent)} of {len(listed)} items were never compared, such as {_short(silent[0])}. Leave them out, "
             "or set `allow_disconnected=True` to score them anyway."

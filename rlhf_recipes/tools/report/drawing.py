@@ -97,15 +97,15 @@ def _law(fit: Any, furthest: float) -> tuple[list[float], list[float]] | None:
 def _present(chart: Chart, stage: Stage) -> list[tuple[str, str]]:
     """The chart's metrics that were logged, with their labels."""
     keys = sorted({key for entry in stage.history for key in entry if isinstance(key, str)})
-    found: list[tuple[str, str]] = []
+    metrics: list[tuple[str, str]] = []
     for key, label in chart.keys.items():
         if key == "rewards/*":
             scores = {key: match[1] for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))}
             # With one reward function its mean is the reward itself
-            found += [] if len(scores) == 1 else [(key, name) for key, name in scores.items() if name != "reward"]
+            metrics += [] if len(scores) == 1 else [(key, name) for key, name in scores.items() if name != "reward"]
         elif key in keys:
-            found.append((key, label))
-    return found
+            metrics.append((key, label))
+    return metrics
 
 
 def _plot_lines(

@@ -27,7 +27,7 @@ _MOST_COMPLETIONS = 512
 
 @dataclass
 class Stage:
-    """What one stage left in its folder.
+    """Records that one stage left in its folder.
 
     Attributes:
         name: How the report calls it; with several runs it starts with the run's name.
@@ -53,17 +53,17 @@ class Stage:
 
     @property
     def trained(self) -> bool:
-        """Whether it left a log or an evaluation: the folder of a certificate alone has none."""
+        """True if it left a log or an evaluation: the folder of a certificate alone has none."""
         return bool(self.history or self.record("evaluation"))
 
     def record(self, name: str) -> Record:
-        """What `<name>.json` holds, or nothing."""
+        """Return what `<name>.json` holds, or nothing."""
         return self.records.get(f"{name}.json", {})
 
 
 @dataclass
 class Run:
-    """A folder that was given, with its stages in the order in which they ran."""
+    """The folder of a run, with its stages in the order in which they ran."""
 
     name: str
     folder: Path
@@ -93,17 +93,17 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise NotADirectoryError(f"{folder} must be the folder of a recipe or a stage, and is no folder.")
-    given = {Path(folder).resolve(): Path(folder) for folder in folders}
-    runs = [_read_run(folder, name) for folder, name in zip(given.values(), _names(list(given)), strict=True)]
+    paths = {Path(folder).resolve(): Path(folder) for folder in folders}
+    runs = [_read_run(folder, name) for folder, name in zip(paths.values(), _names(list(paths)), strict=True)]
     for run in runs:
         for stage in run.stages:
-            alone = stage.folder == run.folder or (len(runs) > 1 and len(run.of_kind(stage.kind)) == 1)
-            stage.name = run.name if alone else f"{run.name}/{stage.name}" if len(runs) > 1 else stage.name
+            is_single = stage.folder == run.folder or (len(runs) > 1 and len(run.of_kind(stage.kind)) == 1)
+            stage.name = run.name if is_single else f"{run.name}/{stage.name}" if len(runs) > 1 else stage.name
     return runs
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number that can be drawn.
+    """Return whether a value is a number that can be drawn.
 
     Example:
         >>> [finite(value) for value in (1, 2.5, float("nan"), None, "3", True)]
@@ -148,9 +148,9 @@ def _read_run(folder: Path, name: str) -> Run:
         return Run(name, folder, [], [f"The folder cannot be read: {error}."])
     stages = sorted((_read_stage(path) for path in folders), key=_place)
     missing = [] if stages else ["The folder holds no stage: none of the files that a run leaves is in it."]
-    for kind, what in (("sft", "SFT"), ("reward", "reward model"), ("ppo", "PPO")):
+    for kind, title in (("sft", "SFT"), ("reward", "reward model"), ("ppo", "PPO")):
         if stages and folder not in folders and not any(stage.kind == kind for stage in stages):
-            missing.append(f"No {what} stage is in the folder.")
+            missing.append(f"No {title} stage is in the folder.")
     return Run(name, folder, stages, missing)
 
 
@@ -166,8 +166,8 @@ def _place(stage: Stage) -> tuple[int, bool, str]:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    states = [path / "trainer_state.json" for path in found if (path / "trainer_state.json").is_file()]
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    states = [path / "trainer_state.json" for path in checkpoints if (path / "trainer_state.json").is_file()]
     return max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
 
 
@@ -237,20 +237,20 @@ def _history(stage: Stage, state: Record) -> list[Record]:
     if not isinstance(rows, list):
         stage.missing.append("trainer_state.json has no list `log_history`: it may be from another version.")
         return []
-    kept = [row for row in rows if _has_step(row)]
-    if len(kept) < len(rows):
-        stage.missing.append(f"trainer_state.json: {len(rows) - len(kept)} log entries without a step are left out.")
-    if not kept:
+    steps = [row for row in rows if _has_step(row)]
+    if len(steps) < len(rows):
+        stage.missing.append(f"trainer_state.json: {len(rows) - len(steps)} log entries without a step are left out.")
+    if not steps:
         stage.missing.append("trainer_state.json has an empty log: nothing was trained, or nothing logged.")
-    return kept
+    return steps
 
 
 def _kind(stage: Stage) -> str:
-    """What `run.json` says, and without it what the logs look like."""
-    said = stage.record("run").get("stage")
+    """Return the kind that `run.json` names, and without it the one that the logs look like."""
+    recorded = stage.record("run").get("stage")
     keys = {key for entry in stage.history for key in entry}
-    if said is not None:
-        return said if said in KINDS else "other"
+    if recorded is not None:
+        return recorded if recorded in KINDS else "other"
     if {"kl", "reward", "completions/mean_length"} & keys or "policy" in stage.record("evaluation"):
         return "ppo"
     if {"margin", "accuracy"} & keys or stage.record("certificate"):
@@ -274,19 +274,19 @@ def _read_completions(stage: Stage) -> list[Record]:
 
 
 def _note_absent(stage: Stage) -> None:
-    """Say what a stage of its kind has and this one has not."""
-    said = {
+    """Note what a stage of its kind has and this one has not."""
+    consequences = {
         "run.json": "the command, commit and versions are not known.",
         "trainer_state.json": "there are no curves; the run did not end, or saved nothing.",
         "evaluation.json": "the run did not end, or its evaluation is off.",
     }
     only_certificate = bool(stage.record("certificate")) and not stage.trained
-    expected = list(said) if stage.kind in KINDS and not only_certificate else []
+    expected = list(consequences) if stage.kind in KINDS and not only_certificate else []
     if stage.kind == "ppo" and not (stage.folder / "completions").is_dir():
         stage.missing.append("completions/ is not there: no completions of the training (`log_completions: true`).")
     for name in expected:
-        found = name == "trainer_state.json" and _last_checkpoint(stage.folder) is not None
-        if not (stage.folder / name).is_file() and not found:
-            stage.missing.append(f"{name} is not there: {said[name]}")
+        in_checkpoint = name == "trainer_state.json" and _last_checkpoint(stage.folder) is not None
+        if not (stage.folder / name).is_file() and not in_checkpoint:
+            stage.missing.append(f"{name} is not there: {consequences[name]}")
     if stage.kind == "ppo" and stage.alarms is None:
         stage.missing.append("alarms.json is not there: no alarm watched this run.")

@@ -46,7 +46,7 @@ def shown(value: Any, ends: Any = None) -> str:
 
 
 def lineage(runs: Sequence[Run]) -> str:
-    """What was run: stages, commands, commits, versions."""
+    """Write what was run: stages, commands, commits, versions."""
     rows, commands, versions = [], [], []
     for run in runs:
         for stage in run.stages:
@@ -82,9 +82,9 @@ def _short(commit: Any) -> str:
     return "-" if not commit else str(commit)[:12] + ("-dirty" if str(commit).endswith("-dirty") else "")
 
 
-def _versions(found: Sequence[tuple[str, Any]]) -> str:
+def _versions(stages: Sequence[tuple[str, Any]]) -> str:
     groups: dict[str, list[str]] = {}
-    for folder, versions in found:
+    for folder, versions in stages:
         if isinstance(versions, Mapping):
             groups.setdefault(", ".join(f"{name} {value}" for name, value in versions.items()), []).append(folder)
     lines = [(text, "all stages" if len(groups) == 1 else ", ".join(folders)) for text, folders in groups.items()]
@@ -113,7 +113,7 @@ def training(kind: str, stages: Sequence[Stage], folder: Path) -> str:
 
 def _certificate(stage: Stage) -> str:
     measures = stage.record("certificate")
-    for write in (sections, lambda found: [verdict_section(found["verdict"])]):
+    for write in (sections, lambda certificate: [verdict_section(certificate["verdict"])]):
         try:
             first, *rest = write(measures)
         except Exception as error:  # a file from another version may lack anything
@@ -122,13 +122,13 @@ def _certificate(stage: Stage) -> str:
                 stage.missing.append(reason)
         else:
             below = "".join(rest).replace("h2>", "h3>")  # it is part of a section here; texts have no bare `>`
-            whole = f"<details><summary>What it rests on</summary>{below}</details>" if rest else ""
-            return f'<div class="wide">{first}{whole}</div>'
+            details = f"<details><summary>What it rests on</summary>{below}</details>" if rest else ""
+            return f'<div class="wide">{first}{details}</div>'
     return _note("It cannot be shown: see what is missing.")
 
 
 def verdict(stage: Stage) -> tuple[str, str]:
-    """Say in one sentence what came out of a stage that trained on rewards.
+    """Summarise in one sentence a stage that trained on rewards.
 
     Returns:
         `good`, `care` or `bad`, and the sentence.
@@ -159,8 +159,8 @@ def _gain(record: Mapping[str, Any], name: str) -> float:
 
 
 def _side(record: Mapping[str, Any], side: str) -> Mapping[str, Any]:
-    found = record.get(side)
-    return found if isinstance(found, dict) else {}
+    value = record.get(side)
+    return value if isinstance(value, dict) else {}
 
 
 def comparison(stages: Sequence[Stage]) -> str:
@@ -205,10 +205,10 @@ def frontiers(stages: Sequence[Stage], folder: Path) -> str:
 
 def _curve(stage: Stage, part: str) -> dict[str, Any] | None:
     """A curve of `frontier.json`, or the same from the log."""
-    found = stage.record("frontier").get(part)
-    if isinstance(found, dict) and isinstance(found.get("points"), list):
-        fits = found["fits"] if isinstance(found.get("fits"), dict) else {}
-        points = [row for row in found["points"] if isinstance(row, dict)]
+    curve = stage.record("frontier").get(part)
+    if isinstance(curve, dict) and isinstance(curve.get("points"), list):
+        fits = curve["fits"] if isinstance(curve.get("fits"), dict) else {}
+        points = [row for row in curve["points"] if isinstance(row, dict)]
         return {"points": points, "fits": {name: fit for name, fit in fits.items() if isinstance(fit, dict)}}
     if part == "evaluation":
         return frontier(
@@ -223,7 +223,7 @@ def _curve(stage: Stage, part: str) -> dict[str, Any] | None:
 
 
 def alarms(stages: Sequence[Stage]) -> str:
-    """What went off, why, and what was done."""
+    """Alarms that went off, why, and what was done."""
     rows = [
         (stage.name, row.get("step", "-"), row.get("kind", "-"), row.get("message", "-"), row.get("action", "warned"))
         for stage in stages

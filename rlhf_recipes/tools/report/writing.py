@@ -1,4 +1,4 @@
-"""Put a report together and write it."""
+"""Compose a report and write it."""
 
 from __future__ import annotations
 
@@ -109,17 +109,17 @@ def _in_short(runs: Sequence[Run], policies: Sequence[Stage]) -> str:
 
 
 def _note_numbers(stage: Stage) -> None:
-    """Say which of the metrics that are drawn are no numbers in places."""
+    """Note which of the drawn metrics are no numbers in places."""
     drawn = {key for chart in CHARTS.get(stage.kind, ()) for key in chart.keys}
     for key in sorted(drawn | {"rewards/"}):
-        found = [
+        steps = [
             entry["step"]
             for entry in stage.history
             for name, value in entry.items()
             if (name == key or (key == "rewards/" and name.startswith(key))) and not finite(value)
         ]
-        if found:
-            stage.missing.append(f"{key} is no finite number in {len(found)} log entries, first at step {found[0]}.")
+        if steps:
+            stage.missing.append(f"{key} is no finite number in {len(steps)} log entries, first at step {steps[0]}.")
 
 
 STYLE = """

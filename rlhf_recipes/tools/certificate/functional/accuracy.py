@@ -1,4 +1,4 @@
-"""How often a reward model prefers what was preferred: over all pairs, by group, and by how sure it is."""
+"""Accuracy of a reward model: over all pairs, by group, and by how sure it is."""
 
 from __future__ import annotations
 

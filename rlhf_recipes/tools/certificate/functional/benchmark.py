@@ -58,10 +58,10 @@ def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
     """
     scores = {}
     for section, weights in SECTIONS.items():
-        found = {subset: weight for subset, weight in weights.items() if subset in accuracies}
-        if found:
-            total = sum(accuracies[subset] * weight for subset, weight in found.items())
-            scores[section] = total / sum(found.values())
+        present = {subset: weight for subset, weight in weights.items() if subset in accuracies}
+        if present:
+            total = sum(accuracies[subset] * weight for subset, weight in present.items())
+            scores[section] = total / sum(present.values())
     return {**scores, "Average": float(np.mean(list(scores.values())))} if len(scores) == len(SECTIONS) else scores
 
 
@@ -114,7 +114,7 @@ def ties_score(rows: Sequence[tuple[str, Sequence[float], int]]) -> dict[str, fl
             )
         good, bad = scores[:right], scores[right:]
         stats[kind][number] = (min(good) - max(bad), max(good) - min(good))
-    accuracy = {kind: _mean([gap > 0 for gap, _ in found.values()]) for kind, found in stats.items()}
+    accuracy = {kind: _mean([gap > 0 for gap, _ in questions.values()]) for kind, questions in stats.items()}
     both = [key for key in stats["tied"] if key in stats["ref"]]
     spreads = np.array([stats["tied"][key][1] for key in both])
     gaps = np.array([stats["tied"][key][0] for key in both])

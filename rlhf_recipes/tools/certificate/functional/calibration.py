@@ -1,6 +1,6 @@
-"""Whether the probabilities that a reward model implies are true: reliability, ECE, Brier score, log loss.
+"""Calibration of the probabilities that a reward model implies: reliability, ECE, Brier score, log loss.
 
-A reward model says that the first of two completions is preferred with probability `sigmoid(difference of scores)`
+A reward model implies that the first of two completions is preferred with probability `sigmoid(difference of scores)`
 (Bradley and Terry, Rank Analysis of Incomplete Block Designs, 1952).
 """
 
@@ -133,7 +133,7 @@ def expected_calibration_error(differences: ArrayLike, labels: ArrayLike) -> flo
 
 
 def chance_calibration_error(differences: ArrayLike, draws: int = 500, seed: int = 0) -> dict[str, float]:
-    """Tell the ECE that chance alone gives: labels are drawn with the very probabilities that the model implies.
+    """Compute the ECE that chance alone gives: labels are drawn with the very probabilities that the model implies.
 
     The ECE of a few pairs is never 0. A model whose ECE is not above `high` cannot be told from a calibrated one.
 

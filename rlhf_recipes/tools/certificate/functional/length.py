@@ -1,4 +1,4 @@
-"""How much of a score is the length of the text."""
+"""Dependence of scores on the length of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule of the verdict says, where the lines are drawn, and whether there is evidence at all."""
+"""Reasons of the verdict: the lines of its rules, and whether there is evidence at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Level = Literal["not fit", "care", "good", "not checked"]
 
 @dataclass(frozen=True)
 class Reason:
-    """What one rule says of a reward model.
+    """Result of one rule for a reward model.
 
     Args:
         level: `"good"`, `"care"`, `"not fit"`, or `"not checked"` where there is no evidence for any of these.
@@ -28,7 +28,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where the rules draw their lines. They are judgement, not results; docs/certificate.md says why.
+    """Lines that the rules draw. They are judgement, not results; docs/certificate.md says why.
 
     Args:
         pairs: Fewer held-out pairs than this say little.
@@ -93,7 +93,7 @@ def stated(summary: Mapping[str, Any], signed: bool = False) -> str:
 
 
 def unchecked(measure: str, text: str) -> Reason:
-    """Say that a rule has no interval to judge by: whatever the value is, chance is not ruled out.
+    """Report that a rule has no interval to judge by: whatever the value is, chance is not ruled out.
 
     Example:
         >>> unchecked("gap", "Training accuracy is 1.000, +0.500 over held-out").text
@@ -103,7 +103,7 @@ def unchecked(measure: str, text: str) -> Reason:
 
 
 def undecided(measure: str, text: str) -> Reason:
-    """Say that a value is beyond its line while its interval holds 0, so that the rows cannot tell.
+    """Report that a value is beyond its line while its interval holds 0, so that the rows cannot tell.
 
     Example:
         >>> undecided("gap", "Training accuracy is 0.900, +0.200 [-0.100, +0.500] over held-out").level

@@ -143,8 +143,8 @@ def mean_summary(values: ArrayLike, clusters: ArrayLike, level: float = 0.95) ->
     """
     rows = np.asarray(values, dtype=np.float64)
     columns = np.stack([rows, np.ones_like(rows)], axis=1)
-    found = resampled_interval(columns, clusters, lambda sums: sums[:, 0] / sums[:, 1], level)
-    return {"value": float(rows.mean()), "n": len(rows), **found}
+    interval = resampled_interval(columns, clusters, lambda sums: sums[:, 0] / sums[:, 1], level)
+    return {"value": float(rows.mean()), "n": len(rows), **interval}
 
 
 def share_summary(outcomes: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> Summary:

@@ -1,4 +1,4 @@
-"""What a reward model says of a policy's own samples: its spread, and what choosing the best of n gives."""
+"""Measures of a reward model on a policy's own samples: the spread of its scores, and the best of n."""
 
 from __future__ import annotations
 
@@ -73,30 +73,30 @@ def best_of_n(
         [(1, 2.75, 0.5), (2, 3.5, 0.5)]
     """
     scores, names = np.asarray(proxy, dtype=np.float64), np.asarray(prompts)
-    places = [np.flatnonzero(names == name) for name in dict.fromkeys(prompts)]
-    most = int(np.median([len(place) for place in places]))
-    kept = [place for place in places if len(place) >= most]
+    groups = [np.flatnonzero(names == name) for name in dict.fromkeys(prompts)]
+    most = int(np.median([len(group) for group in groups]))
+    used = [group for group in groups if len(group) >= most]
     if most < 2:
         return None
-    curves = {"proxy": [expected_best_of_n(scores[p], scores[p])[:most] for p in kept]}
+    curves = {"proxy": [expected_best_of_n(scores[p], scores[p])[:most] for p in used]}
     if gold is not None:
         values = np.asarray(gold, dtype=np.float64)
-        curves["gold"] = [expected_best_of_n(scores[p], values[p])[:most] for p in kept]
-        curves["oracle"] = [expected_best_of_n(values[p], values[p])[:most] for p in kept]
+        curves["gold"] = [expected_best_of_n(scores[p], values[p])[:most] for p in used]
+        curves["oracle"] = [expected_best_of_n(values[p], values[p])[:most] for p in used]
     steps = sorted({n for n in [*range(1, 9), *(2**power for power in range(4, 20)), most] if n <= most})
     rows = []
     for n in steps:
         means = {
-            name: mean_summary(np.stack(values)[:, n - 1], np.arange(len(kept)), level)
+            name: mean_summary(np.stack(values)[:, n - 1], np.arange(len(used)), level)
             for name, values in curves.items()
         }
         rows.append({"n": n, "kl": float(np.log(n) - (n - 1) / n), **means})
-    result: dict[str, Any] = {"prompts": len(kept), "curve": rows}
+    result: dict[str, Any] = {"prompts": len(used), "curve": rows}
     if gold is not None:
         paths = np.stack(curves["gold"])
         best = int(paths.mean(axis=0).argmax())
-        result["gain"] = mean_summary(paths[:, -1] - paths[:, 0], np.arange(len(kept)), level)
-        result["drop"] = mean_summary(paths[:, -1] - paths[:, best], np.arange(len(kept)), level)
+        result["gain"] = mean_summary(paths[:, -1] - paths[:, 0], np.arange(len(used)), level)
+        result["drop"] = mean_summary(paths[:, -1] - paths[:, best], np.arange(len(used)), level)
         result["best_n"] = best + 1
     return result
 

@@ -1,4 +1,4 @@
-"""Small changes of a text, and what they do to the score."""
+"""Small changes of a text, and their effect on the score."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def swapped_prompts(prompts: Sequence[Any], seed: int = 0) -> list[Any] | None:
 def score_shift(
     before: ArrayLike, after: ArrayLike, clusters: ArrayLike, scale: float, level: float = 0.95
 ) -> dict[str, Any]:
-    """Summarise what a change of the text does to scores.
+    """Summarise the effect of a change of the text on scores.
 
     Args:
         before: Scores of the texts as they are, shape `(N,)`.

@@ -1,4 +1,4 @@
-"""The verdict: is a reward model good enough for PPO? The worst that a rule says, and all that they say."""
+"""The verdict: is a reward model good enough for PPO? The worst result of a rule, and all reasons."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ORDER: tuple[Level, ...] = ("not fit", "care", "good", "not checked")
 def judge(measures: Mapping[str, Any]) -> dict[str, Any]:
     """Judge a reward model by the measures of its certificate.
 
-    A rule passes by an interval only: one whose interval is missing says `"not checked"`. That does not count against
+    A rule passes by an interval only: one whose interval is missing gives `"not checked"`. That does not count against
     a model, except for the accuracy: a model that is not known to be better than guessing is not fit.
 
     Args:
         measures: What `certify` measured. Parts that are missing or `None` are not checked.
 
     Returns:
-        `verdict`: `"fit for PPO"`, `"use with care"` or `"not fit"`, the worst that a rule says; `reasons`, the worst
+        `verdict`: `"fit for PPO"`, `"use with care"` or `"not fit"`, the worst that a rule gives; `reasons`, the worst
         first, each with `level`, `measure` and `text`; and `not_checked`, the texts of those that could not be judged.
 
     Example:
