@@ -204,6 +204,7 @@ BUGS = [
         METRICS, "(draws @ sums) / (draws @ sizes)", "(draws @ sums) / len(rows)", "TestBootstrapInterval.test_numbers"
     ),
     Bug(METRICS, "+ (z / (2 * n)) ** 2", "", "TestProportionInterval.test_numbers"),
+    Bug(METRICS, "float(rows[0]) * count, count,", "float(rows.sum()), len(rows),", "TestShareInterval.test_numbers"),
     Bug(PLACEMENT, "(gamma, counted_after", "(gamma, -counted_after", "test_discounted_pays_later_tokens_more"),
     Bug(PLACEMENT, "(mask.bool(), scores", "(mask.bool(), 0.5 * scores", "test_every_token_pays_the_score_each_time"),
     Bug(DENSE, "scores - before, 0.0", "before - scores, 0.0", "TestPlaceDifferences.test_numbers"),

@@ -187,7 +187,7 @@ def _sample_batch(
     prompt_ids = _prompt_ids(trainer, rows)
     with network(trainer, of_reference) as model:
         completion_ids = _completion_ids(trainer, model, prompt_ids, ends, max_new_tokens, mixed_lengths)
-        ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, left=True)
+        ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, side="left")
         sampled, counts = pad_rows(completion_ids, tokenizer.pad_token_id, device)
         texts = Texts(prompt_ids=ids, prompt_mask=mask, completion_ids=sampled, completion_mask=counts)
         logps, entropies = _logps(trainer, model, texts)

@@ -222,7 +222,7 @@ def sample_after(
     Returns:
         Token ids of the completions, with the end token where it was sampled.
     """
-    ids, mask = pad_rows(prompt_ids, generation_config.pad_token_id, model.device, left=True)
+    ids, mask = pad_rows(prompt_ids, generation_config.pad_token_id, model.device, side="left")
     if packed:
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         sequences = sample(inner, ids, mask, generation_config, temperature, ends)

@@ -143,7 +143,7 @@ def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Seque
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None, left: bool = False
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None, side: str = "right"
 ) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids to the longest one.
 
@@ -151,18 +151,17 @@ def pad_rows(
         rows: Token ids, `B` rows.
         pad_token_id: What is put where a row has no token.
         device: Where the tensors go.
-        left: Whether the padding is on the left, as of prompts.
+        side: Where the padding is, `"right"` or `"left"`, as of prompts.
 
     Returns:
         Token ids, and a mask with 1 where there is a token, each `(B, L)`.
 
     Example:
-        >>> ids, mask = pad_rows([[5, 6], [7]], 0, left=True)
+        >>> ids, mask = pad_rows([[5, 6], [7]], 0, side="left")
         >>> ids.tolist(), mask.tolist()
         ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
     """
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    side = "left" if left else "right"
     ids = nn.utils.rnn.pad_sequence(tensors, True, float(pad_token_id), side)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], True, 0.0, side)
     return ids.to(device), mask.to(device)

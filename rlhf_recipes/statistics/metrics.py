@@ -139,7 +139,7 @@ def share_interval(
         raise ValueError(f"`outcomes` must lie in [0, 1], got {rows.min():g} to {rows.max():g}.")
     drawn = bootstrap_interval(rows, clusters, level, resamples, seed)
     count = len(np.unique(np.asarray(clusters)))
-    return drawn if rows.min() < rows.max() else proportion_interval(rows[0] * count, count, level)
+    return drawn if rows.min() < rows.max() else proportion_interval(float(rows[0]) * count, count, level)
 
 
 def sign_test(outcomes: ArrayLike) -> float:
