@@ -6,8 +6,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_recipes.evaluation.callbacks import PolicyEvaluation
 from rlhf_recipes.evaluation.sampling import has_reference, sample_rows
+from rlhf_recipes.models import load_causal_lm
 from tests.families.stages import PROMPTS, plain_logps, plain_text, save_base
 
 
@@ -17,7 +17,7 @@ def test_completions_are_those_of_single_prompts(family, tiny_tokenizer, tmp_pat
     base = save_base(family, tmp_path / "base", tiny_tokenizer)
     rows = Dataset.from_list([{"prompt": prompt, "completion": " good"} for prompt in PROMPTS])
     trainer = SFTTrainer(
-        model=base,
+        model=load_causal_lm(base),
         args=SFTConfig(
             str(tmp_path / "run"),
             use_cpu=True,
@@ -62,11 +62,11 @@ def test_a_policy_that_ppo_trains_as_a_whole_has_a_reference(make_trainer, tiny_
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     trainer.model.eval()
     policy, reference = (
-        PolicyEvaluation(trainer, prompts, rows=4)._sample(0, of_reference=side) for side in (False, True)
+        sample_rows(trainer, prompts, [0, 1, 2, 3], of_reference=side, gold=None, seed=0) for side in (False, True)
     )
     assert all(row["kl"] == 0.0 for row in reference)
     assert any(row["kl"] != 0.0 for row in policy)
-    prompt_ids = trainer.processing_class(prompts["prompt"])["input_ids"]
+    prompt_ids = trainer.processing_class(list(prompts["prompt"]))["input_ids"]
     for ids, row in zip(prompt_ids, policy, strict=False):
         ours, theirs = (
             plain_logps(model, ids, row["completion_ids"]) for model in (trainer.model, trainer.roles.model)

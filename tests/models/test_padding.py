@@ -15,6 +15,8 @@ from tests.models.test_states import make_model
         ("mamba2", "none", True),
         ("mistral", "prefix_tuning", True),
         ("minimax", "none", False),
+        ("recurrent_gemma", "none", False),
+        ("xlstm", "none", False),
         ("rwkv", "none", False),
         ("mistral", "prompt_tuning", False),  # the padding stands between the virtual tokens and the prompt
     ],

@@ -25,6 +25,9 @@ def make_model(family, adapter="none"):
     """A random model of a family, with an adapter that changes it."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(FAMILIES[family].kind, **FAMILIES[family].config))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # gains and biases, so that they are not 1 and 0
+            parameter.data += torch.randn_like(parameter) * 0.2
     if adapter != "none":
         model = get_peft_model(model, ADAPTERS[adapter])
         for parameter in model.parameters():
@@ -35,13 +38,10 @@ def make_model(family, adapter="none"):
 
 def make_batch():
     ids = torch.randint(2, 60, (len(LENGTHS), 90), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts, completions = zip(
-        *((row[:p], row[p : p + t]) for row, (p, t) in zip(ids, LENGTHS, strict=True)), strict=True
-    )
-    (prompt_ids, prompt_mask), (completion_ids, completion_mask) = (
-        pad_rows(prompts, 0, side="left"),
-        pad_rows(completions, 0),
-    )
+    prompts = [row[:prompt] for row, (prompt, _) in zip(ids, LENGTHS, strict=True)]
+    completions = [row[p : p + t] for row, (p, t) in zip(ids, LENGTHS, strict=True)]
+    prompt_ids, prompt_mask = pad_rows(prompts, 0, side="left")
+    completion_ids, completion_mask = pad_rows(completions, 0)
     texts = Texts(
         prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=completion_ids, completion_mask=completion_mask
     )
