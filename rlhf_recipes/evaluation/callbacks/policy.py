@@ -51,7 +51,7 @@ class PolicyEvaluation(TrainerCallback):
     batches, and the numbers are those of one process. The reference is sampled once.
 
     With `PPOTrainer`, GRPO and RLOO the reward functions of the trainer score. Other trainers (SFT) have none: then
-    lengths, entropies, diversity and the judge are left. Without a reference (a fully trained model with `beta: 0`,
+    lengths, entropies, diversity and the judge are left. Without a reference (GRPO on all weights with `beta: 0`,
     say) there is nothing to compare with.
 
     What comes out is logged with the prefix `eval_` (docs/evaluation.md explains each) and is one line of
