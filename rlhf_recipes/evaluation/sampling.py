@@ -264,9 +264,9 @@ def _scores(
     """Weigh the results of all reward functions, and pick the judge's."""
     if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
         return [{"gold_score": None, "reward_score": None} for _ in rows]
-    found = rewards(trainer, rows, completions, completion_ids)  # type: ignore[arg-type]
+    rewards_per_func = rewards(trainer, rows, completions, completion_ids)  # type: ignore[arg-type]
     start = trainer.accelerator.process_index * len(rows)
-    columns = found[start : start + len(rows)]
+    columns = rewards_per_func[start : start + len(rows)]
     totals = (columns * trainer.reward_weights.to(columns.device)).nansum(dim=1).tolist()
     index = None if gold is None else trainer.reward_func_names.index(gold)
     golds = [None] * len(rows) if index is None else columns[:, index].tolist()

@@ -48,15 +48,15 @@ def likeliest(
         return_dict_in_generate=True,
     )
     with inheriting_nothing(model):
-        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    completion_ids = found.sequences[:, ids.size(1) :]
+        outputs = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    completion_ids = outputs.sequences[:, ids.size(1) :]
     texts = Texts(
         prompt_ids=ids,
         prompt_mask=mask,
         completion_ids=completion_ids,
         completion_mask=torch.ones_like(completion_ids),
     )
-    return texts, torch.stack(found.logits, dim=1).float()
+    return texts, torch.stack(outputs.logits, dim=1).float()
 
 
 def read_texts(model: Any, texts: Texts, **more: Any) -> Any:
