@@ -13,7 +13,7 @@ import torch
 from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
-from rlhf_recipes.models.tiny import bpe_tokenizer, language_model_loss, tiny_llama, train_language_model
+from rlhf_recipes.models.tiny import bpe_tokenizer, held_out_loss, tiny_llama, train_language_model
 from rlhf_recipes.tracking import start_run
 
 
@@ -82,7 +82,7 @@ def main(args: BaseArguments) -> None:
         max_length=args.max_length,
         seed=args.seed,
     )
-    loss = language_model_loss(model, tokenizer, documents[:held_out], args.max_length)
+    loss = held_out_loss(model, tokenizer, documents[:held_out], args.max_length)
 
     # 3. A folder that every stage takes as `model_name_or_path`.
     start_run(stage="base", output_dir=args.output_dir, config=asdict(args), parent=args.dataset_name)

@@ -171,7 +171,12 @@ BUGS = [
     ),
     Bug(METRICS, "(lengths - lengths.mean()) * scores", "lengths * scores", "TestLengthControlledReward.test_numbers"),
     Bug(METRICS, "totals.sum() / max(counts.sum(), 1.0)", "totals.mean()", "test_token_mean_weighs_every_token_alike"),
-    Bug(ALARM, "is_number(entry.get(key))", "isinstance(entry.get(key), float)", "test_read_series_passes_over_what_is_no_number"),
+    Bug(
+        ALARM,
+        "is_number(entry.get(key))",
+        "isinstance(entry.get(key), float)",
+        "test_read_series_passes_over_what_is_no_number",
+    ),
     Bug(ALARM, "/ math.sqrt(6)", "/ 6", "TestNoise.test_numbers"),
     Bug(
         ALARM,
@@ -204,6 +209,8 @@ BUGS = [
         METRICS, "(draws @ sums) / (draws @ sizes)", "(draws @ sums) / len(rows)", "TestBootstrapInterval.test_numbers"
     ),
     Bug(METRICS, "+ (z / (2 * n)) ** 2", "", "TestProportionInterval.test_numbers"),
+    Bug(METRICS, "float(rows[0]) * count, count,", "float(rows.sum()), len(rows),", "TestShareInterval.test_numbers"),
+    Bug(NUMBERS, "list | tuple", "list", "test_json_has_none_for_numbers_that_are_not_finite"),
     Bug(PLACEMENT, "(gamma, counted_after", "(gamma, -counted_after", "test_discounted_pays_later_tokens_more"),
     Bug(PLACEMENT, "(mask.bool(), scores", "(mask.bool(), 0.5 * scores", "test_every_token_pays_the_score_each_time"),
     Bug(DENSE, "scores - before, 0.0", "before - scores, 0.0", "TestPlaceDifferences.test_numbers"),
@@ -358,6 +365,7 @@ BUGS = [
     Bug(ROWS, ".clamp(min=1)", "", "test_columns_are_counted_by_hand"),
     Bug(ROWS, "prompt_mask.sum(dim=1) + ", "prompt_mask.sum(dim=1) - ", TEXTS_BY_HAND),
     Bug(ROWS, "descending=True", "descending=False", "test_parts_by_length_are_the_whole_batch"),
+    Bug(ROWS, "torch.ones_like(row) for", "(row > 0).long() for", "test_padding_by_hand"),
     Bug(ROWS, "if left else", "if not left else", "test_parts_that_were_cut_on_the_left_by_hand"),
     Bug(ROLLOUT, "[start : start + per_step]", "[:per_step]", "test_sorting_moves_no_row_to_another_step"),
     Bug(ROLLOUT, "for batch in micro_batches]", "for batch in micro_batches[:1]]", JOINED_BY_HAND),

@@ -88,7 +88,7 @@ def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_mode
         logps = (model(input_ids=ids).logits[0].double() / 0.7).log_softmax(-1)
         with states_at(model, torch.tensor([2, 3])) as states:
             found = model(input_ids=ids, labels=ids[:, -3:], fused_lm_head=True)
-    message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/_trl.py")
+    message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/passes.py")
     expected = logps[[2, 3], ids[0, 3:]].float()
     torch.testing.assert_close(found.log_probs[0, -2:], expected, atol=1e-5, rtol=1e-5, msg=message)
     entropy = -(logps.exp() * logps).sum(-1)[2:4].float()

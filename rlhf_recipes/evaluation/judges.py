@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 from rlhf_recipes.data.dialogues import as_text
 from rlhf_recipes.extras import from_extra
-from rlhf_recipes.statistics.metrics import bootstrap_interval
+from rlhf_recipes.statistics.metrics import share_interval
 
 if TYPE_CHECKING:
     import httpx
@@ -275,7 +275,7 @@ class Verdicts:
         metrics |= {"win_rate": sum(labels) / len(labels), "agreement": self.judgement.agreement}
         metrics["position_bias"] = self.judgement.position_bias
         if len(set(prompts)) > 1:
-            metrics["win_rate_low"], metrics["win_rate_high"] = bootstrap_interval(labels, prompts, seed=seed)
+            metrics["win_rate_low"], metrics["win_rate_high"] = share_interval(labels, prompts, seed=seed)
         return metrics
 
 

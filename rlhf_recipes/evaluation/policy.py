@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from rlhf_recipes.checkpoints import save_evaluation
-from rlhf_recipes.evaluation.sampling import in_batches, measured, with_scores
-from rlhf_recipes.models.adapters import POLICY
-from rlhf_recipes.ppo._trl import generate, rewards
-from rlhf_recipes.ppo.passes import policy_pass, reference_pass
+from rlhf_recipes.evaluation.sampling import sample_rows
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.statistics.metrics import bootstrap_interval, win_outcomes
+from rlhf_recipes.statistics.metrics import share_interval, win_outcomes
 
 SAMPLES = 20  # kept in the files
 SUMMARY = ("gold_score", "reward_score", "kl", "length", "eos_rate")
@@ -55,13 +50,13 @@ def evaluate_policy(
     training = trainer.model.training
     trainer.model.eval()
     # Independent draws: with the same random numbers both would often say the same, and all would look like ties.
-    policy = sample_rows(trainer, dataset, indices, POLICY, gold, 2 * seed)
-    reference = sample_rows(trainer, dataset, indices, trainer.reference, gold, 2 * seed + 1)
+    policy = sample_rows(trainer, dataset, indices, of_reference=False, gold=gold, seed=2 * seed)
+    reference = sample_rows(trainer, dataset, indices, of_reference=True, gold=gold, seed=2 * seed + 1)
     trainer.model.train(training)
 
     judge = "reward_score" if gold is None else "gold_score"
     outcomes = win_outcomes([row[judge] for row in policy], [row[judge] for row in reference])
-    low, high = bootstrap_interval(outcomes, indices, seed=seed)
+    low, high = share_interval(outcomes, indices, seed=seed)
     return {
         "policy": _means(policy),
         "reference": _means(reference),
@@ -120,47 +115,3 @@ def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {name: None if rows[0][name] is None else fmean(float(row[name]) for row in rows) for name in SUMMARY}
-
-
-def sample_rows(
-    trainer: PPOTrainer, dataset: Dataset, indices: list[int], role: str | None, gold: str | None, seed: int
-) -> list[dict[str, Any]]:
-    """Sample one completion per index from a role of a PPO trainer, and measure it.
-
-    Args:
-        trainer: The trainer; its model should be in evaluation mode.
-        dataset: Rows with a column `prompt`.
-        indices: The rows to take, `N` of them.
-        role: The adapter to sample with: the policy's, or `trainer.reference`.
-        gold: Name of the reward function that measures the truth, if there is one.
-        seed: Seed of the sampling.
-
-    Returns:
-        For each completion its text, `completion_ids`, `gold_score`, `reward_score`, `kl` and `entropy` (sums over the
-        tokens, in nats), `length` and `eos_rate`; on all processes the same.
-    """
-    batch = partial(_sample_batch, trainer, role=role, gold=gold)
-    return in_batches(trainer, dataset, indices, batch, seed, f"sampling, {role or 'base'}")
-
-
-@torch.no_grad()
-def _sample_batch(
-    trainer: PPOTrainer, rows: list[dict[str, Any]], role: str | None, gold: str | None
-) -> list[dict[str, Any]]:
-    prompts = [row["prompt"] for row in rows]
-    model = trainer.model if role == POLICY else trainer.roles.model
-    with trainer.roles.use(role):
-        texts, completions, completion_ids = generate(trainer, model, prompts)
-        ours = policy_pass(trainer, model, texts)
-    theirs = reference_pass(trainer, trainer.roles, trainer.reference, texts)
-    mask = texts.completion_mask.bool()
-    columns = rewards(trainer, rows, completions, completion_ids)
-    start = trainer.accelerator.process_index * len(rows)
-    scored = with_scores(columns[start : start + len(rows)], trainer, gold)
-    sums = [
-        (values.masked_fill(~mask, 0.0)).sum(dim=1).tolist() for values in (ours.logps - theirs.logps, ours.entropies)
-    ]
-    return [
-        measured(completions[i], ids, trainer.eos_token_ids, kl=sums[0][i], entropy=sums[1][i]) | scored[i]
-        for i, ids in enumerate(completion_ids)
-    ]

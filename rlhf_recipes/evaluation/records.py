@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
+
+from rlhf_recipes.statistics.numbers import none_for_nonfinite
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -37,7 +38,7 @@ def write_records(path: str | Path, records: Mapping[str, Any] | Sequence[Mappin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(finite(records), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(none_for_nonfinite(records), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -78,20 +79,6 @@ def log_apart(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     due = trainer.control.should_log
     Trainer.log(trainer, dict(metrics))
     trainer.control.should_log = due
-
-
-def finite(value: Any) -> Any:
-    """Replace numbers that are not finite by `None`, at any depth, because JSON has none.
-
-    Example:
-        >>> finite({"kl": [1.0, float("inf")]})
-        {'kl': [1.0, None]}
-    """
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RecordingCallback(TrainerCallback):

@@ -1,13 +1,14 @@
 """Sampling held-out completions from any TRL trainer: the same with any number of processes, and beside the training.
 
-`PPOTrainer` has a way of its own (`evaluation.policy`), because its roles share one model.
+`B` rows, `T` completion tokens.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,15 @@ from trl import GRPOTrainer, RLOOTrainer, is_conversational
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids, options_of
-from rlhf_recipes.models.generation import sample_with_transformers
+from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
+from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.states import completion_logps
 from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
+from rlhf_recipes.ppo.passes import policy_pass, sample_from
+from rlhf_recipes.ppo.trainer import PPOTrainer
 
 Row = dict[str, Any]
 
@@ -93,26 +100,51 @@ def in_batches(
     return [row for number in range(len(batches)) for row in gathered[number]][: len(indices)]
 
 
-def measured(completion: Any, ids: list[int], eos_token_ids: Sequence[int], kl: float | None, entropy: float) -> Row:
-    """What is known of one completion without a reward: `kl` and `entropy` are sums over its tokens, in nats."""
-    return {
-        "completion": completion,
-        "completion_ids": ids,
-        "kl": kl,
-        "entropy": entropy,
-        "length": len(ids),
-        "eos_rate": float(bool(ids) and ids[-1] in eos_token_ids),
-    }
+def sample_rows(
+    trainer: Any,
+    dataset: Dataset,
+    indices: list[int],
+    *,
+    of_reference: bool,
+    gold: str | None,
+    seed: int,
+    max_new_tokens: int = 128,
+) -> list[Row]:
+    """Sample one completion per index from the policy of any trainer, or from its reference, and measure it.
 
+    The tokens are drawn from the model itself at the trainer's temperature (1 where it has none): settings of the
+    model's `generation_config`, or of a GRPO run, that shape what is drawn have no effect, since the KL is a mean over
+    the model's own samples. A model whose generation does not keep padding out samples after prompts of one length at
+    a time; `PPOTrainer` refuses such models.
 
-def with_scores(columns: Tensor, trainer: Any, gold: str | None) -> list[Row]:
-    """Weigh the results of all reward functions, shape `(B, functions)`, and pick the judge's."""
-    totals = (columns * trainer.reward_weights.to(columns.device)).nansum(dim=1)
-    golds = None if gold is None else columns[:, trainer.reward_func_names.index(gold)].tolist()
-    return [
-        {"gold_score": None if golds is None else golds[i], "reward_score": total}
-        for i, total in enumerate(totals.tolist())
-    ]
+    Args:
+        trainer: A trainer of a causal language model, with its model in evaluation mode. PPO, GRPO and RLOO score with
+            their reward functions; others do not.
+        dataset: Rows with a column `prompt`.
+        indices: The rows to take, `N` of them.
+        of_reference: Sample from the reference, which must be there (`has_reference`), in place of the policy.
+        gold: Name of the reward function that measures the truth, if there is one.
+        seed: Seed of the sampling.
+        max_new_tokens: Longest completion, where the trainer has no generation settings of its own.
+
+    Returns:
+        For each completion `completion` (text or messages), `completion_ids`, `kl` and `entropy` (sums over the
+        tokens, in nats), `length`, `eos_rate`, `gold_score` and `reward_score`; on all processes the same. `kl` is
+        `None` without a reference, and the scores without reward functions.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    half_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
+    mixed = isinstance(trainer, PPOTrainer) or keeps_padding_out(model, trainer.processing_class, half_precision)
+    sample = partial(
+        _sample_batch,
+        trainer,
+        of_reference=of_reference,
+        gold=gold,
+        max_new_tokens=max_new_tokens,
+        mixed_lengths=mixed,
+    )
+    title = f"sampling, {'reference' if of_reference else 'policy'}"
+    return in_batches(trainer, dataset, indices, sample, seed, title)
 
 
 def has_reference(trainer: Any) -> bool:
@@ -121,15 +153,23 @@ def has_reference(trainer: Any) -> bool:
     An adapter that took a part of the base with it (PiSSA) leaves another model beside it.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trainer, PPOTrainer):
+        return True
     if isinstance(model, PeftModel) and "ref" not in model.peft_config:
         return not changes_base(model.peft_config[model.active_adapter])
     return isinstance(model, PeftModel) or getattr(trainer, "ref_model", None) is not None
 
 
 @contextmanager
-def _as_reference(trainer: Any) -> Iterator[Any]:
+def network(trainer: Any, of_reference: bool) -> Iterator[Any]:
+    """Make the policy of a trainer, or its reference, the one that computes within the block, and yield its model."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
+    if isinstance(trainer, PPOTrainer):  # its roles share one base
+        with trainer.roles.use(trainer.reference if of_reference else POLICY):
+            yield trainer.roles.model if of_reference else model
+    elif not of_reference:
+        yield model
+    elif isinstance(model, PeftModel):
         with use_adapter(model, "ref" if "ref" in model.peft_config else None):
             yield model
     else:
@@ -137,61 +177,41 @@ def _as_reference(trainer: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def sample_batch(
-    trainer: Any, rows: list[Row], *, of_reference: bool, gold: str | None, max_new_tokens: int = 128
+def _sample_batch(
+    trainer: Any, rows: list[Row], *, of_reference: bool, gold: str | None, max_new_tokens: int, mixed_lengths: bool
 ) -> list[Row]:
-    """Sample one completion per row, and measure it, in the way that fits any trainer.
-
-    The tokens are drawn from the model itself at the trainer's temperature (1 where it has none): settings of the
-    model's `generation_config`, or of a GRPO run, that shape what is drawn have no effect, since the KL is a mean over
-    the model's own samples.
-
-    Args:
-        trainer: A trainer of a causal language model. GRPO and RLOO score with their reward functions; others do not.
-        rows: Rows with a column `prompt`.
-        of_reference: Sample from the reference, which must be there, in place of the policy.
-        gold: Name of the reward function that measures the truth, if there is one.
-        max_new_tokens: Longest completion, where the trainer has no generation settings of its own.
-
-    Returns:
-        As `policy.sample_rows`; `kl` is `None` without a reference, and the scores without reward functions.
-    """
-    tokenizer = trainer.processing_class
-    temperature = getattr(trainer, "temperature", 1.0)
+    tokenizer, device = trainer.processing_class, trainer.accelerator.device
     ends = getattr(trainer, "eos_token_ids", None) or end_token_ids(
         trainer.accelerator.unwrap_model(trainer.model), tokenizer
     )
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        max_new_tokens=getattr(trainer, "max_completion_length", None) or max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    prompts = [row["prompt"] for row in rows]
-    inputs = _padded(tokenizer, _prompt_ids(trainer, rows)).to(trainer.accelerator.device)
-    policy = nullcontext(trainer.accelerator.unwrap_model(trainer.model))
-    with _as_reference(trainer) if of_reference else policy as model:
-        sequences = sample_with_transformers(model, config, temperature, **inputs)
-        start = inputs["input_ids"].size(1)
-        completion_ids = [_until_end(ids, ends) for ids in sequences[:, start:].tolist()]
-        logps, entropies = _logps(model, inputs["attention_mask"], sequences, completion_ids, temperature)
+    prompt_ids = _prompt_ids(trainer, rows)
+    with network(trainer, of_reference) as model:
+        completion_ids = _completion_ids(trainer, model, prompt_ids, ends, max_new_tokens, mixed_lengths)
+        ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, side="left")
+        sampled, counts = pad_rows(completion_ids, tokenizer.pad_token_id, device)
+        texts = Texts(prompt_ids=ids, prompt_mask=mask, completion_ids=sampled, completion_mask=counts)
+        logps, entropies = _logps(trainer, model, texts)
     kl: list[float] | list[None] = [None] * len(rows)
     if has_reference(trainer):
-        with _as_reference(trainer) as model:
-            ref_logps, _ = _logps(model, inputs["attention_mask"], sequences, completion_ids, temperature)
+        with network(trainer, of_reference=True) as model:
+            ref_logps = logps if of_reference else _logps(trainer, model, texts)[0]
         kl = (logps - ref_logps).sum(dim=1).tolist()
     completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    if is_conversational({"prompt": prompts[0]}):
+    if is_conversational({"prompt": rows[0]["prompt"]}):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    scored: list[Row] = [{"gold_score": None, "reward_score": None} for _ in rows]
-    if isinstance(trainer, GRPOTrainer | RLOOTrainer):
-        columns = rewards(trainer, rows, completions, completion_ids)  # type: ignore[arg-type]
-        first = trainer.accelerator.process_index * len(rows)
-        scored = with_scores(columns[first : first + len(rows)], trainer, gold)
-    sums = entropies.sum(dim=1).tolist()
-    return [measured(completions[i], ids, ends, kl[i], sums[i]) | scored[i] for i, ids in enumerate(completion_ids)]
+    scores, sums = _scores(trainer, rows, completions, completion_ids, gold), entropies.sum(dim=1).tolist()
+    return [
+        {
+            "completion": completions[i],
+            "completion_ids": ids,
+            "kl": kl[i],
+            "entropy": sums[i],
+            "length": len(ids),
+            "eos_rate": float(bool(ids) and ids[-1] in ends),
+            **scores[i],
+        }
+        for i, ids in enumerate(completion_ids)
+    ]
 
 
 def _prompt_ids(trainer: Any, rows: list[Row]) -> list[list[int]]:
@@ -201,26 +221,53 @@ def _prompt_ids(trainer: Any, rows: list[Row]) -> list[list[int]]:
     return [encode_prompt(trainer.processing_class, row["prompt"], **options_of(row)) for row in rows]
 
 
-def _padded(tokenizer: Any, prompt_ids: list[list[int]]) -> Any:
-    return tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+def _completion_ids(
+    trainer: Any,
+    model: Any,
+    prompt_ids: list[list[int]],
+    ends: Sequence[int],
+    max_new_tokens: int,
+    mixed_lengths: bool,
+) -> list[list[int]]:
+    if isinstance(trainer, PPOTrainer):  # as in its rollouts
+        return sample_from(trainer, model, prompt_ids)
+    temperature = getattr(trainer, "temperature", 1.0)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        max_new_tokens=getattr(trainer, "max_completion_length", None) or max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=trainer.processing_class.pad_token_id,
+    )
+    if mixed_lengths:
+        return sample_after(model, prompt_ids, config, temperature, ends)
+    completion_ids: dict[int, list[int]] = {}
+    for length in sorted(set(map(len, prompt_ids))):
+        alike = [index for index, ids in enumerate(prompt_ids) if len(ids) == length]
+        sampled = sample_after(model, [prompt_ids[index] for index in alike], config, temperature, ends)
+        completion_ids |= zip(alike, sampled, strict=True)
+    return [completion_ids[index] for index in range(len(prompt_ids))]
 
 
-def _until_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
-    ends = [position for position, token in enumerate(ids) if token in eos_token_ids]
-    return ids[: ends[0] + 1] if ends else ids
+def _logps(trainer: Any, model: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the completions' tokens in nats, 0 on padding, each `(B, T)`."""
+    if isinstance(trainer, PPOTrainer):  # its numbers are those of the training
+        outputs = policy_pass(trainer, model, texts)
+        return outputs.logps, outputs.entropies
+    return completion_logps(model, texts, getattr(trainer, "temperature", 1.0))
 
 
-def _logps(
-    model: Any, prompt_mask: Tensor, sequences: Tensor, completion_ids: list[list[int]], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of the completions' tokens, 0 on padding, each shape `(B, T)`."""
-    length = sequences.size(1) - prompt_mask.size(1)
-    lengths = torch.tensor([len(ids) for ids in completion_ids], device=sequences.device)
-    mask = torch.arange(length, device=sequences.device) < lengths[:, None]
-    attention = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1)
-    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)  # left-padded prompts begin at 0
-    logits = model(input_ids=sequences, attention_mask=attention, position_ids=positions).logits
-    logps = (logits[:, -length - 1 : -1].float() / temperature).log_softmax(dim=-1)
-    entropies = -(logps.exp() * logps).sum(dim=-1)
-    chosen = logps.gather(2, sequences[:, -length:, None]).squeeze(2)
-    return chosen.masked_fill(~mask, 0.0), entropies.masked_fill(~mask, 0.0)
+def _scores(
+    trainer: Any, rows: list[Row], completions: list[Any], completion_ids: list[list[int]], gold: str | None
+) -> list[Row]:
+    """Weigh the results of all reward functions, and pick the judge's."""
+    if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
+        return [{"gold_score": None, "reward_score": None} for _ in rows]
+    rewards_per_func = rewards(trainer, rows, completions, completion_ids)  # type: ignore[arg-type]
+    start = trainer.accelerator.process_index * len(rows)
+    columns = rewards_per_func[start : start + len(rows)]
+    totals = (columns * trainer.reward_weights.to(columns.device)).nansum(dim=1).tolist()
+    index = None if gold is None else trainer.reward_func_names.index(gold)
+    golds = [None] * len(rows) if index is None else columns[:, index].tolist()
+    return [{"gold_score": gold, "reward_score": total} for gold, total in zip(golds, totals, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from rlhf_recipes.models.rows import Rows
+from rlhf_recipes.models.rows import Rows, pad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,38 @@ def _ended(completion_ids: Tensor, ends: Tensor) -> Tensor:
     return torch.isin(completion_ids, ends).any(dim=1)
 
 
+def sample_after(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    temperature: float,
+    ends: Sequence[int],
+    packed: bool = False,
+) -> list[list[int]]:
+    """Sample one completion after each prompt.
+
+    Args:
+        model: A causal model, with or without adapters.
+        prompt_ids: Token ids of the prompts.
+        generation_config: With `do_sample`, `max_new_tokens` and a padding token.
+        temperature: At which log-probabilities are computed.
+        ends: Ids of tokens that end a completion.
+        packed: Whether to spend no time on padding, with a model that reads texts one after another.
+
+    Returns:
+        Token ids of the completions, with the end token where it was sampled.
+    """
+    ids, mask = pad_rows(prompt_ids, generation_config.pad_token_id, model.device, side="left")
+    if packed:
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        sequences = sample(inner, ids, mask, generation_config, temperature, ends)
+    else:
+        sequences = sample_with_transformers(model, generation_config, temperature, input_ids=ids, attention_mask=mask)
+    rows = sequences[:, ids.size(1) :].tolist()
+    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
+
+
 @torch.no_grad()
 def sample(
     model: Any,
@@ -212,7 +244,7 @@ def sample(
     attention_mask: Tensor,
     generation_config: GenerationConfig,
     temperature: float,
-    ends: list[int],
+    ends: Sequence[int],
 ) -> Tensor:
     """Sample as `sample_with_transformers` does, but spend no time on padding and on rows that have ended.
 

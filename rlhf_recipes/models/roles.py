@@ -24,7 +24,7 @@ from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.models.rows import Rows
+from rlhf_recipes.models.rows import Rows, pad_rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on
 
@@ -228,7 +228,7 @@ class Roles:
         with self.use(role):
             for start in range(0, len(sequences), batch_size):
                 chunk = order[start : start + batch_size]
-                input_ids, mask = self._padded([sequences[row] for row in chunk], pad_token_id)
+                input_ids, mask = pad_rows([sequences[row] for row in chunk], pad_token_id, self.model.device)
                 rows = Rows(mask, self.packed)
                 values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
                 by_row = zip(chunk, rows.split(values), strict=True)
@@ -261,7 +261,7 @@ class Roles:
                 for start in range(0, len(sequences), batch_size):
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
-                    input_ids, attention_mask = self._padded(chunk, pad_token_id)
+                    input_ids, attention_mask = pad_rows(chunk, pad_token_id, self.model.device)
                     self.hidden_states(input_ids, attention_mask=attention_mask)
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
@@ -269,14 +269,6 @@ class Roles:
             self._base.set_attn_implementation(kernel)
             handle.remove()
         return attention
-
-    def _padded(self, sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, each (B, L), padded on the right."""
-        rows = [torch.tensor(ids, device=self.model.device) for ids in sequences]
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        lengths = torch.tensor([len(ids) for ids in sequences], device=self.model.device)
-        positions = torch.arange(input_ids.size(1), device=self.model.device)
-        return input_ids, (positions < lengths[:, None]).long()
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _GROUPS = 4  # of texts, which attention pads to their longest: more groups have less padding, and each costs calls
 
@@ -140,6 +140,31 @@ def _like_length(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Seque
             groups.append(SequenceGroup(sources, (rows[tokens] - first) * longest + positions[tokens]))
             start += count
     return groups
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids to the longest one.
+
+    Args:
+        rows: Token ids, `B` rows.
+        pad_token_id: What is put where a row has no token.
+        device: Where the tensors go.
+        side: Where the padding is, `"right"` or `"left"`, as of prompts.
+
+    Returns:
+        Token ids, and a mask with 1 where there is a token, each `(B, L)`.
+
+    Example:
+        >>> ids, mask = pad_rows([[5, 6], [7]], 0, side="left")
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
+    """
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(tensors, True, float(pad_token_id), side)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], True, 0.0, side)
+    return ids.to(device), mask.to(device)
 
 
 OF_PROMPT, OF_COMPLETION = {"columns": "prompt"}, {"columns": "completion"}  # what the columns of a field are

@@ -11,6 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_recipes.models.rows import pad_rows
+from rlhf_recipes.models.states import language_model_loss
+
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -193,7 +196,7 @@ def train_language_model(
 
 
 @torch.no_grad()
-def language_model_loss(
+def held_out_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_length: int = 256
 ) -> float:
     """Mean loss over texts that were not trained on, in nats per token; `exp` of it is the perplexity.
@@ -202,11 +205,13 @@ def language_model_loss(
         ValueError: If there is no text.
     """
     pieces = sorted(_pieces(tokenizer, texts, max_length), key=len)
-    total, tokens = 0.0, 0
+    total, tokens, head = 0.0, 0, model.get_output_embeddings()
     for start in range(0, len(pieces), 64):
         batch = pieces[start : start + 64]
+        ids, mask = pad_rows(batch, tokenizer.pad_token_id, model.device)
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         count = sum(len(piece) - 1 for piece in batch)
-        total += _loss(model, batch, tokenizer.pad_token_id).item() * count
+        total += language_model_loss(states, ids, mask, head).item() * count
         tokens += count
     return total / tokens
 

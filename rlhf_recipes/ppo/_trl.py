@@ -1,38 +1,11 @@
-"""Samples, rewards and the last rollout of a trainer's engine, for evaluations; calls what is inside TRL."""
+"""Prompts, rewards and the last rollout of a trainer's engine, for evaluations; calls what is inside TRL."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from trl import GRPOTrainer, is_conversational
-
-from rlhf_recipes.models.rows import Texts
-from rlhf_recipes.ppo.passes import padded, sample_from
-
-
-def generate(trainer: GRPOTrainer, model: Any, prompts: list[Any]) -> tuple[Texts, list[Any], list[list[int]]]:
-    """Sample one completion per prompt from a model, with the adapter in use and the trainer's generation settings.
-
-    Args:
-        trainer: The trainer.
-        model: The model to sample from.
-        prompts: Plain texts or lists of messages, `B` of them.
-
-    Returns:
-        `(texts, completions, completion_ids)`: what `policy_pass` takes, the completions as texts (or messages), and
-        their unpadded token ids, with the end token where it was sampled.
-    """
-    tokenizer: Any = trainer.processing_class
-    prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-    ids, mask = padded(trainer, prompt_ids, "left")
-    completion_ids = sample_from(trainer, model, ids, mask)
-    completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    if is_conversational({"prompt": prompts[0]}):
-        completions = [[{"role": "assistant", "content": text}] for text in completions]
-    sampled, counts = padded(trainer, completion_ids, "right")
-    texts = Texts(prompt_ids=ids, prompt_mask=mask, completion_ids=sampled, completion_mask=counts)
-    return texts, completions, completion_ids
+from trl import GRPOTrainer
 
 
 def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:

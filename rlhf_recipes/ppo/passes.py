@@ -15,9 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
-from rlhf_recipes.models.generation import sample, sample_with_transformers
+from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
 from rlhf_recipes.models.states import states_at
@@ -40,31 +39,16 @@ def sample_completions(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> lis
         generation_kwargs=trainer.generation_kwargs,
         gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
     ) as model:
-        return sample_from(trainer, model, *padded(trainer, prompt_ids, "left"))
+        return sample_from(trainer, model, prompt_ids)
 
 
-def sample_from(trainer: GRPOTrainer, model: Any, ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The same from any model, after prompts that are padded on the left: token ids and mask, each `(B, P)`."""
+def sample_from(trainer: GRPOTrainer, model: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
+    """The same from any model, with the adapter in use."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     args: Any = trainer.args
+    packed = is_packed(inner) and not args.generation_kwargs and not args.cache_implementation
     config, ends = trainer.generation_config, trainer.eos_token_ids
-    if is_packed(inner) and not args.generation_kwargs and not args.cache_implementation:
-        sequences = sample(inner, ids, mask, config, trainer.temperature, ends)
-    else:
-        sequences = sample_with_transformers(model, config, trainer.temperature, input_ids=ids, attention_mask=mask)
-    rows = sequences[:, ids.size(1) :].tolist()
-    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-    return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
-
-
-def padded(trainer: GRPOTrainer, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of rows of unlike length, padded on a side, on the trainer's device."""
-    ids = [torch.tensor(row, device=trainer.accelerator.device) for row in rows]
-    tokenizer: Any = trainer.processing_class
-    return (
-        pad(ids, padding_value=tokenizer.pad_token_id, padding_side=side),
-        pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side=side),
-    )
+    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed)
 
 
 # 2. The pass of a policy

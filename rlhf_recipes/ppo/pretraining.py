@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
+from rlhf_recipes.models.states import language_model_loss
 from rlhf_recipes.ppo.prompts import check_is_dataset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_recipes.ppo.config import PPOConfig
-
-_TOKENS_PER_CHUNK = 1024
 
 
 class PretrainingTexts:
@@ -84,38 +79,3 @@ class PretrainingTexts:
         passed, position = divmod(place, len(self._texts))
         generator = torch.Generator().manual_seed(self._seed + passed)
         return int(torch.randperm(len(self._texts), generator=generator)[position])
-
-
-def language_model_loss(
-    hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, head: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Mean negative log-probability of each token given those before it.
-
-    Source: the pretraining term of InstructGPT, https://huggingface.co/papers/2203.02155, equation 2.
-
-    Args:
-        hidden_states: The policy's last hidden states, shape `(N, L, H)`.
-        input_ids: The texts, padded on the right, shape `(N, L)`.
-        attention_mask: 1 where a token counts, shape `(N, L)`.
-        head: From hidden states to logits. Logits are made for a few tokens at a time, also in the backward pass, so
-            that no tensor of `(N, L, vocabulary)` is kept.
-
-    Returns:
-        A scalar, in nats per token.
-
-    Example:
-        >>> hidden, ids = torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])
-        >>> language_model_loss(hidden, ids, torch.ones(1, 3), torch.nn.Linear(2, 4, bias=False)).exp().item()
-        4.0
-    """
-    counts = attention_mask[:, 1:].bool()
-    states, targets = hidden_states[:, :-1][counts], input_ids[:, 1:][counts]
-
-    def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(head(states).float(), targets, reduction="sum")
-
-    losses: list[Any] = [
-        checkpoint(chunk_loss, *chunk, use_reentrant=False)
-        for chunk in zip(states.split(_TOKENS_PER_CHUNK), targets.split(_TOKENS_PER_CHUNK), strict=True)
-    ]
-    return torch.stack(losses).sum() / max(len(targets), 1)

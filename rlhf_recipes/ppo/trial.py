@@ -5,25 +5,26 @@
 
 from __future__ import annotations
 
-import sys
-from itertools import islice
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import GenerationConfig
 from trl import GRPOTrainer
 
-from rlhf_recipes.data.context import context_length
 from rlhf_recipes.models.chance import compute_as_in_evaluation
-from rlhf_recipes.models.generation import inheriting_nothing
+from rlhf_recipes.models.padding import (
+    TOLERANCE,
+    TOLERANCE_IN_16_BITS,
+    distance,
+    likeliest,
+    logits_of,
+    prompts_of_unlike_length,
+    read_texts,
+)
 from rlhf_recipes.models.rows import Texts
 from rlhf_recipes.ppo.passes import keep_states, policy_pass
-
-_LENGTHS, _TOKENS = (4, 9), 3  # of the prompts, of which the first one is padded; sampled after each
-_TOLERANCE, _TOLERANCE_IN_16_BITS = 2e-4, 0.1
 
 
 @torch.no_grad()
@@ -45,10 +46,10 @@ def try_out(trainer: GRPOTrainer, half_precision: bool) -> None:
     model: Any = trainer.model
     training = model.training
     quantized = getattr(_inner(trainer), "is_quantized", False)
-    tolerance = _TOLERANCE_IN_16_BITS if half_precision or quantized else _TOLERANCE
+    tolerance = TOLERANCE_IN_16_BITS if half_precision or quantized else TOLERANCE
     _check_output_layer(trainer, args)
     model.eval()
-    texts, sampled = _sample(trainer, *_prompts(trainer))
+    texts, sampled = _sample(trainer, *prompts_of_unlike_length(model, trainer.processing_class))
     if args.disable_dropout:  # else old and new log-probabilities differ, as is found in the first update
         compute_as_in_evaluation(model.train())
     plain = _logits(trainer, texts)
@@ -65,7 +66,7 @@ def try_out(trainer: GRPOTrainer, half_precision: bool) -> None:
         )
     if args.kl_estimator == "full":
         with trainer.accelerator.autocast():
-            difference = _distance(model.get_output_embeddings()(outputs.kept), plain)
+            difference = distance(model.get_output_embeddings()(outputs.kept), plain)
         if not difference <= tolerance:
             raise ValueError(
                 "`kl_estimator: full` computes logits from the last hidden states with the output layer alone, but "
@@ -119,15 +120,15 @@ def _check_router_loss(trainer: GRPOTrainer, texts: Texts, coefficient: float | 
 
 
 def _check_sampling(trainer: GRPOTrainer, texts: Texts, sampled: Tensor, plain: Tensor, allowed: float) -> None:
-    difference = _distance(sampled, plain)
+    difference = distance(sampled, plain)
     if difference <= allowed:
         return
     message = f"{_name(trainer)} computes %s (by {difference:.2g} nats per token). Take another base model."
-    if _distance(sampled, _logits(trainer, texts)) <= allowed:
+    if distance(sampled, _logits(trainer, texts)) <= allowed:
         raise ValueError(message % "other distributions in training than in evaluation, also with `disable_dropout`")
     prompt = texts.prompt_ids[:1, texts.prompt_mask[0].bool()]
     single, alone = _sample(trainer, prompt, torch.ones_like(prompt))
-    if _distance(alone, _logits(trainer, single)) <= allowed:
+    if distance(alone, _logits(trainer, single)) <= allowed:
         raise ValueError(
             message
             % "other distributions after prompts that are padded on the left than after the same prompts alone: "
@@ -138,63 +139,22 @@ def _check_sampling(trainer: GRPOTrainer, texts: Texts, sampled: Tensor, plain: 
     )
 
 
-def _prompts(trainer: GRPOTrainer) -> tuple[Tensor, Tensor]:
-    """Token ids of two prompts of unlike length, padded on the left, and their mask, each `(2, P)`."""
-    tokenizer: Any = trainer.processing_class
-    longest = (context_length(trainer.model) or sys.maxsize) - _TOKENS
-    lengths = [max(min(length, longest), 1) for length in _LENGTHS]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    words = list(islice((token for token in range(len(tokenizer)) if token not in special), 2 * max(lengths)))
-    columns = torch.arange(max(lengths), device=trainer.accelerator.device)
-    mask = (columns >= max(lengths) - columns.new_tensor(lengths)[:, None]).long()
-    places = torch.arange(mask.numel(), device=mask.device).view_as(mask) % len(words)
-    return mask.new_tensor(words)[places].where(mask.bool(), tokenizer.pad_token_id), mask
-
-
-def _sample(trainer: GRPOTrainer, ids: Tensor, mask: Tensor) -> tuple[Texts, Tensor]:
-    """Go on with the likeliest tokens, and give the texts and the logits `(B, T, V)` that these were taken from."""
-    model: Any = trainer.model
-    args: Any = trainer.args
-    tokenizer: Any = trainer.processing_class
-    config = GenerationConfig(
-        max_new_tokens=_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-        cache_implementation=args.cache_implementation,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    with inheriting_nothing(model):
-        outputs = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    completion_ids = outputs.sequences[:, ids.size(1) :]
-    texts = Texts(
-        prompt_ids=ids,
-        prompt_mask=mask,
-        completion_ids=completion_ids,
-        completion_mask=torch.ones_like(completion_ids),
-    )
-    return texts, torch.stack(outputs.logits, dim=1).float()
-
-
 def _run(trainer: GRPOTrainer, texts: Texts, **more: Any) -> Any:
-    """What the model itself makes of whole texts, padded on the right."""
-    rows = texts.rows(packed=False)
+    """What the model itself makes of whole texts."""
     with trainer.accelerator.autocast():
-        model: Any = trainer.model
-        return model(input_ids=rows.join(texts.ids), **rows.arguments, use_cache=False, **more)
+        return read_texts(trainer.model, texts, **more)
 
 
 def _logits(trainer: GRPOTrainer, texts: Texts) -> Tensor:
     """The logits `(2, T, V)` of the completion's tokens."""
-    logits = _run(trainer, texts).logits
-    return texts.rows(packed=False).gather(logits, texts.positions_before).float()
+    with trainer.accelerator.autocast():
+        return logits_of(trainer.model, texts)
 
 
-def _distance(logits: Tensor, others: Tensor) -> float:
-    """Mean of `|log p - log q|` under `p`."""
-    logps, others = logits.float().log_softmax(dim=-1), others.log_softmax(dim=-1)
-    return (logps.exp() * (logps - others).abs()).sum(dim=-1).mean().item()
+def _sample(trainer: GRPOTrainer, ids: Tensor, mask: Tensor) -> tuple[Texts, Tensor]:
+    args: Any = trainer.args
+    tokenizer: Any = trainer.processing_class
+    return likeliest(trainer.model, ids, mask, tokenizer.pad_token_id, args.cache_implementation)
 
 
 def _inner(trainer: GRPOTrainer) -> Any:

@@ -16,7 +16,7 @@ from rlhf_recipes.models.readout import ReadoutName, read_scores
 from rlhf_recipes.models.reward import score_tokens
 from rlhf_recipes.reward_modeling.collator import pairs_of, sequences_of
 from rlhf_recipes.reward_modeling.losses import pairwise_loss
-from rlhf_recipes.statistics.metrics import bootstrap_interval, proportion_interval
+from rlhf_recipes.statistics.metrics import proportion_interval, share_interval
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -175,7 +175,7 @@ def pairwise_evaluation(
     interval = proportion_interval(int(right.sum()), n, level)
     return {
         "accuracy": right.double().mean().item(),
-        "accuracy_ci": list(interval if independent else bootstrap_interval(right.double(), groups, level)),
+        "accuracy_ci": list(interval if independent else share_interval(right.double(), groups, level)),
         "margin": margins.mean().item(),
         "chosen_score": winners.double().mean().item(),
         "rejected_score": losers.double().mean().item(),

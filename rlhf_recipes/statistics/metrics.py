@@ -107,6 +107,41 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def share_interval(
+    outcomes: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Confidence interval of a share whose rows come in clusters, such as a win rate over several rows of one prompt.
+
+    It is `bootstrap_interval`'s, except where all outcomes are the same. Then so is every sample drawn from them,
+    which tells nothing of prompts that were not seen: Wilson's interval for the number of clusters is given.
+
+    Args:
+        outcomes: 1 for a success, 0 for a failure, something between them for a tie, shape `(N,)`.
+        clusters: The cluster of each row, shape `(N,)`: numbers or strings.
+        level: Probability that the interval is to cover the true share, in (0, 1).
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
+
+    Returns:
+        `(low, high)`, within [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ, an outcome is not in [0, 1], there are fewer than two clusters, or `level` is
+            not in (0, 1).
+
+    Example:
+        >>> low, high = share_interval([1.0, 1.0, 1.0, 1.0], clusters=["a", "a", "b", "c"])
+        >>> round(low, 4), high  # three wins of three: what the second row of a prompt adds is not known
+        (0.4385, 1.0)
+    """
+    rows = _check_rows("outcomes", outcomes)
+    if rows.min() < 0 or rows.max() > 1:
+        raise ValueError(f"`outcomes` must lie in [0, 1], got {rows.min():g} to {rows.max():g}.")
+    drawn = bootstrap_interval(rows, clusters, level, resamples, seed)
+    count = len(np.unique(np.asarray(clusters)))
+    return drawn if rows.min() < rows.max() else proportion_interval(float(rows[0]) * count, count, level)
+
+
 def sign_test(outcomes: ArrayLike) -> float:
     """Probability of so uneven a split of wins and losses, or a more uneven one, if neither side is better.
 

@@ -1,8 +1,9 @@
-"""Recognise numbers in rows and logs."""
+"""Recognise numbers in rows, logs and JSON."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -22,3 +23,23 @@ def is_number(value: Any) -> TypeGuard[float]:
     """
     # Not `math.isfinite`, which cannot read whole numbers above 1e308.
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
+
+
+def none_for_nonfinite(value: Any) -> Any:
+    """Replace numbers that are not finite by `None`, at any depth, because JSON has none.
+
+    Args:
+        value: What is to be written as JSON.
+
+    Returns:
+        The same, with texts as keys and lists for tuples.
+
+    Example:
+        >>> none_for_nonfinite({"kl": [1.0, float("inf")]})
+        {'kl': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): none_for_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [none_for_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

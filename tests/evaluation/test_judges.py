@@ -56,6 +56,13 @@ class TestPairJudge:
         metrics = verdicts.metrics([0])
         assert metrics == {"failure_rate": 0.0, "win_rate": 0.5, "agreement": 0.0, "position_bias": 1.0}
 
+    def test_wins_only_have_the_interval_of_as_many_prompts(self):
+        """Wilson's for three prompts, `3 / (3 + z^2)` to 1."""
+        verdicts = PairJudge(longer, "longer").compare(["q"] * 6, [("aaa", "a")] * 6)
+        metrics = verdicts.metrics([0, 0, 1, 1, 2, 2])
+        assert (metrics["win_rate"], metrics["win_rate_high"]) == (1.0, 1.0)
+        assert metrics["win_rate_low"] == pytest.approx(3 / (3 + 1.959964**2), abs=1e-6)
+
     def test_failures_are_counted_and_left_out(self):
         answers = {"a": "first", "b": "nonsense", "c": None, "d": 3}
 

@@ -82,6 +82,20 @@ def test_the_same_seed_gives_the_same_evaluation_and_training_goes_on_unchanged(
     assert trainer.model.training
 
 
+def test_wins_only_have_the_interval_of_as_many_prompts(make_trainer, reward_adapter, prompts):
+    """Which is Wilson's, `16 / (16 + z^2)` to 1: a bootstrap of equal outcomes would say [1, 1]."""
+    calls = []
+
+    def falling(completion_ids, **kwargs):
+        calls.append(None)  # the policy is sampled before its reference
+        return [-float(len(calls))] * len(completion_ids)
+
+    trainer = make_trainer(reward_funcs=[str(reward_adapter), falling], reward_weights=[1.0, 0.0])
+    evaluation = evaluate_policy(trainer, prompts, gold="falling", rows=32)
+    assert (evaluation["win_rate"], evaluation["prompts"]) == (1.0, 16)
+    assert evaluation["win_rate_ci"] == pytest.approx([16 / (16 + 1.959964**2), 1.0], abs=1e-6)
+
+
 def test_without_gold_the_reward_judges(trainer, prompts):
     evaluation = evaluate_policy(trainer, prompts, rows=8)
     assert evaluation["win_rate_by"] == "reward_score"

@@ -8,7 +8,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.models import load_causal_lm, load_sequence_classifier, lora_config
-from rlhf_recipes.ppo._trl import generate
+from rlhf_recipes.ppo._trl import tokenized_prompts
+from rlhf_recipes.ppo.passes import sample_from
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer
 from tests.families.table import FAMILIES
 
@@ -137,4 +138,4 @@ def plain_text(model, prompt, ends, length):
 def texts(trainer):
     """The tokens that a trainer samples after all prompts in one batch."""
     trainer.model.eval()
-    return generate(trainer, trainer.model, PROMPTS)[2]
+    return sample_from(trainer, trainer.model, tokenized_prompts(trainer, PROMPTS))

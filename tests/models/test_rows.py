@@ -15,6 +15,7 @@ from rlhf_recipes.models.rows import (
     SequenceGroup,
     Texts,
     count_columns,
+    pad_rows,
     scatter_rows,
     scatter_tokens,
 )
@@ -236,3 +237,12 @@ def test_scattered_rows_pass_gradients_on():
     weights = torch.arange(8.0).view(2, 4)
     (batch * weights).sum().backward()
     assert torch.equal(values.grad, weights[[1, 0], :3])
+
+
+def test_padding_by_hand():
+    """A row without a token is padding only, and a token that equals the padding's id counts."""
+    ids, mask = pad_rows([[5, 0, 6], [], [7]], 0)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 0, 6], [0, 0, 0], [7, 0, 0]], [[1, 1, 1], [0, 0, 0], [1, 0, 0]])
+    ids, mask = pad_rows([[5, 0, 6], [], [7]], 9, side="left")
+    assert (ids.tolist(), mask.tolist()) == ([[5, 0, 6], [9, 9, 9], [9, 9, 7]], [[1, 1, 1], [0, 0, 0], [0, 0, 1]])
+    assert (ids.dtype, mask.dtype) == (torch.long, torch.long)

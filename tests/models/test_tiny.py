@@ -13,7 +13,7 @@ from rlhf_recipes.config import parse_stage
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.tiny import (
     bpe_tokenizer,
-    language_model_loss,
+    held_out_loss,
     tiny_llama,
     train_language_model,
     word_tokenizer,
@@ -51,7 +51,7 @@ def test_training_learns_and_the_held_out_loss_is_the_cross_entropy():
     torch.manual_seed(0)
     model = tiny_llama(BPE, hidden_size=64, layers=1, heads=2)
     held_out = ["the cat sat on the dog ."]
-    before = language_model_loss(model, BPE, held_out)
+    before = held_out_loss(model, BPE, held_out)
     ids = torch.tensor([BPE(held_out[0] + BPE.eos_token)["input_ids"]])
     with torch.no_grad():
         logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
@@ -59,7 +59,7 @@ def test_training_learns_and_the_held_out_loss_is_the_cross_entropy():
     assert before == pytest.approx(math.log(300), rel=0.05), "a random model knows nothing"
     losses = train_language_model(model, BPE, TEXTS, batch_size=8, learning_rate=1e-2, epochs=5)
     assert losses[-1] < 0.5 * losses[0]
-    assert language_model_loss(model, BPE, held_out) < 0.6 * before
+    assert held_out_loss(model, BPE, held_out) < 0.6 * before
 
 
 def test_the_same_seed_trains_the_same_model():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.roles import is_critic_parameter
-from rlhf_recipes.ppo.pretraining import PretrainingTexts, language_model_loss
+from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from tests.ppo.support import EOS, logged, rollout, trained, without_chance
 
 TEXTS = ["the film was good", "a story", "this actor felt very slow and cold", "it", "i liked that ending so"]
@@ -127,28 +127,6 @@ def test_long_texts_are_cut_off_and_only_whole_ones_end(make_config, tiny_tokeni
 def test_by_default_there_are_as_many_texts_as_completions(make_config, tiny_tokenizer, texts):
     source = PretrainingTexts(texts, tiny_tokenizer, make_config(ptx_coef=1.0))
     assert len(source.batch(0)["input_ids"]) == 4
-
-
-def test_many_tokens_in_chunks_equal_all_at_once():
-    """More tokens than one chunk has, and padding in between, in float64; loss and gradient."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 700, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    head = torch.nn.Linear(6, 11, bias=False, dtype=torch.float64)
-    ids = torch.randint(0, 11, (3, 700), generator=generator)
-    lengths = (700, 433, 1)
-    mask = (torch.arange(700) < torch.tensor(lengths)[:, None]).long()
-    loss = language_model_loss(hidden, ids, mask, head)
-    losses = []
-    for row, n in enumerate(lengths):
-        logps = head(hidden[row, : n - 1]).log_softmax(-1)
-        losses.append(-logps[torch.arange(n - 1), ids[row, 1:n]])
-    expected = torch.cat(losses).mean()
-    assert_close(loss.double(), expected, atol=1e-5, rtol=1e-6)  # the sums are in float32
-    inputs = [hidden, head.weight]
-    found, wanted = torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert_close(mine, theirs, atol=1e-8, rtol=1e-5)
-    assert not found[0][1, 433:].any()
 
 
 def test_texts_without_a_token_to_predict_add_nothing(make_trainer):

@@ -87,6 +87,12 @@ class TestPairwiseEvaluation:
         assert pairwise_evaluation(chosen, rejected, clusters=list(range(30)))["accuracy_ci"] == alone
         assert pairwise_evaluation(chosen, rejected, clusters=[0] * 30)["accuracy_ci"] == alone
 
+    def test_all_right_has_the_interval_of_as_many_rows(self):
+        """Ten rows of three pairs: `10 / (10 + z^2)` to 1."""
+        rows = [index // 3 for index in range(30)]
+        low, high = pairwise_evaluation(torch.ones(30), torch.zeros(30), clusters=rows)["accuracy_ci"]
+        assert (low, high) == pytest.approx((10 / (10 + 1.959964**2), 1.0), abs=1e-6)
+
     def test_nothing_but_ties_is_refused(self):
         with pytest.raises(ValueError, match="All 2 held-out pairs are ties"):
             pairwise_evaluation(torch.ones(2), torch.zeros(2), labels=torch.full((2,), 0.5))

@@ -14,6 +14,7 @@ from rlhf_recipes.statistics.metrics import (
     length_controlled_reward,
     length_controlled_win_rate,
     proportion_interval,
+    share_interval,
     sign_test,
     token_mean,
     win_outcomes,
@@ -125,6 +126,32 @@ class TestBootstrapInterval:
                 bootstrap_interval([1.0, 2.0], ["a", "b"], level=level)
         with pytest.raises(ValueError, match="`values` holds nan"):
             bootstrap_interval([1.0, math.nan], ["a", "b"])
+
+
+class TestShareInterval:
+    def test_numbers(self):
+        """Wilson's for three and four prompts, `z = 1.959964`: `n / (n + z^2)` is the lower end of wins only."""
+        assert share_interval([1.0] * 6, [0, 0, 1, 1, 2, 2]) == pytest.approx((0.438503, 1.0), abs=1e-6)
+        assert share_interval([0.0] * 3, ["a", "b", "c"]) == pytest.approx((0.0, 0.561497), abs=1e-6)
+        # Ties only: 1/2 -+ z * sqrt(1/16 + z^2 / 64) / (1 + z^2 / 4)
+        assert share_interval([0.5] * 8, [0, 1, 2, 3] * 2) == pytest.approx((0.150039, 0.849961), abs=1e-6)
+
+    def test_else_it_is_the_bootstrap(self):
+        outcomes, prompts = [1.0, 1.0, 0.5, 1.0, 1.0, 0.0], [0, 0, 1, 1, 2, 3]
+        assert share_interval(outcomes, prompts, seed=4) == bootstrap_interval(outcomes, prompts, seed=4)
+
+    def test_covers_a_share_near_one(self):
+        """Of 20 prompts with 0.97 each, 54 of 100 samples are wins only, of which the bootstrap says [1, 1]."""
+        rng = np.random.default_rng(0)
+        samples = (rng.random((300, 20)) < 0.97).astype(float)
+        intervals = [share_interval(sample, np.arange(20), resamples=200) for sample in samples]
+        assert np.mean([low <= 0.97 <= high for low, high in intervals]) > 0.9
+
+    def test_bad_input_is_refused(self):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1 to 2"):
+            share_interval([-1.0, 2.0], ["a", "b"])
+        with pytest.raises(ValueError, match="at least two clusters"):
+            share_interval([1.0, 1.0], ["a", "a"])
 
 
 class TestProportionInterval:

@@ -1,11 +1,11 @@
-"""What counts as a number."""
+"""What counts as a number, and what JSON has in place of others."""
 
 import math
 
 import numpy as np
 import pytest
 
-from rlhf_recipes.statistics.numbers import is_number
+from rlhf_recipes.statistics.numbers import is_number, none_for_nonfinite
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, 10**400, np.float32(1.5), np.int64(2)])
@@ -21,3 +21,9 @@ def test_no_numbers(value):
 def test_true_is_no_number():
     assert is_number(1)
     assert not is_number(True)
+
+
+def test_json_has_none_for_numbers_that_are_not_finite():
+    measures = {"kl": (1.0, math.inf, np.float64("nan")), 3: [{"deep": -math.inf}], "text": "nan", "flag": True}
+    expected = {"kl": [1.0, None, None], "3": [{"deep": None}], "text": "nan", "flag": True}
+    assert none_for_nonfinite(measures) == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from rlhf_recipes.evaluation.policy import SAMPLES, sample_rows, side_by_side
-from rlhf_recipes.evaluation.records import finite, log_apart, read_records
-from rlhf_recipes.evaluation.sampling import has_reference, in_batches, sample_batch
-from rlhf_recipes.models.adapters import POLICY
+from rlhf_recipes.evaluation.policy import SAMPLES, side_by_side
+from rlhf_recipes.evaluation.records import log_apart, read_records
+from rlhf_recipes.evaluation.sampling import has_reference, sample_rows
 from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.statistics.metrics import (
-    bootstrap_interval,
     length_controlled_reward,
     length_controlled_win_rate,
+    share_interval,
     token_mean,
     win_outcomes,
 )
+from rlhf_recipes.statistics.numbers import none_for_nonfinite
 from rlhf_recipes.statistics.texts import distinct_n, self_bleu, top_ngrams
 from rlhf_recipes.tracking.wandb_log import log_table
 
@@ -51,7 +51,7 @@ class PolicyEvaluation(TrainerCallback):
     batches, and the numbers are those of one process. The reference is sampled once.
 
     With `PPOTrainer`, GRPO and RLOO the reward functions of the trainer score. Other trainers (SFT) have none: then
-    lengths, entropies, diversity and the judge are left. Without a reference (a fully trained model with `beta: 0`,
+    lengths, entropies, diversity and the judge are left. Without a reference (GRPO on all weights with `beta: 0`,
     say) there is nothing to compare with.
 
     What comes out is logged with the prefix `eval_` (docs/evaluation.md explains each) and is one line of
@@ -158,18 +158,15 @@ class PolicyEvaluation(TrainerCallback):
                 file.write(_line(record))
 
     def _sample(self, seed: int, of_reference: bool) -> list[Row]:
-        trainer = self._trainer
-        if isinstance(trainer, PPOTrainer):
-            role = trainer.reference if of_reference else POLICY
-            return sample_rows(trainer, self._dataset, self._indices, role, self._gold, seed)
-        batch = partial(
-            sample_batch,
-            trainer,
+        return sample_rows(
+            self._trainer,
+            self._dataset,
+            self._indices,
             of_reference=of_reference,
             gold=self._gold,
+            seed=seed,
             max_new_tokens=self._max_new_tokens,
         )
-        return in_batches(trainer, self._dataset, self._indices, batch, seed)
 
     def _judged(self, policy: list[Row]) -> dict[str, float]:
         """Ask the judge on the main process only; whatever goes wrong there, the training goes on."""
@@ -195,7 +192,7 @@ def side_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Sum up the completions of one side. What the rows do not have (a score, say) is left out.
 
     Args:
-        rows: Completions as `in_batches` gives them.
+        rows: Completions as `sample_rows` gives them.
 
     Returns:
         Means of `reward_score` and `gold_score`; `kl` per completion and `kl_per_token`, in nats; `length` in tokens;
@@ -256,9 +253,9 @@ def comparison(policy: Sequence[Row], reference: Sequence[Row], indices: Sequenc
         ),
     }
     if len(set(indices)) > 1:
-        metrics["win_rate_low"], metrics["win_rate_high"] = bootstrap_interval(outcomes, list(indices), seed=seed)
+        metrics["win_rate_low"], metrics["win_rate_high"] = share_interval(outcomes, list(indices), seed=seed)
     return metrics
 
 
 def _line(record: Row) -> str:
-    return json.dumps(finite(record), ensure_ascii=False) + "\n"
+    return json.dumps(none_for_nonfinite(record), ensure_ascii=False) + "\n"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.statistics.numbers import none_for_nonfinite
 from rlhf_recipes.tools.pages.certificate import page
 
 if TYPE_CHECKING:
@@ -39,6 +39,4 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items() if key != "values"}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else none_for_nonfinite(value)

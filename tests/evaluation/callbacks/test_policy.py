@@ -166,7 +166,7 @@ def test_grpo_with_it_trains_bitwise_as_without(sft_adapter, prompts, tmp_path):
 
 def test_the_kl_of_any_trainer_is_the_sum_over_the_completion(sft_adapter, prompts, tmp_path):
     """Against log-probabilities of each unpadded sequence by itself."""
-    from rlhf_recipes.evaluation.sampling import _as_reference, sample_batch
+    from rlhf_recipes.evaluation.sampling import network, sample_rows
 
     trainer = grpo_like(GRPOTrainer, GRPOConfig, sft_adapter, prompts, tmp_path, beta=0.1)
     with torch.no_grad():
@@ -174,13 +174,13 @@ def test_the_kl_of_any_trainer_is_the_sum_over_the_completion(sft_adapter, promp
             if ".default." in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     trainer.model.eval()
-    rows = [prompts[index] for index in range(4)]
-    for row, sample in zip(rows, sample_batch(trainer, rows, of_reference=False, gold=None), strict=True):
-        prompt = trainer.processing_class(row["prompt"])["input_ids"]
+    samples = sample_rows(trainer, prompts, [0, 1, 2, 3], of_reference=False, gold=None, seed=0)
+    for index, sample in enumerate(samples):
+        prompt = trainer.processing_class(prompts[index]["prompt"])["input_ids"]
         ids = torch.tensor([prompt + sample["completion_ids"]])
         with torch.no_grad():
             ours = trainer.model(input_ids=ids).logits[0].log_softmax(-1)
-            with _as_reference(trainer) as reference:
+            with network(trainer, of_reference=True) as reference:
                 theirs = reference(input_ids=ids).logits[0].log_softmax(-1)
         places = range(len(prompt) - 1, ids.size(1) - 1)
         kl = sum((ours - theirs)[place, ids[0, place + 1]].item() for place in places)
