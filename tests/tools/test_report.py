@@ -324,8 +324,10 @@ def test_a_verifier_stands_beside_the_certificate(tmp_path):
 
 def test_a_check_links_to_the_other_one_in_another_section(tmp_path):
     write_json(tmp_path / "ppo/run.json", record("ppo"))
-    write_json(tmp_path / "ppo/verifier.json", verifier_record())
+    true = {"kind": "true", "right": True, "rows": 40, "paid": 0.85, "interval": None, "example": "x"}
+    write_json(tmp_path / "ppo/verifier.json", verifier_record(kinds=[true], verdict="true answers not paid"))
     _, alone = page_of(tmp_path, out=tmp_path / "out")
+    assert cells_of(alone, "true") == ["true", "right", "0.850", "40", "too little", "'x'"]
     assert not [link for link in alone.iter("a") if "certificate" in link.get("href")]
     write_json(tmp_path / "reward/certificate.json", {"verdict": {"verdict": "fit for PPO"}})
     _, root = page_of(tmp_path, out=tmp_path / "out")

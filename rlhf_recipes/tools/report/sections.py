@@ -124,7 +124,7 @@ def training(kind: str, stages: Sequence[Stage], folder: Path, everything: Seque
         parts.append(f'<h3 id="{kind}-verifier">Can the reward be bought?</h3>{"".join(verified)}')
         parts.append(_link("certificate", said, everything))
     if certified := [stage for stage in stages if stage.record("certificate")]:
-        said = "Its probes ask what a reward model pays for; which wrong answers a function pays"
+        said = "The probes, below, ask what a learned reward model pays for; which wrong answers a function pays"
         parts.append(f'<div id="{kind}-certificate">')
         parts += [f"<h3>Certificate: {clean(stage.name)}</h3>{_certificate(stage)}" for stage in certified]
         parts.append(f"{_link('verifier', said, everything)}</div>")
