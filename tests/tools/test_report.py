@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_recipes.tools.cli import main
+from rlhf_recipes.tools.pages.html import printable
 from rlhf_recipes.tools.report import write_report
 from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
 from rlhf_recipes.tools.report.sections import bought, shown, verdict
@@ -345,6 +346,7 @@ def test_a_check_links_to_the_other_one_in_another_section(tmp_path):
         ({"paid": 0.0, "verdict": "true answers not paid"}, "bad", "answers are paid too little."),
         ({"verdict": "true answers not paid"}, "bad", "too little. And it pays for constant 0.500"),
         ({"bound": None}, "bad", "It can be bought: it pays for constant."),
+        ({"kinds": 3}, "bad", "It can be bought: it pays for constant."),
         ({"bound": None, "verdict": "not bought"}, "care", "is not whole"),
         ({"kinds": [], "verdict": "not bought"}, "care", "is not whole"),
         ({"kinds": [{"kind": "true", "right": True}], "verdict": "not bought"}, "care", "is not whole"),
@@ -360,6 +362,24 @@ def test_verdicts_on_verifiers(changes, level, words):
         "bad",
         "It can be bought: which kinds it pays for is not known.",
     )
+
+
+@pytest.mark.parametrize("text", [HOSTILE, ODD])
+def test_texts_of_a_verifier_are_escaped_and_cut(text, tmp_path):
+    kind = {"kind": text, "right": False, "rows": 4, "paid": 1.0, "interval": None, "example": text + 900 * "x"}
+    rows = {"source": text, "split": text, "number": 4, "seed": 0}
+    write_json(tmp_path / "a/verifier.json", verifier_record(text, rows=rows, kinds=[kind]))  # named by its row
+    verdict = {"verdict": "bought", "kinds": [text]}
+    write_json(tmp_path / "b/verifier.json", verifier_record(text, kinds=[], bound=None) | {"verdict": verdict})
+    html, root = page_of(tmp_path, out=tmp_path / "out")
+    assert {"script", "img"}.isdisjoint(element.tag.rpartition("}")[2] for element in root.iter())
+    boxes = ["".join(element.itertext()) for element in root.iter("p") if element.get("class") == "verdict bad"]
+    assert boxes == [
+        f"a: It can be bought: it pays for {printable(text)} 1.000.",
+        f"b: It can be bought: it pays for {printable(text)}.",
+    ]
+    assert "xxxx" in html
+    assert 120 * "x" not in html
 
 
 def test_a_verifier_of_which_parts_are_missing_shows_the_others(tmp_path):
