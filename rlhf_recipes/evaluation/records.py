@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 def write_records(path: str | Path, records: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON file in one go, so that a run that is killed leaves the old one or the new one.
 
-    A number that is not finite becomes `null`, which every reader of JSON understands.
+    A number that is not finite becomes `null`, which every reader of JSON understands; half of a surrogate pair, which
+    no file in UTF-8 can hold, becomes a question mark.
 
     Args:
         path: The file; its folder is made where it is missing.
@@ -38,7 +39,8 @@ def write_records(path: str | Path, records: Mapping[str, Any] | Sequence[Mappin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(none_for_nonfinite(records), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(none_for_nonfinite(records), indent=1, ensure_ascii=False) + "\n"
+    part.write_text(text, encoding="utf-8", errors="replace")
     os.replace(part, path)
 
 

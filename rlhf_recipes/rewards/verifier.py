@@ -107,6 +107,34 @@ def check_verifier(
     return results
 
 
+def paid_verdict(results: Sequence[PaidAnswers], bound: float = 0.1) -> tuple[str, list[PaidAnswers]]:
+    """Say whether the reward can be had without the answer.
+
+    Args:
+        results: What `check_verifier` found.
+        bound: Largest share of the full reward that a wrong kind of answer may be paid on average.
+
+    Returns:
+        `not bought`, `bought`, or `true answers not paid` (less than `1 - bound`, which counts first); and the wrong
+        kinds that are paid more than `bound`.
+
+    Raises:
+        ValueError: If `bound` is no share below 1.
+
+    Example:
+        >>> rows = [{"answer": "4"}, {"answer": "7"}]
+        >>> verdict, bought = paid_verdict(check_verifier(lambda text, row: float(text > "0"), rows))
+        >>> verdict, [entry.kind for entry in bought]
+        ('bought', ['other'])
+    """
+    if not 0 <= bound < 1:
+        raise ValueError(f"`bound` is a share of the full reward, from 0 to below 1; got {bound}.")
+    bought = [entry for entry in results if not entry.right and entry.paid > bound]
+    if next(entry for entry in results if entry.kind == "true").paid < 1 - bound:
+        return "true answers not paid", bought
+    return ("bought" if bought else "not bought"), bought
+
+
 def refuse_if_bought(results: Sequence[PaidAnswers], bound: float = 0.1) -> None:
     """Stop before a training whose reward can be had without the answer.
 
@@ -125,17 +153,16 @@ def refuse_if_bought(results: Sequence[PaidAnswers], bound: float = 0.1) -> None
             ...
         ValueError: The verifier can be bought: it pays 1.00 for the kind 'other', such as '7' in row 0; at most ...
     """
-    if not 0 <= bound < 1:
-        raise ValueError(f"`bound` is a share of the full reward, from 0 to below 1; got {bound}.")
+    verdict, bought = paid_verdict(results, bound)
     table = f"\n{paid_table(results)}"
-    true = next(entry for entry in results if entry.kind == "true")
-    if true.paid < 1 - bound:
+    if verdict == "true answers not paid":
+        true = next(entry for entry in results if entry.kind == "true")
         raise ValueError(
             f"The verifier pays the rows' own answers {true.paid:.2f} of the full reward, such as {true.example!r} in "
             f"row {true.row}: see that `template` says how a completion gives its answer, and `pays` what the reward "
             f"pays.{table}"
         )
-    if bought := [entry for entry in results if not entry.right and entry.paid > bound]:
+    if verdict == "bought":
         kinds = ", ".join(
             f"{entry.paid:.2f} for the kind {entry.kind!r}, such as {entry.example!r} in row {entry.row}"
             for entry in bought

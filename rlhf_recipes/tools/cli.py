@@ -7,10 +7,16 @@ import pkgutil
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.tools.pages.html import printable
+
+if TYPE_CHECKING:
+    from rlhf_recipes.rewards.verifier import PaidAnswers
+
+_SEED = 0  # of the draw of rows that a verifier is tried on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +91,7 @@ def _add_verifier(parser: argparse.ArgumentParser) -> None:
         "--bound", type=float, default=0.1, help="share of it that wrong answers may get (default: 0.1)"
     )
     parser.add_argument("--number", type=int, default=200, help="rows to try, drawn at random (default: 200)")
+    parser.add_argument("--output_dir", type=Path, help="folder that gets verifier.json, for the report")
 
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +140,7 @@ def _verifier(args: argparse.Namespace) -> int:
         raise ValueError(
             f"Expected `number` from 1 on and `bound` from 0 to below 1, got {args.number} and {args.bound:g}."
         )
-    rows = load_rows(args.rows, split=args.split).shuffle(seed=0)
+    rows = load_rows(args.rows, split=args.split).shuffle(seed=_SEED)
     sample = rows.select(range(min(args.number, len(rows))))
     try:
         results = check_verifier(
@@ -142,12 +149,35 @@ def _verifier(args: argparse.Namespace) -> int:
     except (AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise ValueError(error) from error
     sys.stdout.write(f"{printable(paid_table(results))}\n")
+    if args.output_dir is not None:
+        _record_verifier(args, len(sample), results)
     try:
         refuse_if_bought(results, args.bound)
     except ValueError as error:
         sys.stderr.write(f"rlhf-recipes verifier: {printable(str(error).splitlines()[0])}\n")
         return 1
     return 0
+
+
+def _record_verifier(given: argparse.Namespace, number: int, found: Sequence[PaidAnswers]) -> None:
+    from rlhf_recipes.evaluation.records import write_records
+    from rlhf_recipes.rewards.verifier import paid_verdict
+
+    verdict, bought = paid_verdict(found, given.bound)
+    record = {
+        "reward": given.reward,
+        "rows": {"source": given.rows, "split": given.split, "number": number, "seed": _SEED},
+        "answer_column": given.answer_column,
+        "template": given.template,
+        "constant": given.constant,
+        "pays": given.pays,
+        "bound": given.bound,
+        "kinds": [asdict(entry) for entry in found],
+        "verdict": {"verdict": verdict, "kinds": [entry.kind for entry in bought]},
+    }
+    path = given.output_dir / "verifier.json"
+    write_records(path, record)
+    sys.stdout.write(f"{printable(path)}\n")
 
 
 def _function(name: str) -> Callable[..., Any]:

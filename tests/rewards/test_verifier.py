@@ -185,6 +185,7 @@ class TestCommand:
         script, rows = tmp_path / "rewards.py", tmp_path / "rows.jsonl"
         script.write_text(
             "def exact(text, row):\n    return float(text == row['answer'])\n"
+            "def all_paid(text, row):\n    return 1.0\ndef none_paid(text, row):\n    return 0.0\n"
             "def longer(completions, **kwargs):\n    return [float(len(text) > 0) for text in completions]\n"
             "bound = 3\n"
         )
@@ -203,6 +204,73 @@ class TestCommand:
         assert "can be bought: it pays 1.00 for the kind 'constant'" in printed.err
         assert main(["verifier", f"{script}:longer", str(rows), "--bound", "1"]) == 2
         assert "`bound` from 0 to below 1, got 200 and 1" in capsys.readouterr().err
+
+    def test_the_file_by_hand(self, files, tmp_path, capsys):
+        # 1 for every text: of the 20 answers 2 to 40 none is 0, each has another one and a negative.
+        script, rows = files
+        folder = tmp_path / "new" / "verifier"
+        command = ["verifier", f"{script}:all_paid", str(rows), "--output_dir", str(folder), "--bound", "0.2"]
+        assert main(command) == 1
+        assert capsys.readouterr().out.endswith(f"{folder / 'verifier.json'}\n")
+        assert [path.name for path in folder.iterdir()] == ["verifier.json"]
+        written = json.loads((folder / "verifier.json").read_text())
+        kinds = written.pop("kinds")
+        assert written == {
+            "reward": f"{script}:all_paid",
+            "rows": {"source": str(rows), "split": "train", "number": 20, "seed": 0},
+            "answer_column": "answer",
+            "template": "{answer}",
+            "constant": "0",
+            "pays": [0.0, 1.0],
+            "bound": 0.2,
+            "verdict": {"verdict": "bought", "kinds": ["constant", "other", "negated", "empty"]},
+        }
+        right = ["true", "spaces", "sentence", "twice"]
+        assert [(kind["kind"], kind["right"]) for kind in kinds] == [
+            *((name, True) for name in right),
+            *((name, False) for name in ("constant", "other", "negated", "empty")),
+        ]
+        low = 20 / (20 + 1.959963984540054**2)  # Wilson's lower end where all are paid
+        for kind in kinds:
+            assert (kind["paid"], kind["rows"], kind["row"]) == (1.0, 20, 0)
+            assert kind["interval"] == pytest.approx([low, 1.0], abs=1e-12)
+        assert kinds[4]["example"] == "0"
+        assert kinds[7]["example"] == ""
+
+    def test_verdicts_in_the_file(self, files, tmp_path, capsys):
+        script, rows = files
+        path = tmp_path / "verifier.json"
+        for name, code, verdict in (
+            ("exact", 0, {"verdict": "not bought", "kinds": []}),
+            ("none_paid", 1, {"verdict": "true answers not paid", "kinds": []}),
+            ("longer", 1, {"verdict": "bought", "kinds": ["constant", "other", "negated"]}),
+        ):
+            assert main(["verifier", f"{script}:{name}", str(rows), "--output_dir", str(tmp_path)]) == code
+            assert json.loads(path.read_text())["verdict"] == verdict
+        before = path.read_text()
+        assert main(["verifier", f"{script}:nothing", str(rows), "--output_dir", str(tmp_path)]) == 2
+        assert path.read_text() == before  # an error leaves the old one
+        assert main(["verifier", f"{script}:exact", str(rows), "--output_dir", str(rows)]) == 2  # it is a file
+        assert "rows.jsonl" in capsys.readouterr().err
+
+    def test_a_kind_without_rows_and_odd_bytes_are_written(self, files, tmp_path):
+        script, rows = files
+        rows.write_text('{"answer": "yes"}\n')  # no other answer, no number
+        template = "\udcff {answer}"  # what a byte of the command line that is no UTF-8 becomes
+        command = ["verifier", f"{script}:all_paid", str(rows), "--output_dir", str(tmp_path), "--template", template]
+        assert main(command) == 1
+        written = json.loads((tmp_path / "verifier.json").read_text())
+        assert written["template"] == "? {answer}"
+        [negated] = [kind for kind in written["kinds"] if kind["kind"] == "negated"]
+        assert (negated["rows"], negated["paid"], negated["interval"]) == (0, None, None)
+        assert written["verdict"]["kinds"] == ["constant", "empty"]
+
+    def test_nothing_is_written_without_the_option(self, files, tmp_path, monkeypatch):
+        script, rows = files
+        monkeypatch.chdir(tmp_path)
+        before = sorted(path for path in tmp_path.rglob("*"))
+        assert main(["verifier", f"{script}:all_paid", str(rows)]) == 1
+        assert sorted(path for path in tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize(
         ("name", "message"),

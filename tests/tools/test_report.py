@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_recipes.tools.cli import main
+from rlhf_recipes.tools.pages.html import printable
 from rlhf_recipes.tools.report import write_report
 from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
-from rlhf_recipes.tools.report.sections import shown, verdict
+from rlhf_recipes.tools.report.sections import bought, shown, verdict
 
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=1> & \x00 \x1b ]]> <!-- $x^2$ _{"
 ODD = "\u202e\u0000\ufffe\U0001f600 \u0645\u0631\u062d\u0628\u0627 z\u0351\u036b\u0343 \ud800"
@@ -87,6 +88,7 @@ def write_run(folder, text="a text", name="ppo"):
     write_json(ppo / "run.json", record("ppo", parents=[{"path": text}], wandb_run_id=text))
     write_json(ppo / "trainer_state.json", {"global_step": 120, "log_history": ppo_history()})
     write_json(ppo / "evaluation.json", comparison(text))
+    write_json(ppo / "verifier.json", verifier_record(text))
     alarm = {"kind": "over_optimization", "step": 90, "message": f"fell {text}", "numbers": {}, "action": "warned"}
     write_json(ppo / "alarms.json", [alarm])
     sample = {"prompt": text, "policy": text, "reference": text, "policy_reward": 1.25, "reference_gold": -0.75}
@@ -99,6 +101,23 @@ def write_run(folder, text="a text", name="ppo"):
         file = ppo / f"completions/completions_{step:05d}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return folder
+
+
+def verifier_record(text="a text", paid=0.5, verdict="bought", **changes):
+    """What `rlhf-recipes verifier` writes, with only three kinds of answers."""
+    entry = {"rows": 40, "interval": [0.352, 0.648], "example": text, "row": 3}
+    return {
+        "reward": text,
+        "rows": {"source": text, "split": "train", "number": 40, "seed": 0},
+        "pays": [-1.0, 3.0],
+        "bound": 0.1,
+        "kinds": [
+            {"kind": "true", "right": True, "paid": 1.0, **entry, "interval": [0.912, 1.0]},
+            {"kind": "constant", "right": False, "paid": paid, **entry},
+            {"kind": "negated", "right": False, **entry, "rows": 0, "paid": None, "interval": None, "example": ""},
+        ],
+        "verdict": {"verdict": verdict, "kinds": ["constant"] if verdict == "bought" else []},
+    } | changes
 
 
 def page_of(*folders, out):
@@ -151,6 +170,7 @@ def test_the_page_has_what_was_run_and_what_came_out(whole):
     assert "Alarms and warnings: 1" in text
     assert "policy reward 1.250" in text
     assert "reference gold -0.750" in text
+    assert "Can the reward be bought? ppo : It can be bought: it pays for constant 0.500 [0.352, 0.648]." in text
     assert "rollouts of step 120, 16 of them" in text
     assert text.endswith("What is missing Nothing.")
 
@@ -266,6 +286,127 @@ def test_a_run_from_another_version_has_a_report(tmp_path):
     assert "evaluation.json must hold a dict, but holds a list." in text
 
 
+def cells_of(root, first):
+    rows = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+    [cells] = [row for row in rows if row[0] == first]
+    return cells
+
+
+def test_a_verifier_stands_beside_the_certificate(tmp_path):
+    write_json(tmp_path / "checked/verifier.json", verifier_record("r.py:f"))
+    write_json(tmp_path / "certificate/certificate.json", {"verdict": {"verdict": "fit for PPO"}})
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    assert cells_of(root, "true") == ["true", "right", "1.000 [0.912, 1.000]", "40", "", "'r.py:f'"]
+    assert cells_of(root, "constant") == [
+        "constant",
+        "wrong",
+        "0.500 [0.352, 0.648]",
+        "40",
+        "above the bound",
+        "'r.py:f'",
+    ]
+    assert cells_of(root, "negated") == ["negated", "wrong", "-", "0", "not tried", ""]
+    text = text_of(root)
+    assert "r.py:f on 40 rows of r.py:f (train), seed 0. It pays -1 to 3." in text
+    assert "a share of 0.100" in text
+    assert text.index("Can the reward be bought?") < text.index("Certificate: certificate")
+    [box] = [element for element in root.iter("p") if element.get("class") == "verdict bad"]
+    assert "".join(box.itertext()) == "checked: It can be bought: it pays for constant 0.500 [0.352, 0.648]."
+    # Each names the other, and the links lead there.
+    links = {"".join(link.itertext()): link.get("href")[1:] for link in root.iter("a")}
+    assert (links["Reward: certificate"], links["Reward: verifier"]) == ("reward-certificate", "reward-verifier")
+    places = {element.get("id"): "".join(element.itertext()) for element in root.iter() if element.get("id")}
+    assert places["reward-verifier"] == "Can the reward be bought?"
+    assert places["reward-certificate"].startswith("Certificate: certificate")
+    assert "No curves" not in text  # nobody trains a verifier
+    assert "run.json is not there" not in text
+    assert "verifier.json" not in text
+
+
+def test_a_check_links_to_the_other_one_in_another_section(tmp_path):
+    write_json(tmp_path / "ppo/run.json", record("ppo"))
+    true = {"kind": "true", "right": True, "rows": 40, "paid": 0.85, "interval": None, "example": "x"}
+    write_json(tmp_path / "ppo/verifier.json", verifier_record(kinds=[true], verdict="true answers not paid"))
+    _, alone = page_of(tmp_path, out=tmp_path / "out")
+    assert cells_of(alone, "true") == ["true", "right", "0.850", "40", "too little", "'x'"]
+    assert not [link for link in alone.iter("a") if "certificate" in link.get("href")]
+    write_json(tmp_path / "reward/certificate.json", {"verdict": {"verdict": "fit for PPO"}})
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    links = [link.get("href")[1:] for link in root.iter("a")]
+    assert {"ppo-verifier", "reward-certificate"} <= set(links)
+    assert set(links) <= {element.get("id") for element in root.iter()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words"),
+    [
+        ({}, "bad", "It can be bought: it pays for constant 0.500 [0.352, 0.648]."),
+        ({"paid": 0.1, "verdict": "not bought"}, "good", "Not bought"),
+        ({"verdict": "not bought"}, "bad", "It can be bought"),  # the numbers count
+        ({"paid": 0.0, "verdict": "true answers not paid"}, "bad", "answers are paid too little."),
+        ({"verdict": "true answers not paid"}, "bad", "too little. And it pays for constant 0.500"),
+        ({"bound": None}, "bad", "It can be bought: it pays for constant."),
+        ({"kinds": 3}, "bad", "It can be bought: it pays for constant."),
+        ({"bound": None, "verdict": "not bought"}, "care", "is not whole"),
+        ({"kinds": [], "verdict": "not bought"}, "care", "is not whole"),
+        ({"kinds": [{"kind": "true", "right": True}], "verdict": "not bought"}, "care", "is not whole"),
+        ({"paid": 0.0, "verdict": "unheard of"}, "care", "No verdict is known."),
+        ({"paid": 0.0, "verdict": ["not bought"]}, "care", "No verdict is known."),
+    ],
+)
+def test_verdicts_on_verifiers(changes, level, words):
+    found, sentence = bought(verifier_record(**changes))
+    assert found == level
+    assert words in sentence
+    assert bought({"verdict": {"verdict": "bought"}}) == (
+        "bad",
+        "It can be bought: which kinds it pays for is not known.",
+    )
+
+
+@pytest.mark.parametrize("text", [HOSTILE, ODD])
+def test_texts_of_a_verifier_are_escaped_and_cut(text, tmp_path):
+    kind = {"kind": text, "right": False, "rows": 4, "paid": 1.0, "interval": None, "example": text + 900 * "x"}
+    rows = {"source": text, "split": text, "number": 4, "seed": 0}
+    write_json(tmp_path / "a/verifier.json", verifier_record(text, rows=rows, kinds=[kind]))  # named by its row
+    verdict = {"verdict": "bought", "kinds": [text]}
+    write_json(tmp_path / "b/verifier.json", verifier_record(text, kinds=[], bound=None) | {"verdict": verdict})
+    html, root = page_of(tmp_path, out=tmp_path / "out")
+    assert {"script", "img"}.isdisjoint(element.tag.rpartition("}")[2] for element in root.iter())
+    boxes = ["".join(element.itertext()) for element in root.iter("p") if element.get("class") == "verdict bad"]
+    assert boxes == [
+        f"a: It can be bought: it pays for {printable(text)} 1.000.",
+        f"b: It can be bought: it pays for {printable(text)}.",
+    ]
+    assert "xxxx" in html
+    assert 120 * "x" not in html
+
+
+def test_a_verifier_of_which_parts_are_missing_shows_the_others(tmp_path):
+    whole = verifier_record()
+    damaged = {
+        "pays": {"pays": 1},
+        "kinds": {"kinds": [3, whole["kinds"][1], {"kind": ["x"], "right": "no", "interval": [1]}]},
+        "verdict": {"verdict": None, "kinds": whole["kinds"][:1]},
+        "others": {"reward": 7, "rows": ["x"], "bound": "high"},
+    }
+    for name, changes in damaged.items():
+        write_json(tmp_path / name / "verifier.json", whole | changes)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/verifier.json").write_text(json.dumps(whole)[:150])
+    write_json(tmp_path / "list/verifier.json", [whole])
+    _, root = page_of(tmp_path, out=tmp_path / "out")
+    text = text_of(root)
+    assert text.count("It can be bought: it pays for constant 0.500") == 2  # pays, kinds
+    assert "others : It can be bought: it pays for constant." in text
+    assert "verdict : No verdict is known." in text
+    assert "- on - rows of - (-), seed -." in text
+    assert "verifier.json is damaged, perhaps cut off" in text
+    assert "verifier.json must hold a dict, but holds a list." in text
+    missing = text[text.rindex("What is missing") :]
+    assert missing.count("verifier.json cannot be shown whole, it may be from another version.") == 3
+
+
 def test_metrics_that_are_no_numbers_are_gaps_and_said(tmp_path):
     history = ppo_history()
     history[3]["kl"], history[4]["kl"], history[5]["kl"] = math.nan, None, "much"
@@ -288,15 +429,37 @@ JSON = st.recursive(
 )
 
 
-@given(st.lists(JSON, min_size=4, max_size=4), st.dictionaries(st.sampled_from(["step", "kl", "loss"]), JSON))
-def test_any_json_has_a_report(tmp_path_factory, values, entry):
+ANSWER = st.dictionaries(st.sampled_from(["kind", "right", "rows", "paid", "interval", "example"]), JSON)
+VERIFIER = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("reward", "pays", "bound"), JSON),
+        "rows": JSON | st.dictionaries(st.sampled_from(["source", "split", "number", "seed"]), JSON),
+        "kinds": JSON | st.lists(JSON | ANSWER, max_size=3),
+        "verdict": JSON
+        | st.fixed_dictionaries(
+            {"verdict": JSON | st.sampled_from(["bought", "not bought", "true answers not paid"]), "kinds": JSON}
+        ),
+    },
+)
+
+
+@given(
+    st.lists(JSON, min_size=4, max_size=4),
+    st.dictionaries(st.sampled_from(["step", "kl", "loss"]), JSON),
+    JSON | VERIFIER,
+)
+def test_any_json_has_a_report(tmp_path_factory, values, entry, pays):
     folder = tmp_path_factory.mktemp("any")
     names = ("run.json", "evaluation.json", "certificate.json", "frontier.json")
     for name, value in zip(names, values, strict=True):
         write_json(folder / name, value)
     write_json(folder / "trainer_state.json", {"log_history": [entry]})
     write_json(folder / "alarms.json", [values[0]])
-    page_of(folder, out=folder / "out")
+    write_json(folder / "verifier.json", pays)
+    write_json(folder / "alone/verifier.json", pays)
+    _, root = page_of(folder, out=folder / "out")
+    assert "could not be made" not in text_of(root)
 
 
 def test_the_command_prints_the_path(tmp_path, capsys, monkeypatch):

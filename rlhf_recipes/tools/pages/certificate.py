@@ -171,7 +171,8 @@ def _probes(probes: Mapping[str, Any]) -> str:
         shares = [f"{shift[share]:.0%}" for share in ("fell", "same", "rose")]
         rows.append((name, change, number(shift), f"{shift['in_std']:+.2f}", *shares, shift["n"], reading))
     header = ("probe", "change", "mean shift", "in std", "fall", "same", "rise", "n", "how to read it")
-    return "<h2>Sensitivity</h2>" + table(header, rows)
+    note = "Of a function that compares with a true answer, rlhf-recipes verifier asks the same: what does it pay for?"
+    return f'<h2>Sensitivity</h2>{table(header, rows)}<p class="note">{note}</p>'
 
 
 def _scores(measures: Mapping[str, Any], plots: Mapping[str, str]) -> str:

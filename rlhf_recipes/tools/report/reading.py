@@ -18,7 +18,9 @@ from rlhf_recipes.statistics.numbers import is_number
 Record = dict[str, Any]
 
 KINDS = ("sft", "reward", "ppo")  # the stages that have a section of their own; all others are "other"
-_RECORDS = ("run.json", "trainer_state.json", "evaluation.json", "certificate.json", "frontier.json")
+_CHECKS = ("certificate", "verifier")  # of a reward, before a training
+_LOGS = ("run.json", "trainer_state.json", "evaluation.json", "frontier.json")
+_RECORDS = (*_LOGS, *(f"{name}.json" for name in _CHECKS))
 _LISTS = ("alarms.json", "critic_health.json", "training_health.json")
 _FILES = {*_RECORDS, *_LISTS, "policy_evaluation.jsonl", "completions"}
 _ORDER = ("world", "base", "sft", "preferences", "reward", "ppo")
@@ -53,8 +55,13 @@ class Stage:
 
     @property
     def trained(self) -> bool:
-        """True if it left a log or an evaluation: the folder of a certificate alone has none."""
+        """True if it left a log or an evaluation: the folder of a certificate or a verifier alone has none."""
         return bool(self.history or self.record("evaluation"))
+
+    @property
+    def only_checks(self) -> bool:
+        """Whether it trained nothing, and holds a certificate or what a verifier pays."""
+        return not self.trained and any(map(self.record, _CHECKS))
 
     def record(self, name: str) -> Record:
         """Return what `<name>.json` holds, or nothing."""
@@ -159,7 +166,7 @@ def _is_stage(folder: Path) -> bool:
 
 
 def _place(stage: Stage) -> tuple[int, bool, str]:
-    """The order of the stages; a certificate in a folder of its own comes after its reward model."""
+    """The order of the stages; a check of a reward in a folder of its own comes after the reward model."""
     names = (stage.record("run").get("stage"), stage.kind, stage.folder.name)
     place = next((_ORDER.index(name) for name in names if name in _ORDER), len(_ORDER))
     return place, not stage.trained, stage.folder.name
@@ -257,6 +264,8 @@ def _kind(stage: Stage) -> str:
         return "reward"
     if "loss" in keys:
         return "sft"
+    if stage.record("verifier"):
+        return "reward"
     return stage.folder.name if stage.folder.name in KINDS else "other"
 
 
@@ -280,8 +289,7 @@ def _note_absent(stage: Stage) -> None:
         "trainer_state.json": "there are no curves; the run did not end, or saved nothing.",
         "evaluation.json": "the run did not end, or its evaluation is off.",
     }
-    only_certificate = bool(stage.record("certificate")) and not stage.trained
-    expected = list(consequences) if stage.kind in KINDS and not only_certificate else []
+    expected = list(consequences) if stage.kind in KINDS and not stage.only_checks else []
     if stage.kind == "ppo" and not (stage.folder / "completions").is_dir():
         stage.missing.append("completions/ is not there: no completions of the training (`log_completions: true`).")
     for name in expected:

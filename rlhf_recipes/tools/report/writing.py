@@ -64,7 +64,7 @@ def _body(runs: Sequence[Run], output: Path) -> str:
     parts: list[tuple[str, str, Callable[[], str]]] = [("what", "What was run", lambda: lineage(runs))]
     for kind in KINDS:
         if of_kind[kind]:
-            parts.append((kind, title_of(kind), _section(kind, of_kind[kind], output)))
+            parts.append((kind, title_of(kind), _section(kind, of_kind[kind], output, stages)))
     if policies:
         parts.append(("frontier", "Over-optimisation frontier", lambda: frontiers(policies, output)))
         parts.append(("comparison", "Policy against reference", lambda: comparison(policies)))
@@ -80,8 +80,8 @@ def _body(runs: Sequence[Run], output: Path) -> str:
     return f"<nav>{links}</nav>{_in_short(runs, policies)}{html}"
 
 
-def _section(kind: str, stages: Sequence[Stage], output: Path) -> Callable[[], str]:
-    return lambda: training(kind, stages, output)
+def _section(kind: str, stages: Sequence[Stage], output: Path, everything: Sequence[Stage]) -> Callable[[], str]:
+    return lambda: training(kind, stages, output, everything)
 
 
 def _guarded(heading: str, write: Callable[[], str], runs: Sequence[Run]) -> str:

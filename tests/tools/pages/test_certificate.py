@@ -49,7 +49,14 @@ def test_the_numbers_stand_on_it(certificate):
     text = " ".join(parse(page(certificate, "Title")).itertext())
     low, high = certificate["accuracy"]["interval"]
     assert f"{certificate['accuracy']['value']:.3f} [{low:.3f}, {high:.3f}]" in text
-    for word in ("baseline: tfidf", "prompt_swap", "expected calibration error", "Worst errors", "fit for PPO"):
+    for word in (
+        "baseline: tfidf",
+        "prompt_swap",
+        "expected calibration error",
+        "Worst errors",
+        "fit for PPO",
+        "rlhf-recipes verifier",
+    ):
         assert word in text
 
 
