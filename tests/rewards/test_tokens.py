@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
 from rlhf_recipes.rewards import TokenClassifierReward, checked, token_spans
+from rlhf_recipes.rewards.record import RewardRecord
 
 TEXTS = ["the film was good and warm", "this story felt dull, très bien, 日本"]
 
@@ -76,9 +77,11 @@ def test_it_is_a_reward_function_with_a_real_model():
     ids = [POLICY(text)["input_ids"] for text in TEXTS]
     chat = [[{"role": "user", "content": "go"}]] * 2
     POLICY.chat_template = "{{ messages[0]['content'] }}:"
-    sums = reward(prompts=chat, completions=TEXTS, completion_ids=ids)
-    assert [sum(row) for row in reward.token_rewards] == pytest.approx(sums)
-    assert [len(row) for row in reward.token_rewards] == [len(row) for row in ids]
+    record = RewardRecord()
+    sums = reward(prompts=chat, completions=TEXTS, completion_ids=ids, reward_record=[record])
+    [rows] = record.token_rewards.values()
+    assert [sum(row) for row in rows] == pytest.approx(sums)
+    assert [len(row) for row in rows] == [len(row) for row in ids]
 
 
 def test_models_that_do_not_fit_are_refused():
