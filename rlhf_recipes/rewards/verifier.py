@@ -111,7 +111,7 @@ def paid_verdict(results: Sequence[PaidAnswers], bound: float = 0.1) -> tuple[st
     """Say whether the reward can be had without the answer.
 
     Args:
-        results: What `check_verifier` found.
+        results: What `check_verifier` returned.
         bound: Largest share of the full reward that a wrong kind of answer may be paid on average.
 
     Returns:

@@ -159,23 +159,23 @@ def _verifier(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record_verifier(given: argparse.Namespace, number: int, found: Sequence[PaidAnswers]) -> None:
+def _record_verifier(args: argparse.Namespace, number: int, results: Sequence[PaidAnswers]) -> None:
     from rlhf_recipes.evaluation.records import write_records
     from rlhf_recipes.rewards.verifier import paid_verdict
 
-    verdict, bought = paid_verdict(found, given.bound)
+    verdict, bought = paid_verdict(results, args.bound)
     record = {
-        "reward": given.reward,
-        "rows": {"source": given.rows, "split": given.split, "number": number, "seed": _SEED},
-        "answer_column": given.answer_column,
-        "template": given.template,
-        "constant": given.constant,
-        "pays": given.pays,
-        "bound": given.bound,
-        "kinds": [asdict(entry) for entry in found],
+        "reward": args.reward,
+        "rows": {"source": args.rows, "split": args.split, "number": number, "seed": _SEED},
+        "answer_column": args.answer_column,
+        "template": args.template,
+        "constant": args.constant,
+        "pays": args.pays,
+        "bound": args.bound,
+        "kinds": [asdict(entry) for entry in results],
         "verdict": {"verdict": verdict, "kinds": [entry.kind for entry in bought]},
     }
-    path = given.output_dir / "verifier.json"
+    path = args.output_dir / "verifier.json"
     write_records(path, record)
     sys.stdout.write(f"{printable(path)}\n")
 

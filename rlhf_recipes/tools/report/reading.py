@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def only_checks(self) -> bool:
-        """Whether it trained nothing, and holds a certificate or what a verifier pays."""
+        """True if it trained nothing, and holds a certificate or what a verifier pays."""
         return not self.trained and any(map(self.record, _CHECKS))
 
     def record(self, name: str) -> Record:

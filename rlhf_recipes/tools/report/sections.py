@@ -120,26 +120,26 @@ def training(kind: str, stages: Sequence[Stage], folder: Path, everything: Seque
     elif not all(stage.only_checks for stage in stages):
         parts.append(_note("No curves: nothing was logged."))
     if verified := [verifier(stage) for stage in stages if stage.record("verifier")]:
-        said = "For a learned reward model, the probes of its certificate ask what it pays for"
+        lead = "For a learned reward model, the probes of its certificate ask what it pays for"
         parts.append(f'<h3 id="{kind}-verifier">Can the reward be bought?</h3>{"".join(verified)}')
-        parts.append(_link("certificate", said, everything))
+        parts.append(_link("certificate", lead, everything))
     if certified := [stage for stage in stages if stage.record("certificate")]:
-        said = "The probes, below, ask what a learned reward model pays for; which wrong answers a function pays"
+        lead = "The probes (sensitivity) ask what a learned reward model pays for; which wrong answers a function pays"
         parts.append(f'<div id="{kind}-certificate">')
         parts += [f"<h3>Certificate: {clean(stage.name)}</h3>{_certificate(stage)}" for stage in certified]
-        parts.append(f"{_link('verifier', said, everything)}</div>")
+        parts.append(f"{_link('verifier', lead, everything)}</div>")
     return "".join(parts)
 
 
-def _link(name: str, said: str, everything: Sequence[Stage]) -> str:
-    """A sentence with links to where the page has this check of a reward; nothing if it has none."""
+def _link(name: str, lead: str, everything: Sequence[Stage]) -> str:
+    """Write a sentence with links to where the page has this check of a reward; nothing if it has none."""
     kinds = [kind for kind in KINDS if any(stage.kind == kind and stage.record(name) for stage in everything)]
     links = ", ".join(f'<a href="#{kind}-{name}">{clean(_TITLES[kind])}: {name}</a>' for kind in kinds)
-    return f'<p class="note">{clean(said)}: {links}.</p>' if links else ""
+    return f'<p class="note">{clean(lead)}: {links}.</p>' if links else ""
 
 
 def verifier(stage: Stage) -> str:
-    """What a reward pays for right and for wrong answers, from `verifier.json`, as far as the file can be read.
+    """Write what a reward pays for right and for wrong answers, from `verifier.json`, as far as the file can be read.
 
     Args:
         stage: Its `missing` gets a sentence if the file cannot be shown whole.
@@ -191,18 +191,18 @@ def bought(record: Mapping[str, Any]) -> tuple[str, str]:
         >>> bought({"verdict": {"verdict": "not bought"}})[0]
         'care'
     """
-    found: Any = record.get("verdict")
-    said = found if isinstance(found, dict) else {}
+    value: Any = record.get("verdict")
+    written = value if isinstance(value, dict) else {}
     above = [row for row in _kinds(record) if _above(row, record)]
     paid = [f"{_text(row.get('kind'))} {shown(row['paid'], row.get('interval'))}" for row in above]
-    if not paid and isinstance(said.get("kinds"), list):
-        paid = [_text(kind) for kind in said["kinds"]]
-    listed = f"it pays for {', '.join(paid)}" if paid else "which kinds it pays for is not known"
-    if said.get("verdict") == "true answers not paid":
-        return "bad", "The rows' own answers are paid too little." + (f" And {listed}." if paid else "")
-    if above or said.get("verdict") == "bought":
-        return "bad", f"It can be bought: {listed}."
-    if said.get("verdict") != "not bought":
+    if not paid and isinstance(written.get("kinds"), list):
+        paid = [_text(kind) for kind in written["kinds"]]
+    what = f"it pays for {', '.join(paid)}" if paid else "which kinds it pays for is not known"
+    if written.get("verdict") == "true answers not paid":
+        return "bad", "The rows' own answers are paid too little." + (f" And {what}." if paid else "")
+    if above or written.get("verdict") == "bought":
+        return "bad", f"It can be bought: {what}."
+    if written.get("verdict") != "not bought":
         return "care", "No verdict is known."
     if not _whole(record):
         return "care", "Not bought, says the file, but what this rests on is not whole."
@@ -210,8 +210,8 @@ def bought(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _kinds(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = record.get("kinds")
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    rows = record.get("kinds")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _whole(record: Mapping[str, Any]) -> bool:
