@@ -15,7 +15,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOTrainer
 
@@ -153,8 +152,7 @@ class PPOTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
-        if isinstance(train_dataset, IterableDataset):  # its passes are shuffled already
-            self.shuffle_dataset = False
+        self.shuffle_dataset &= not isinstance(train_dataset, IterableDataset)  # its passes are shuffled already
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
@@ -373,8 +371,7 @@ class PPOTrainer(GRPOTrainer):
             checks.check_reference(old.logps, ref.logps, mask, self.half_precision)
         if args.kl_estimator == "full":
             return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)
-        kl = kl_estimate(old.logps, ref.logps, args.kl_estimator)
-        return old, ref, critic, kl.masked_fill(~mask.bool(), 0.0)
+        return old, ref, critic, kl_estimate(old.logps, ref.logps, args.kl_estimator).masked_fill(~mask.bool(), 0.0)
 
     def _token_rewards(self, record: RewardRecord, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Rewards per token `(B, T)` without the KL, the transformed scores `(B,)`, and what each transform added."""
@@ -507,7 +504,7 @@ class PPOTrainer(GRPOTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, but count each row once, however the batches and processes are cut."""
         repeats: Any = self.num_generations_eval
-        stream = isinstance(dataloader.dataset, TorchIterableDataset)
+        stream = isinstance(dataloader.dataset, torch.utils.data.IterableDataset)
         self.evaluated.begin(None if stream else len(dataloader.dataset) * repeats)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
