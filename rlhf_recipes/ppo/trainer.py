@@ -152,7 +152,7 @@ class PPOTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
-        self.shuffle_dataset &= not isinstance(train_dataset, IterableDataset)  # its passes are shuffled already
+        self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
         if self.trains_whole_model:
