@@ -22,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: venv
 	bash recipes/quickstart/run.sh
 
-# The default suite: everything but the tests marked slow, with the examples in docstrings
+# The default suite: everything but the tests marked slow, with the examples in docstrings; a thread for each worker
 test: venv
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

@@ -125,6 +125,7 @@ def test_numbers_out_of_range_are_refused(options, message):
         TensorFlowAdamW([parameter(0.0)], **options)
 
 
+@pytest.mark.slow
 def test_the_textbook_recipe_trains_with_it(
     repo_root, tiny_model_path, tiny_texts, sft_adapter, reward_adapter, tmp_path
 ):
