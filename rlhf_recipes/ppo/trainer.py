@@ -482,8 +482,8 @@ class PPOTrainer(GRPOTrainer):
     # 8. Metrics, and what follows from them.
     def _log_rollout(self, facts: RolloutFacts, advantages: Tensor) -> None:
         facts = facts.gather(self.accelerator)
-        means = facts.metrics(self.kl_controller.value)
         if self.model.training:
+            means = facts.metrics(self.kl_controller.value)
             for name, mean in means.items():
                 self._metrics["train"][name].append(mean)
             self.kl_coef = self.kl_controller.value
