@@ -395,7 +395,9 @@ def test_nothing_is_reported_to_null():
 
 def test_trl_model_config_passes_with_one_target_module():
     validate_fields(ModelConfig())
-    validate_fields(ModelConfig(lora_target_modules=["all-linear"]))  # its `__post_init__` unpacks the list
+    unpacked = ModelConfig(lora_target_modules=["all-linear"])
+    assert unpacked.lora_target_modules == "all-linear"  # its `__post_init__` takes the one value out of the list
+    validate_fields(unpacked)
 
 
 def test_validate_fields_judges_what_python_code_gives():

@@ -109,6 +109,7 @@ def test_trouble_with_artifacts_stops_nothing(stage, caplog):
 
 def test_a_process_without_a_run_does_nothing(tmp_path):
     log_outputs(None, str(tmp_path / "nowhere"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_a_record_is_named(stage):
