@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.tools.labeling.command import add_arguments
 from rlhf_recipes.tools.pages.html import printable
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
     _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
     _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
+    add_arguments(commands.add_parser("label", help="compare answers on a local page, and export the preferences"))
     args, words = parser.parse_known_args(arguments)
     try:
         if args.command == "plan":
