@@ -79,7 +79,8 @@ def flags_of(script):
 @cache
 def flags_of_the_command():
     """Flags that `rlhf-recipes` takes."""
-    return set(re.findall(r'add_argument\(\s*"--([a-z_]+)"', (ROOT / "rlhf_recipes/tools/cli.py").read_text()))
+    sources = [path.read_text() for path in (ROOT / "rlhf_recipes/tools").rglob("*.py")]
+    return {flag for source in sources for flag in re.findall(r'add_argument\(\s*"--([a-z_]+)"', source)}
 
 
 def problems(command):

@@ -18,6 +18,7 @@ from rlhf_recipes.tools.labeling.texts import turns, visible_parts
 
 with from_extra("label", needed_by="The labelling page"):
     import python_multipart  # noqa: F401  # FastAPI reads forms with it
+    import uvicorn  # noqa: F401  # the command serves with it
     from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import PlainTextResponse, RedirectResponse

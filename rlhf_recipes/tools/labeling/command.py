@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlhf_recipes.tools.labeling.guard import App
     from rlhf_recipes.tools.labeling.store import Store
 
 PASSWORD = "RLHF_RECIPES_LABEL_PASSWORD"
@@ -72,10 +73,12 @@ def label(args: argparse.Namespace) -> str:
     if args.export is not None:
         return _export(args)
     password = _password(args)
+    from rlhf_recipes.tools.labeling.app import guarded_app  # a package that is missing is said before all else
+
     store = _open(args, password or "")
     try:
         store.want(args.labels_per_item, args.shared)
-        return _serve(args, store, password)
+        return _serve(args, guarded_app(store, args.host, password), store)
     finally:
         store.close()
 
@@ -97,32 +100,31 @@ def _password(args: argparse.Namespace) -> str | None:
 
 
 def _open(args: argparse.Namespace, secret: str) -> Store:
-    from rlhf_recipes.tools.labeling.app import guarded_app  # noqa: F401  # what is missing is said before all else
-    from rlhf_recipes.tools.labeling.label_studio import read_items_and_judgements
     from rlhf_recipes.tools.labeling.store import Store, create
 
     new = not args.db.exists() or args.db.stat().st_size == 0
     if new and args.data is None:
         raise FileNotFoundError(f"There is no {args.db} yet. Name the answers to compare with `--data`.")
-    if new:
+    if args.data is not None:
+        from rlhf_recipes.tools.labeling.label_studio import read_items_and_judgements  # it takes seconds
+
         items, past = read_items_and_judgements(args.data)
+    if new:
         create(args.db, items, source=args.data, seed=args.seed or 0, past=past)
     store = Store(args.db, args.lease_minutes * 60, secret)
     try:
-        if not new and args.data is not None:
-            store.check_same(read_items_and_judgements(args.data)[0], args.data)
+        if args.data is not None:
+            store.check_same(items, args.data)
         if args.seed is not None and str(args.seed) != store.settings["seed"]:
             raise ValueError(f"{args.db} was made with the seed {store.settings['seed']}, got {args.seed}.")
-    except (OSError, ValueError):
+    except ValueError:
         store.close()
         raise
     return store
 
 
-def _serve(args: argparse.Namespace, store: Store, password: str | None) -> str:
+def _serve(args: argparse.Namespace, app: App, store: Store) -> str:
     import uvicorn
-
-    from rlhf_recipes.tools.labeling.app import guarded_app
 
     # Bound here: uvicorn would end the process with a message of its own where the port is taken.
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -131,7 +133,7 @@ def _serve(args: argparse.Namespace, store: Store, password: str | None) -> str:
         sys.stdout.write(f"Label at http://{host}:{server.getsockname()[1]}/ (Ctrl-C ends; nothing is lost)\n")
         sys.stdout.flush()
         config = uvicorn.Config(
-            guarded_app(store, args.host, password),
+            app,
             log_level="warning",
             server_header=False,
             proxy_headers=False,  # who sends `X-Forwarded-For` would choose whose rate limit counts

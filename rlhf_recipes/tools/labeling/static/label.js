@@ -76,6 +76,8 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") find("#heading").focus();
     return;
   }
+  // Enter in a form presses its first button: on a strength it would say that the first answer is better.
+  if (event.key === "Enter" && event.target.matches("[type=radio]")) return event.preventDefault();
   if (!find("#use-keys")?.checked) return;
   if (event.key === "Enter" && event.target.matches("a, button, summary, input")) return; // its own
   if (find(".ranking") && /^[1-9]$/.test(event.key)) return giveRank(Number(event.key));
