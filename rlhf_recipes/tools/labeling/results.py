@@ -23,7 +23,6 @@ from rlhf_recipes.tools.ranking.votes import Vote
 MOST_JUDGEMENTS, MOST_VOTES = 20_000, 2_000  # 2,000 votes and 100 draws take 2 s, however long labelling goes on
 _DRAWS = 100
 _FRESH_SECONDS = 10.0
-_PATIENCE_SECONDS = 20.0
 
 
 class LabellerResults(NamedTuple):
@@ -93,25 +92,19 @@ class LiveResults:
         self._store, self._lock = store, threading.Lock()
         self._items = store.items()  # they never change
         self._worker = ThreadPoolExecutor(max_workers=1)
-        self._latest: Future[Results] | None = None
+        self._latest: Results | None = None
         self._next: Future[Results] | None = None
         self._started = -math.inf
 
-    def get(self) -> Results:
-        """Return the latest results. Only the first call waits for them."""
+    def get(self) -> Results | None:
+        """Return the latest results; None while the first ones are computed."""
         with self._lock:
             if self._next is not None and self._next.done():
-                self._latest, self._next = self._next, None
+                self._latest, self._next = self._next.result(), None
             if self._next is None and monotonic() - self._started > _FRESH_SECONDS:
                 self._started = monotonic()
                 self._next = self._worker.submit(self._compute)
-            known = self._latest or self._next
-        assert known is not None
-        return known.result(timeout=_PATIENCE_SECONDS)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._worker.shutdown(cancel_futures=True)
+            return self._latest
 
     def _compute(self) -> Results:
         return compute_results(self._items, self._store.judgements(latest=MOST_JUDGEMENTS))

@@ -199,6 +199,8 @@ class Store:
         Raises:
             ValueError: If a number is out of its range.
         """
+        if per_item is None and shared is None:
+            return
         per_item = int(self.settings["per_item"]) if per_item is None else per_item
         shared = float(self.settings["shared"]) if shared is None else shared
         if per_item < 1 or not 0 <= shared <= 1:

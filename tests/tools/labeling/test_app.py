@@ -1,4 +1,5 @@
 import re
+import time
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -349,7 +350,10 @@ def test_results_are_shown(opened):
         for _ in range(4):
             shown = store.order(name, browser.item(), 2)
             browser.judge("first" if shown[0] == 0 else "second")
-    page = browser.page("/results")
+    assert "The rest is being computed" in browser.get("/results").text
+    deadline = time.monotonic() + 30
+    while not (page := browser.page("/results")).all("table"):
+        assert time.monotonic() < deadline
     rows = {one["text"] for one in page.all("tr")}
     assert any(row.startswith("Ann4000") and row.endswith("1.00 [0.21, 1.00] of 1") for row in rows)
     assert any(row.startswith("<b>new") and row.endswith("not identified8") for row in rows)

@@ -1,9 +1,11 @@
 """The labelling page in a real browser: by keyboard, by mouse, on a phone, and when the server is killed."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -51,6 +53,12 @@ class Server:
         assert found, said + self.process.stdout.read()
         self.port = int(found[1])
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -64,6 +72,12 @@ class Server:
         store.close()
         return found
 
+    def leased(self):
+        """Whether an item is on somebody's page."""
+        with contextlib.closing(sqlite3.connect(self.db)) as database:
+            [(number,)] = database.execute("SELECT count(*) FROM leases WHERE expires_at > ?", (time.time(),))
+        return number > 0
+
 
 class Browser:
     """A labeller at a keyboard."""
@@ -76,6 +90,7 @@ class Browser:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        self.name = name
         self.url = f"http://127.0.0.1:{port}/"
         self.driver.get(self.url)
         self.keys(name, "\ue007")  # the field has the focus; Enter
@@ -130,8 +145,7 @@ class Browser:
         asked = [
             urlsplit(found["url"]).hostname
             for kind, found in events
-            if kind == "URL_REQUEST_START_JOB"
-            and "127.0.0.1" in found.get("url", "") + found.get("initiator", "")
+            if kind == "URL_REQUEST_START_JOB" and "127.0.0.1" in found.get("url", "") + found.get("initiator", "")
         ]
         connected = [
             found["address"].rpartition(":")[0]
@@ -153,11 +167,10 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("label")
     rows = [{"prompt": f"q{n}", "completions": [f"{HOSTILE} {n}", "word " * 150 + "long" * 200]} for n in range(6)]
     rows += [{"prompt": f"r{n}", "completions": [f"{letter}{n}" for letter in "abcd"]} for n in range(6)]
-    server = Server(folder, rows, "--seed", 1)
-    browser = Browser(folder, server.port, "Ann")
-    yield server, browser
-    assert_loopback(*browser.close())
-    server.kill()
+    with Server(folder, rows, "--seed", 1) as server:
+        browser = Browser(folder, server.port, "Ann")
+        yield server, browser
+        assert_loopback(*browser.close())
 
 
 def go_to(browser, kind):
@@ -215,6 +228,17 @@ def test_tab_reaches_everything_and_comes_out_again(served):
     assert reached.count("n") > 1, "the note is no trap"
 
 
+def test_leaving_gives_the_pair_back(served):
+    server, browser = served
+    go_to(browser, "Pair")
+    assert server.leased()
+    browser.driver.get("about:blank")
+    deadline = time.monotonic() + 20
+    while server.leased():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("kind", ["Pair", "Ranking"])
 def test_the_page_is_readable_wide_and_narrow_light_and_dark(served, kind):
     _, browser = served
@@ -263,46 +287,43 @@ def test_rankings_by_keys_by_buttons_and_by_dragging(served):
 @pytest.mark.slow
 def test_thirty_pairs_by_two_at_once_with_a_reload_undo_and_a_killed_server(tmp_path):
     rows = [{"prompt": f"q{n}", "response_a": f"x{n}", "response_b": f"y{n}"} for n in range(30)]
-    server = Server(tmp_path, rows)
-    ann, bob = (Browser(tmp_path, server.port, name) for name in ("Ann", "Bob"))
-    said, undone = [], 0
-    keys = {"1": [1, 2], "2": [2, 1], "=": [1, 1]}
+    ranks = {"1": [1, 2], "2": [2, 1], "=": [1, 1]}
+    said = []
 
-    def judge(browser, name, key):
-        said.append((name, int(browser.item()), keys[key]))
+    def judge(browser, key):
+        said.append((browser.name, int(browser.item()), ranks[key]))
         browser.press(key)
 
-    turn = 0
-    while ann.item() is not None or bob.item() is not None:
-        for browser, name in ((ann, "Ann"), (bob, "Bob")):
-            assert ann.item() is None or ann.item() != bob.item(), "never the same pair"
-            if browser.item() is not None:
-                judge(browser, name, "12="[turn % 3])
-                turn += 1
+    with Server(tmp_path, rows) as server:
+        both = [Browser(tmp_path, server.port, name) for name in ("Ann", "Bob")]
+        for turn in range(29):
+            browser, other = both[turn % 2], both[1 - turn % 2]
+            assert browser.item() != other.item(), "never the same pair"
             if turn == 5:
                 item = browser.item()
                 browser.driver.refresh()
                 assert browser.item() == item, "a page that is loaded again shows the same pair"
+            judge(browser, "12="[turn % 3])
             if turn == 9:
-                _, item, _ = said.pop()
+                undone = said.pop()
                 browser.press("u")
-                undone += 1
-                assert int(browser.item()) == item
-                judge(browser, name, "=")
+                assert int(browser.item()) == undone[1]
+                judge(browser, "=")
             if turn in (12, 20):
                 server.kill()  # directly after the answer to the last click
-                turn += 1
                 browser.keys("1")
                 browser.wait("return document.querySelector('#alert').textContent.includes('does not answer')")
                 server.start()
-    assert undone == 1
-    found = server.judgements()
-    held = [one for one in found if one.undone_at is None]
-    assert len(found) - len(held) == 1
-    assert sorted((one.labeller, one.item, [one.answer.ranks[i] for i in one.shown]) for one in held) == sorted(said)
-    assert sorted(one.item for one in held) == list(range(30))
-    assert "Nothing is left" in ann.text("main") + bob.text("main")
-    for browser in (ann, bob):
-        assert browser.messages() == []
-        assert_loopback(*browser.close())
-    server.kill()
+        last = next(browser for browser in both if browser.item() is not None)
+        judge(last, "1")
+        assert "Nothing is left" in last.text("main")
+        found = server.judgements()
+        held = [one for one in found if one.undone_at is None]
+        assert len(found) - len(held) == 1
+        assert sorted((one.labeller, one.item, [one.answer.ranks[i] for i in one.shown]) for one in held) == sorted(
+            said
+        )
+        assert sorted(one.item for one in held) == list(range(30))
+        for browser in both:
+            assert browser.messages() == []
+            assert_loopback(*browser.close())

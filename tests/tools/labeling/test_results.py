@@ -94,17 +94,21 @@ def test_requests_do_not_compute_again_and_again(opened, monkeypatch):
     compute = results_module.compute_results
     monkeypatch.setattr(results_module, "compute_results", lambda *args: calls.append(1) or compute(*args))
     live = LiveResults(store)
-    assert live.get().judgements == 0
+    assert live.get() is None, "no request waits"
+
+    def wait_for(judgements):
+        deadline = time.monotonic() + 30
+        while (found := live.get()) is None or found.judgements != judgements:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    wait_for(0)
     ann = store.session(store.sign_in("Ann"))
     store.judge(ann, store.show(ann).number, Answer("ranked", [1, 2]))
     for _ in range(50):
         assert live.get().judgements == 0
     assert len(calls) == 1
     now[0] += 11
-    live.get()  # starts the next one, and shows the last
-    deadline = time.time() + 20
-    while live.get().judgements == 0 and time.time() < deadline:
-        time.sleep(0.01)
-    assert live.get().judgements == 1
+    assert live.get().judgements == 0, "the last ones, while the next ones are computed"
+    wait_for(1)
     assert len(calls) == 2
-    live.close()

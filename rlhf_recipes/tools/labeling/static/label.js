@@ -130,10 +130,9 @@ document.addEventListener("pointerdown", (event) => {
   card.classList.add("dragged");
   document.addEventListener("pointermove", ({ clientY }) => {
     const middle = (one) => { const box = one.getBoundingClientRect(); return box.top + box.height / 2; };
-    const before = card.previousElementSibling;
-    const after = card.nextElementSibling;
-    if (before && clientY < middle(before)) before.before(card);
-    else if (after && clientY > middle(after)) after.after(card);
+    let beside; // a quick hand passes several cards at once
+    while ((beside = card.previousElementSibling) && clientY < middle(beside)) beside.before(card);
+    while ((beside = card.nextElementSibling) && clientY > middle(beside)) beside.after(card);
   }, { signal });
   for (const end of ["pointerup", "pointercancel"]) {
     document.addEventListener(end, () => {
