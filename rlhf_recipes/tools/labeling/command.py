@@ -100,7 +100,8 @@ def _password(args: argparse.Namespace) -> str | None:
 
 
 def _open(args: argparse.Namespace, secret: str) -> Store:
-    from rlhf_recipes.tools.labeling.store import Store, create
+    from rlhf_recipes.tools.labeling.database import create
+    from rlhf_recipes.tools.labeling.store import Store
 
     new = not args.db.exists() or args.db.stat().st_size == 0
     if new and args.data is None:

@@ -7,48 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
 from typing import Any, NamedTuple
 
+from rlhf_recipes.tools.labeling.database import check_ours, connect, insert, read_json, recount
 from rlhf_recipes.tools.labeling.records import Answer, Item, Judgement, checked, fingerprint
 
 SESSION_SECONDS = 7 * 24 * 3600.0
 
-_APPLICATION = 0x524C4246  # "RLBF": SQLite's mark of what a file is for
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE items (
-    item INTEGER PRIMARY KEY, row TEXT NOT NULL, models TEXT, gold TEXT, position INTEGER NOT NULL UNIQUE,
-    wanted INTEGER NOT NULL, missing INTEGER NOT NULL
-) STRICT;
-CREATE INDEX open_items ON items (position) WHERE missing > 0;
-CREATE TABLE sessions (
-    session INTEGER PRIMARY KEY, token BLOB NOT NULL UNIQUE, labeller TEXT NOT NULL, started_at TEXT NOT NULL
-) STRICT;
-CREATE TABLE leases (
-    session INTEGER PRIMARY KEY REFERENCES sessions, item INTEGER NOT NULL REFERENCES items, labeller TEXT NOT NULL,
-    showing TEXT NOT NULL, shown_at REAL NOT NULL, expires_at REAL NOT NULL
-) STRICT;
-CREATE INDEX leased_items ON leases (item);
-CREATE TABLE judgements (
-    judgement INTEGER PRIMARY KEY AUTOINCREMENT, item INTEGER NOT NULL REFERENCES items, labeller TEXT NOT NULL,
-    session INTEGER REFERENCES sessions, verdict TEXT NOT NULL, ranks TEXT, strength TEXT, note TEXT NOT NULL,
-    shown TEXT, shown_at TEXT, judged_at TEXT, milliseconds INTEGER, undone_at TEXT
-) STRICT;
-CREATE UNIQUE INDEX one_of_each_labeller ON judgements (item, labeller) WHERE undone_at IS NULL;
-CREATE INDEX by_labeller ON judgements (labeller, verdict) WHERE undone_at IS NULL;
-CREATE INDEX by_session ON judgements (session, judgement) WHERE undone_at IS NULL;
-"""
 # An item is free for a session if its labeller has not judged it and does not see it elsewhere, and if more judgements
 # are missing than others are about to give. Items with a known answer are for everybody.
 _FREE = """
@@ -126,6 +100,7 @@ class Store:
 
     Example:
         >>> import tempfile
+        >>> from rlhf_recipes.tools.labeling.database import create
         >>> path = Path(tempfile.mkdtemp()) / "labels.sqlite"
         >>> create(path, [Item({"prompt": "Hi", "completions": ["Hello!", "No."]})])
         >>> store = Store(path)
@@ -143,9 +118,9 @@ class Store:
             raise FileNotFoundError(f"There is no {path}. Name the rows to label, and it is made.")
         self.path, self.lease_seconds, self._secret = path, lease_seconds, secret
         self._lock = threading.RLock()
-        self._database = _connect(path)
+        self._database = connect(path)
         try:
-            _check_ours(self._database, path)
+            check_ours(self._database, path)
         except ValueError:
             self._database.close()
             raise
@@ -215,7 +190,7 @@ class Store:
                 "(SELECT item FROM items WHERE gold IS NULL ORDER BY position LIMIT ?) THEN ? ELSE 1 END",
                 (round(shared * number), per_item),
             )
-            _recount(database, "TRUE")
+            recount(database, "TRUE")
             new = {"per_item": str(per_item), "shared": str(shared)}
             database.executemany("UPDATE settings SET value = ? WHERE name = ?", [(v, k) for k, v in new.items()])
         self.settings |= new
@@ -363,7 +338,7 @@ class Store:
             shown_at, now = lease[0], time()
             number = len(json.loads(lease[1])["completions"])
             answer = checked(answer, number)
-            _insert(
+            insert(
                 database,
                 Judgement(
                     number=0,
@@ -379,7 +354,7 @@ class Store:
                 session.session,
             )
             database.execute("DELETE FROM leases WHERE session = ?", (session.session,))
-            _recount(database, "item = ?", item)
+            recount(database, "item = ?", item)
         return True
 
     @staticmethod
@@ -405,7 +380,7 @@ class Store:
             if last is None:
                 return False
             database.execute("UPDATE judgements SET undone_at = ? WHERE judgement = ?", (_utc(time()), last[0]))
-            _recount(database, "item = ?", last[1])
+            recount(database, "item = ?", last[1])
             self._lease(database, session, last[1])
         return True
 
@@ -445,129 +420,15 @@ class Store:
         rows = self._all(query, (-1 if latest is None else latest,))
         return [
             Judgement(
-                *(number, item, labeller, Answer(verdict, _read(ranks), strength, note), _read(shown), *times),
+                *(number, item, labeller, Answer(verdict, read_json(ranks), strength, note), read_json(shown), *times),
             )
             for number, item, labeller, verdict, ranks, strength, note, shown, *times in reversed(rows)
         ]
 
 
-def create(
-    path: Path, items: Sequence[Item], source: str = "?", seed: int = 0, past: Sequence[Judgement] = ()
-) -> None:
-    """Make a database, all of it or nothing.
-
-    Args:
-        path: A file that is not there yet, or is empty.
-        items: What is to be labelled.
-        source: Where it comes from.
-        seed: Seed of the order of the items, and of the answers on the page.
-        past: Judgements that were given elsewhere. Their items are numbered as `items`, from 0.
-
-    Raises:
-        FileExistsError: If the file holds something.
-        ValueError: If a judgement does not fit its item.
-    """
-    if path.exists() and path.stat().st_size:
-        raise FileExistsError(f"{path} is there already. Name another file, or remove it.")
-    positions = list(range(len(items)))
-    random.Random(seed).shuffle(positions)
-    settings = {"name": secrets.token_hex(8), "fingerprint": fingerprint(items), "source": source}
-    settings |= {"seed": str(seed), "per_item": "1", "shared": "1"}
-    part = path.with_name(f"{path.name}.part")  # a file that is there is whole, whenever this is killed
-    part.unlink(missing_ok=True)
-    try:
-        with closing(sqlite3.connect(part)) as database, database:
-            _fill(database, items, settings, positions, past)
-        os.replace(part, path)
-    except sqlite3.IntegrityError as error:
-        raise ValueError(f"A labeller judges the same item twice: {error}. Keep one of the two judgements.") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _fill(
-    database: sqlite3.Connection,
-    items: Sequence[Item],
-    settings: dict[str, str],
-    positions: Sequence[int],
-    past: Sequence[Judgement],
-) -> None:
-    for statement in _SCHEMA.split(";"):
-        database.execute(statement)
-    database.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
-    database.executemany(
-        "INSERT INTO items VALUES (?, ?, ?, ?, ?, 1, 1)",
-        [
-            (number, _write(item.row), _write(item.models), _write(item.gold), position)
-            for number, (item, position) in enumerate(zip(items, positions, strict=True))
-        ],
-    )
-    for judgement in past:
-        number = len(items[judgement.item].row["completions"])
-        _insert(database, judgement._replace(answer=checked(judgement.answer, number)), None)
-    _recount(database, "TRUE")
-    database.execute(f"PRAGMA application_id = {_APPLICATION}")
-    database.execute(f"PRAGMA user_version = {_VERSION}")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-    except sqlite3.DatabaseError as error:
-        database.close()
-        raise ValueError(f"{path} cannot be read as a database of labels: {error}. Name another file.") from error
-    # With WAL, FULL alone syncs the log at every commit; NORMAL would lose the last ones with the power.
-    database.execute("PRAGMA synchronous = FULL")
-    database.execute("PRAGMA foreign_keys = ON")
-    return database
-
-
-def _check_ours(database: sqlite3.Connection, path: Path) -> None:
-    [[application]] = database.execute("PRAGMA application_id")
-    [[version]] = database.execute("PRAGMA user_version")
-    if (application, version) != (_APPLICATION, _VERSION):
-        ours = f"one of version {version}; this is for version {_VERSION}" if application == _APPLICATION else "none"
-        raise ValueError(f"Expected a database of labels, and {path} is {ours}. Name another file.")
-
-
-def _insert(database: sqlite3.Connection, judgement: Judgement, session: int | None) -> None:
-    answer = judgement.answer
-    database.execute(
-        "INSERT INTO judgements (item, labeller, session, verdict, ranks, strength, note, shown, shown_at, judged_at, "
-        "milliseconds, undone_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(judgement.item, judgement.labeller, session, answer.verdict, _write(answer.ranks), answer.strength),
-            *(answer.note, _write(judgement.shown), judgement.shown_at, judgement.judged_at),
-            *(judgement.milliseconds, judgement.undone_at),
-        ),
-    )
-
-
-def _recount(database: sqlite3.Connection, which: str, *values: Any) -> None:
-    """Count what is missing anew: a counter could drift. Who skips says nothing; a known answer never has enough."""
-    database.execute(
-        "UPDATE items SET missing = CASE WHEN gold IS NOT NULL THEN 1 ELSE wanted - (SELECT count(*) FROM "
-        f"judgements j WHERE j.item = items.item AND undone_at IS NULL AND verdict != 'skipped') END WHERE {which}",
-        values,
-    )
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 def _item(row: str, models: str | None, gold: str | None) -> Item:
-    return Item(json.loads(row), _read(models), _read(gold))
-
-
-def _read(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
-
-
-def _write(value: Any) -> str | None:
-    return None if value is None else _dump(value)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return Item(json.loads(row), read_json(models), read_json(gold))

@@ -2,8 +2,9 @@
 
 import pytest
 
+from rlhf_recipes.tools.labeling.database import create
 from rlhf_recipes.tools.labeling.records import Item
-from rlhf_recipes.tools.labeling.store import Store, create
+from rlhf_recipes.tools.labeling.store import Store
 
 
 def pairs(number, **aside):

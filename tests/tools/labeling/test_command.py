@@ -7,8 +7,9 @@ import time
 import pytest
 
 from rlhf_recipes.tools.cli import main
+from rlhf_recipes.tools.labeling.database import create
 from rlhf_recipes.tools.labeling.records import Answer
-from rlhf_recipes.tools.labeling.store import Store, create
+from rlhf_recipes.tools.labeling.store import Store
 from tests.tools.labeling.conftest import pairs
 
 ROW = {"prompt": "q", "response_a": "x", "response_b": "y"}

@@ -5,11 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_recipes.data.preferences import compared_pairs, from_label_studio, load_preferences
+from rlhf_recipes.tools.labeling.database import create
 from rlhf_recipes.tools.labeling.export import preference_rows, vote_rows, write_export
 from rlhf_recipes.tools.labeling.items import check_items
 from rlhf_recipes.tools.labeling.label_studio import from_tasks, read_items_and_judgements, to_tasks
 from rlhf_recipes.tools.labeling.records import STRENGTHS, Answer, Item, Judgement
-from rlhf_recipes.tools.labeling.store import Store, create
+from rlhf_recipes.tools.labeling.store import Store
 from rlhf_recipes.tools.ranking.report import rank_votes
 from tests.tools.labeling.conftest import pairs
 

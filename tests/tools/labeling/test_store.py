@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rlhf_recipes.tools.labeling import store as store_module
+from rlhf_recipes.tools.labeling.database import create
 from rlhf_recipes.tools.labeling.records import Answer, Judgement, checked, dense
-from rlhf_recipes.tools.labeling.store import Store, create
+from rlhf_recipes.tools.labeling.store import Store
 from tests.tools.labeling.conftest import pairs
 
 FIRST = Answer("ranked", [1, 2], "clearly")
