@@ -138,6 +138,7 @@ document.addEventListener("pointerdown", (event) => {
     document.addEventListener(end, () => {
       controller.abort();
       card.classList.remove("dragged");
+      card.querySelector("section").focus({ preventScroll: true }); // not a button, which Enter would press
       rankByPlace(card);
     }, { signal });
   }
