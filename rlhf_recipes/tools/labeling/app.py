@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from rlhf_recipes.extras import from_extra
 from rlhf_recipes.tools.labeling.guard import App, Guard
 from rlhf_recipes.tools.labeling.records import STRENGTHS, Answer
-from rlhf_recipes.tools.labeling.results import MOST_JUDGEMENTS, MOST_VOTES, LiveResults
 from rlhf_recipes.tools.labeling.store import SESSION_SECONDS, Session, Showing, Store
 from rlhf_recipes.tools.labeling.texts import turns, visible_parts
 
@@ -26,6 +25,8 @@ with from_extra("label", needed_by="The labelling page"):
     from fastapi.templating import Jinja2Templates
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from pydantic import BaseModel, Field
+
+    from rlhf_recipes.tools.labeling.results import MOST_JUDGEMENTS, MOST_VOTES, LiveResults  # needs evalica
 
 MOST_OF_A_NAME, MOST_OF_A_NOTE = 40, 2000
 _FOLDER = Path(__file__).parent
