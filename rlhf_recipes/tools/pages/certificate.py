@@ -19,7 +19,7 @@ _PROBES = {
 }
 _CAPTIONS = {
     "scores": "Scores as PPO gets them.",
-    "reliability": "On the dashed line the probabilities are true; below it the model is too sure of itself.",
+    "reliability": "On the dotted line the probabilities are true; below it the model is too sure of itself.",
     "differences": "Accuracy by how far apart the two scores are, in fifths of the pairs.",
     "length": "Score and length of the completions.",
     "best_of_n": "The best of n samples by the reward model. Gold that falls while the model's own score rises is "

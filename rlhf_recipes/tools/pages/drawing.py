@@ -20,11 +20,11 @@ with from_extra("report", needed_by="A page with plots"):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D as Line2D
 
-_WIDTH = 4.4  # inches
+_WIDTH = 4.1  # inches
 _LEAST_SHARE = 0.1  # of the level of the values: a change of a few hundredths fills no plot
 
 
-def draw(name: str, alt: str, plot: Callable[[Axes], None], png: Path | None = None, height: float = 3.1) -> str:
+def draw(name: str, alt: str, plot: Callable[[Axes], None], png: Path | None = None, height: float = 2.9) -> str:
     """Draw one plot as SVG for a page, and perhaps as a PNG.
 
     Args:
@@ -32,7 +32,7 @@ def draw(name: str, alt: str, plot: Callable[[Axes], None], png: Path | None = N
         alt: What it shows, in words, for those who do not see it.
         plot: Draws into the axes.
         png: Where to write the PNG.
-        height: In inches, of a width of 4.4.
+        height: In inches, of a width of 4.1.
 
     Returns:
         The SVG element. Its text and axes, and lines in `INK`, have the colour of the text around it.

@@ -157,6 +157,11 @@ figcaption, .note, dd { color: var(--soft); font-size: .94rem; } svg { width: 10
 pre { white-space: pre-wrap; background: var(--box); padding: .5rem; margin: .2rem 0; font-size: .88rem; }
 .sides { display: grid; gap: .3rem 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .sample { border-top: 1px solid var(--line); padding: .6rem 0; } .sample div { margin-top: .2rem; }
-summary { cursor: pointer; } details { margin: .6rem 0; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
+summary { cursor: pointer; } details { margin: .6rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
 .sign { padding-right: .35em; }
+@media (max-width: 40rem) {
+  table { font-size: .94rem; } th, td { padding-right: .8rem; } td.long { min-width: 11rem; }
+}
 """

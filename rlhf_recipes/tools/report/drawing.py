@@ -21,6 +21,7 @@ Looks = Mapping[str, Look]
 
 _OTHER_STYLES = ("-.", ":")  # of reward functions that are neither the reward nor gold
 _MOST_POINTS = 800
+_FEW = 3  # points that need no line between them to be seen
 _MARKS = 6  # about as many on the curve of each run
 _MOST_TOLD = 12  # curves that a plot's text in words has
 _LONGEST_NAME = 28
@@ -83,9 +84,9 @@ def draw_charts(kind: str, stages: Sequence[Stage], folder: Path, looks: Looks) 
         levels = (*chart.shows, *chart.levels)
         ends = limits(filter(finite, drawn), levels, max([chart.span, *([median(spreads)] if spreads else [])]))
         plot = partial(_plot_curves, chart=chart, curves=curves, ends=ends, looks=looks)
-        name, caption = f"{kind}-{chart.name}", f"{chart.unit[:1].upper()}{chart.unit[1:]}. {chart.caption}"
+        name = f"{kind}-{chart.name}"
         svg = draw(name, _in_words(chart, curves), plot, folder / f"{name}.png")
-        (hidden if chart.folded else shown).append(figure(chart.title, svg, caption))
+        (hidden if chart.folded else shown).append(figure(chart.title, svg, chart.caption))
     return shown, hidden
 
 
@@ -93,21 +94,49 @@ def _curves(chart: Chart, stage: Stage) -> list[_Curve]:
     """The chart's metrics that were logged."""
     curves = []
     for line in (*chart.lines, *(_functions(stage) if chart.functions else ())):
-        steps, values = series(stage.history, line.key)
-        if any(map(finite, values)):
-            rows = [entry for entry in stage.history if line.key in entry]
-            low, high = (series(rows, end)[1] for end in line.ends or ("", ""))
-            curves.append(_Curve(stage.name, line, steps, values, (low, high) if line.ends else None))
+        curve = _measured(stage, line) if line.measured else _logged(stage, line)
+        if any(map(finite, curve.values)):
+            curves.append(curve)
     return curves
+
+
+def _logged(stage: Stage, line: Line) -> _Curve:
+    steps, values = series(stage.history, line.key)
+    if line.ends is None:
+        return _Curve(stage.name, line, steps, values, None)
+    rows = [entry for entry in stage.history if line.key in entry]
+    low, high = (series(rows, end)[1] for end in line.ends)
+    return _Curve(stage.name, line, steps, values, (low, high))
+
+
+def _measured(stage: Stage, line: Line) -> _Curve:
+    """What was logged, and in the place of its end what was measured there, with its interval."""
+    curve, record = _logged(stage, line), stage.record("evaluation")
+    value, ends = record.get(line.measured), record.get(f"{line.measured}_ci")
+    if not (finite(value) and isinstance(ends, list) and len(ends) == 2 and all(map(finite, ends)) and stage.history):
+        return curve
+    last = stage.history[-1]["step"]
+    before = [(step, old) for step, old in zip(curve.steps, curve.values, strict=True) if step < last]
+    gaps = [math.nan] * len(before)
+    steps, values = [step for step, _ in before], [old for _, old in before]
+    return _Curve(stage.name, line, [*steps, last], [*values, value], ([*gaps, ends[0]], [*gaps, ends[1]]))
 
 
 def _functions(stage: Stage) -> list[Line]:
     """A line per reward function, but for one whose mean is the reward itself."""
     keys = sorted({key for entry in stage.history for key in entry if re.fullmatch(r"rewards/.+/mean", key)})
-    whole, gold = series(stage.history, "reward"), gold_metric(stage)
-    others = [key for key in keys if key != gold and series(stage.history, key) != whole]
+    gold = gold_metric(stage)
+    others = [key for key in keys if key != gold and not _is_reward(stage, key)]
     lines = [Line(key, _function(key), INK, _OTHER_STYLES[n % len(_OTHER_STYLES)]) for n, key in enumerate(others)]
     return lines if gold is None else [Line(gold, _function(gold), GOLD, "--"), *lines]
+
+
+def _is_reward(stage: Stage, key: str) -> bool:
+    """The logged sum of the rewards differs by how it was rounded from the mean of a function that is alone in it."""
+    (steps, own), (all_steps, whole) = series(stage.history, key), series(stage.history, "reward")
+    return steps == all_steps and all(
+        math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-6) for pair in zip(own, whole, strict=True)
+    )
 
 
 def _function(key: str) -> str:
@@ -118,7 +147,7 @@ def _plot_curves(axes: Axes, chart: Chart, curves: Sequence[_Curve], ends: tuple
     for level in chart.levels:
         axes.axhline(level, color=REFERENCE, linewidth=1.1, linestyle=(0, (1, 2)))
     for curve in curves:
-        look, few = looks.get(curve.stage), len(curve.steps) < 3
+        look, few = looks.get(curve.stage), len(curve.steps) < _FEW
         every = slice(None, None, len(curve.steps) // _MOST_POINTS + 1)
         steps, values = curve.steps[every], curve.values[every]
         low, high = (ends[every] for ends in curve.ends or ((), ()))
@@ -133,7 +162,7 @@ def _plot_curves(axes: Axes, chart: Chart, curves: Sequence[_Curve], ends: tuple
             markersize=4,
             markevery=len(steps) // _MARKS + 1,
         )
-        if curve.ends and few:
+        if curve.ends and sum(map(finite, low)) < _FEW:
             axes.vlines(steps, low, high, color=colour, alpha=0.6)
         elif curve.ends:
             axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -148,12 +177,14 @@ def _handles(chart: Chart, curves: Sequence[_Curve], looks: Looks) -> list[Line2
     lines = list(dict.fromkeys(curve.line for curve in curves))
     runs = [name for name in dict.fromkeys(curve.stage for curve in curves) if name in looks]
     handles = [_handle(_shortened(name), looks[name].colour, "-", looks[name].marker) for name in runs]
+    metrics = []
+    for line in lines:
+        few = all(len(curve.steps) < _FEW for curve in curves if curve.line == line)
+        metrics.append(_handle(line.label, INK if runs else line.colour, line.style, "o" if few else ""))
     if len(lines) > 1:
-        handles += [_handle(line.label, INK if runs else line.colour, line.style) for line in lines]
+        handles += metrics
     levels = [_handle(f"{text} ({value:.3g})", REFERENCE, (0, (1, 2))) for value, text in chart.levels.items()]
-    if levels and not handles:
-        handles = [_handle(line.label, line.colour, line.style) for line in lines]
-    return handles + levels
+    return (handles or (metrics if levels else [])) + levels
 
 
 def _in_words(chart: Chart, curves: Sequence[_Curve]) -> str:

@@ -16,18 +16,18 @@ from rlhf_recipes.tools.report.reading import Stage, finite, gold_metric
 
 _MOST_RESIDUAL = 0.15  # of the range of the scores
 _LAW = Html(
-    "<p>The curves are the law that Gao et al. (2022) found for reinforcement learning against a reward model, fitted "
-    "to the points by least squares:</p><p>score(d) = start + d (alpha - beta ln d), where d = sqrt(KL) is the "
-    "distance to the reference.</p>"
+    "<p>The curves are the law that Gao et al. (2022, arXiv 2210.10760) found for reinforcement learning against a "
+    "reward model, fitted to the points by least squares:</p>"
+    "<p>score(d) = start + d (alpha - beta ln d), where d = sqrt(KL) is the distance to the reference.</p>"
 )
 _NUMBERS = {
-    "start": "the score at d = 0, where the policy is the reference.",
+    "start": "the score at d = 0, where the policy is the reference: it should be near the reference's in the result.",
     "alpha": "what the first unit of distance earns: score(1) - start. Above 0, PPO found something to gain.",
     "beta": "how fast the gain wears off. At 0 the curve is a straight line, without over-optimisation. The "
     "larger beta is beside alpha, the earlier it comes.",
     "peak at d": "exp(alpha / beta - 1), where the curve is highest, and the score there. For gold: beyond it, more "
     "KL does harm, so stop there or raise the KL penalty. A dash: there is none within ten times the run's distance.",
-    "run to d": "the largest distance of the points.",
+    "furthest d": "the largest distance of the points.",
     "residual": "how far the points lie from the curve, root mean square, in units of the score.",
 }
 _DISTRUST = (
@@ -80,7 +80,7 @@ def _row(fit: Mapping[str, Any], score: str, points: Sequence[Mapping[str, Any]]
     start, alpha, beta, peak, top, residual = map(shown, numbers)
     warnings = []
     if finite(fit.get("peak")) and furthest is not None and fit["peak"] > furthest:
-        warnings.append("the peak lies beyond the run: a guess")
+        warnings.append("the peak is beyond the run: a guess")
     if finite(fit.get("residual")) and values and fit["residual"] > _MOST_RESIDUAL * (max(values) - min(values)):
         warnings.append("the curve misses the points")
     return start, alpha, beta, peak, top, shown(furthest), residual, "; ".join(warnings)
@@ -88,7 +88,7 @@ def _row(fit: Mapping[str, Any], score: str, points: Sequence[Mapping[str, Any]]
 
 def _explained(rows: Sequence[Sequence[object]]) -> str:
     """The table of the fits, and what each number means."""
-    header = ("", "of", "start", "alpha", "beta", "peak at d", "score there", "run to d", "residual", "do not trust")
+    header = ("", "of", "start", "alpha", "beta", "peak at d", "score there", "furthest d", "residual", "caution")
     meanings = "".join(f"<dt>{clean(name)}</dt><dd>{clean(meaning)}</dd>" for name, meaning in _NUMBERS.items())
     return f"<h3>The law of over-optimisation</h3>{_LAW}{table(header, rows)}<dl>{meanings}</dl>{note(_DISTRUST)}"
 

@@ -51,8 +51,8 @@ def result(policies: Sequence[Stage], folder: Path, looks: Looks) -> str:
         note(lead)
         + "".join(_box(stage, looks) for stage in policies)
         + comparison(policies, looks)
-        + folded("What the words mean", f"<dl>{words}</dl>")
         + _win_rates(policies, folder, looks)
+        + folded("What the words mean", f"<dl>{words}</dl>")
     )
 
 
@@ -173,17 +173,17 @@ def _measures(stage: Stage, side: str) -> tuple[str, ...]:
 
 
 def _win_rates(policies: Sequence[Stage], folder: Path, looks: Looks) -> str:
-    """Draw the win rates of several policies beside each other."""
+    """Draw the win rates of the policies below each other."""
     rates = [
         (stage, stage.record("evaluation")["win_rate"], ends)
         for stage in policies
         if (ends := _interval(stage.record("evaluation")))
     ]
-    if len(rates) < 2:
+    if not rates:
         return ""
-    rows = [(stage.name, rate, ends, looks[stage.name]) for stage, rate, ends in rates]
+    rows = [(stage.name, rate, ends, looks.get(stage.name, POLICY_LOOK)) for stage, rate, ends in rates]
     alt = "Win rates with their 95 % intervals: " + "; ".join(f"{row[0]} {shown(*row[1:3])}" for row in rows) + "."
     plot = partial(plot_win_rates, rows=rows)
     svg = draw("result-win-rates", alt, plot, folder / "result-win-rates.png", height=0.8 + 0.42 * len(rows))
     caption = "With 95 % intervals. Where two overlap, the runs may be equally good: compare them on more prompts."
-    return figure("Win rates", svg, caption)
+    return figure("Win rates", svg, caption if len(rows) > 1 else "With its 95 % interval.")

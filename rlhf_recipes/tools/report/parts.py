@@ -18,7 +18,8 @@ def shown(value: Any, ends: Any = None) -> str:
     """
     if not finite(value):
         return "-"
-    text = str(value) if isinstance(value, int) else f"{value:.3f}" if 0.001 <= abs(value) < 1e6 else f"{value:.3g}"
+    plain = value == 0 or 0.001 <= abs(value) < 1e6
+    text = str(value) if isinstance(value, int) else f"{value:.3f}" if plain else f"{value:.3g}"
     if isinstance(ends, list | tuple) and len(ends) == 2 and all(map(finite, ends)):
         text += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
     return text
