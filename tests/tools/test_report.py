@@ -16,9 +16,9 @@ from rlhf_recipes.tools.cli import main
 from rlhf_recipes.tools.pages.html import printable
 from rlhf_recipes.tools.report import write_report
 from rlhf_recipes.tools.report.checks import bought
-from rlhf_recipes.tools.report.outcome import numbers, verdict
+from rlhf_recipes.tools.report.outcome import verdict
 from rlhf_recipes.tools.report.parts import shown
-from rlhf_recipes.tools.report.reading import Stage, finite, gold_metric, read_runs, series
+from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
 from tests.tools.runs import HOSTILE, ODD, comparison, ppo_history, record, verifier_record, write_json, write_run
 
 
