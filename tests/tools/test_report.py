@@ -124,7 +124,7 @@ def test_several_runs_are_compared(tmp_path):
     _, root = page_of(*runs, out=tmp_path / "out")
     text = text_of(root)
     [result] = [rows for table in root.iter("table") if (rows := rows_of(table))[0][1].startswith("win rate")]
-    assert [row[0] for row in result] == ["", "●one/seed", "■two/seed", "●reference"]  # the same for both
+    assert [row[0] for row in result] == ["", "●one/seed", "■two/seed", "○reference"]  # the same for both
     assert (
         result[1][1:]
         == result[2][1:]
@@ -133,7 +133,7 @@ def test_several_runs_are_compared(tmp_path):
             *("2.000", "2.100", "2.500", "18.000", "1", "64", "32", "gold_score"),
         ]
     )
-    assert result[3] == ["●reference", "0.5", "0.000", "0.100", "2.500", "18.000", "1", "", "", ""]
+    assert result[3] == ["○reference", "0.5", "0.000", "0.100", "2.500", "18.000", "1", "", "", ""]
     assert "one/seed two/seed reward gold_score" in text  # the legend of one plot with all four curves
     assert len(list((tmp_path / "out").glob("ppo-kl*.png"))) == 1
     [first, second] = read_runs(runs)

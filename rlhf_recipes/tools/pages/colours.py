@@ -52,4 +52,4 @@ def run_look(number: int) -> Look:
     return Look(_RUNS[number % len(_RUNS)], marker, sign)
 
 
-POLICY_LOOK, REFERENCE_LOOK = Look(POLICY, "o", "●"), Look(REFERENCE, "o", "●")
+POLICY_LOOK, REFERENCE_LOOK = Look(POLICY, "o", "●"), Look(REFERENCE, "o", "○")
