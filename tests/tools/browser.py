@@ -72,7 +72,7 @@ def chromium(folder, *arguments):
     command += [f"--user-data-dir={folder / 'profile'}", "--allow-file-access-from-files"]
     command += ["--virtual-time-budget=5000", *map(str, arguments)]
     environment = os.environ | {"HOME": str(folder)}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr[-2000:]
     return finished
 
