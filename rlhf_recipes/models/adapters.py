@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peft import (
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.loading import looks_local
 from rlhf_recipes.models.plain_lora import as_plain_lora, changes_base
 from rlhf_recipes.models.trained_on import TOLERANCE, check_trained_on, log_probs
 
@@ -72,11 +74,52 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
     return model
 
 
+def name_base_absolutely(model: nn.Module) -> None:
+    """Let adapters of a model name a local base by its absolute path when they are saved next.
+
+    PEFT writes the name with which the base was loaded. A relative path would be looked for from wherever the adapter
+    is loaded.
+
+    Args:
+        model: Any model; one without adapters is left as it is.
+
+    Example:
+        >>> name_base_absolutely(nn.Linear(2, 2))
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        name = config.base_model_name_or_path
+        if name and Path(name).is_dir():
+            config.base_model_name_or_path = os.path.abspath(name)
+
+
+def base_to_load(adapter: str | Path) -> str:
+    """Return the base of a saved adapter as `base_of` does, but refuse a folder that is not there.
+
+    Args:
+        adapter: Folder of the adapter.
+
+    Returns:
+        A hub id, or an existing folder.
+
+    Raises:
+        FileNotFoundError: If the base is a folder that is not there; it says what to write where.
+        ValueError: As `base_of`.
+    """
+    name = base_of(adapter)
+    if looks_local(name) and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"The adapter in {str(adapter)!r} belongs to the base {name!r}, and there is no such folder. If the base "
+            f"has moved, write its new absolute path as `base_model_name_or_path` into {Path(adapter) / CONFIG}."
+        )
+    return name
+
+
 def base_of(adapter: str | Path) -> str:
     """Return the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
 
-    PEFT writes the base's name as it was given. A relative folder is looked for from here, and from the folders above
-    the adapter, which is where it lies after the whole tree moved or if a program is started from another folder.
+    The stages write absolute paths. PEFT alone writes the base's name as it was given. A relative folder is looked for
+    from here, and from the folders above the adapter, which is where it lies after the whole tree moved or if a
+    program is started from another folder.
 
     Args:
         adapter: Folder of the adapter.

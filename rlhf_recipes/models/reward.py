@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.models.adapters import WEIGHTS, base_of, is_adapter
+from rlhf_recipes.models.adapters import WEIGHTS, base_to_load, is_adapter
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_new_classifier, load_sequence_classifier
 from rlhf_recipes.models.quantized import merges_exactly
@@ -94,7 +94,7 @@ def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None,
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
-    base = base_of(path)
+    base = base_to_load(path)
     model, missing = load_new_classifier(base, **options)
     with safe_open(file, framework="pt") as weights:
         saved = {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
