@@ -211,13 +211,13 @@ def given_settings(config: Any) -> dict[str, Any]:
 
 
 def read_config(text: str) -> Any:
-    """Read YAML as `--config` does, in which `1e-5` is a number and `no` a word.
+    r"""Read YAML as `--config` does, in which `1e-5` is a number and `no` a word.
 
     Raises:
         yaml.YAMLError: If it is not valid.
 
     Example:
-        >>> read_config("learning_rate: 1e-5\\nsave_strategy: no")
+        >>> read_config("learning_rate: 1e-5\nsave_strategy: no")
         {'learning_rate': 1e-05, 'save_strategy': 'no'}
     """
     return yaml.load(text, _Loader)

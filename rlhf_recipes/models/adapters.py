@@ -13,6 +13,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -218,6 +219,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
     return load_file(file)
+
+
+def weights_of_base(path: str | Path) -> set[str]:
+    """Name what the file of an adapter holds, by the base's own names: a whole module in it takes that of the base."""
+    with safe_open(Path(path) / WEIGHTS, framework="pt") as weights:
+        return {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
 
 
 def load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, Tensor]:

@@ -23,9 +23,10 @@ OWN = {
 }
 LOAD = """
 import sys, peft, torch
-folder, cls, ids = sys.argv[1], getattr(peft, sys.argv[2]), torch.tensor([[6, 7, 8, 1]])
-options = {"num_labels": 1} if "Sequence" in sys.argv[2] else {}
-print(cls.from_pretrained(folder, **options).eval()(input_ids=ids).logits.flatten()[:4].tolist())
+for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
+    options = {"num_labels": 1} if "Sequence" in name else {}
+    model = getattr(peft, name).from_pretrained(folder, **options)
+    print(model(input_ids=torch.tensor([[6, 7, 8, 1]])).logits.shape)
 assert "rlhf_recipes" not in sys.modules
 """
 
@@ -84,8 +85,9 @@ def test_config_yaml_gives_the_run_again_and_its_adapters_load_anywhere(stage, p
         assert PeftConfig.from_pretrained(folder).base_model_name_or_path == str(place / "base")
     kind = "AutoPeftModelForSequenceClassification" if stage == "reward" else "AutoPeftModelForCausalLM"
     wanted = [(place / "out" / "first", kind)]
-    wanted += [(place / "out" / "first" / "critic", "AutoPeftModelForSequenceClassification")] if stage == "ppo" else []
-    for folder, cls in wanted:
-        words = [sys.executable, "-c", LOAD, str(folder), cls]
-        result = subprocess.run(words, capture_output=True, text=True, cwd="/", timeout=120)
-        assert result.returncode == 0, result.stderr
+    if stage == "ppo":
+        wanted.append((place / "out" / "first" / "critic", "AutoPeftModelForSequenceClassification"))
+    words = [sys.executable, "-c", LOAD, *(str(word) for pair in wanted for word in pair)]
+    result = subprocess.run(words, capture_output=True, text=True, cwd="/", timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == len(wanted)

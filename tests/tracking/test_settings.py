@@ -44,8 +44,10 @@ def test_the_settings_of_every_recipe_give_the_same_dataclasses(stage, repo_root
 
 def test_command_line_null_and_derived_values(tmp_path):
     file = tmp_path / "given.yaml"
-    file.write_text("max_length: 64\ndataset_test_split: test\nlr_scheduler_type: constant\noutput_dir: ./some//where\n")
-    argv = ["--config", str(file), *CPU, "--max_length", "null", "--dataset_test_split", "null", "--warmup_steps", "0.5"]
+    given = ["max_length: 64", "dataset_test_split: test", "lr_scheduler_type: constant", "output_dir: ./some//where"]
+    file.write_text("\n".join(given))
+    nulls = ["--max_length", "null", "--dataset_test_split", "null"]
+    argv = ["--config", str(file), *CPU, *nulls, "--warmup_steps", "0.5"]
     _, settings = resolved("sft", argv)
     assert settings == {
         "max_length": None,
