@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from rlhf_recipes.tools.pages.certificate import sections, verdict_section
 from rlhf_recipes.tools.pages.html import clean, table
 from rlhf_recipes.tools.report.drawing import draw_charts, figure, plot_frontier
 from rlhf_recipes.tools.report.reading import KINDS, Run, Stage, finite
+from rlhf_recipes.tracking import differing_settings, read_settings
 
 _TITLES = {"sft": "SFT", "reward": "Reward", "ppo": "PPO"}
 _LONGEST = 120  # characters of a verifier's texts
+_VALUES = reprlib.Repr()  # of settings, however long or deep they are
+_VALUES.maxlevel, _VALUES.maxlist, _VALUES.maxdict, _VALUES.maxstring, _VALUES.maxother = 2, 20, 20, _LONGEST, _LONGEST
 _MEASURES = ("gold_score", "reward_score", "kl", "length", "eos_rate")
 _WORDS = {
     "loss": "held-out loss, nats per token",
@@ -350,6 +354,33 @@ def _curve(stage: Stage, part: str) -> dict[str, Any] | None:
     gold = sorted(scores - {"rewards/reward/mean"})
     names = {"reward": "reward"} | ({"gold": gold[0]} if len(gold) == 1 and len(scores) > 1 else {})
     return frontier(stage.history, "kl", names)
+
+
+def settings(stages: Sequence[Stage]) -> str:
+    """Settings of the stages that differ from the defaults, and those in which stages of one kind differ."""
+    known: dict[str, tuple[Stage, Mapping[str, Any]]] = {}
+    for stage in stages:
+        try:
+            values = read_settings(stage.folder)
+        except (OSError, ValueError) as error:
+            stage.missing.append(f"config.yaml is damaged: {str(error).splitlines()[0]}")
+            continue
+        if values is not None:
+            known[stage.name] = stage, {name: value for name, value in values.items() if name != "output_dir"}
+    parts = []
+    for kind in (*KINDS, "other"):
+        alike = {name: values for name, (stage, values) in known.items() if stage.kind == kind}
+        if differing := differing_settings(alike.values()):
+            rows = [(field, *(_setting(values, field) for values in alike.values())) for field in differing]
+            parts.append(f"<h3>Differences: {clean(_TITLES.get(kind, kind))}</h3>{wide(('', *alike), rows)}")
+    for name, (_, values) in known.items():
+        rows = [(field, _setting(values, field)) for field in values]
+        parts.append(f"<details><summary>{clean(name)}</summary>{wide(('setting', 'value'), rows)}</details>")
+    return "".join(parts) or _note("No settings are known: a stage writes config.yaml when it starts.")
+
+
+def _setting(values: Mapping[str, Any], field: str) -> str:
+    return _VALUES.repr(values[field]) if field in values else "default"
 
 
 def alarms(stages: Sequence[Stage]) -> str:

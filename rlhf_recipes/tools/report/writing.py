@@ -16,6 +16,7 @@ from rlhf_recipes.tools.report.sections import (
     frontiers,
     lineage,
     missing,
+    settings,
     title_of,
     training,
     verdict,
@@ -72,6 +73,7 @@ def _body(runs: Sequence[Run], output: Path) -> str:
     if policies or any(stage.alarms is not None for stage in stages):
         watched = [stage for stage in stages if stage in policies or stage.alarms is not None]
         parts.append(("alarms", "Alarms", lambda: alarms(watched)))
+    parts.append(("settings", "Settings", lambda: settings(stages)))
     # What is missing comes last: writing the other sections may find more of it.
     written = [(name, heading, _guarded(heading, write, runs)) for name, heading, write in parts]
     written.append(("missing", "What is missing", missing(runs)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from rlhf_recipes.models import load_reward_model
 from rlhf_recipes.models.readout import Readout
@@ -105,7 +105,9 @@ def test_the_code_of_every_card_runs_without_this_package(
             # Merged, the folder itself is the reward model; an adapter's base is loaded as the code loads it
             folder = tmp_path / f"{name}_{form}"
             model, tokenizer = load_reward_model(folder, dtype="auto")
-            score = ClassifierReward(model, tokenizer, readout=Readout.load(folder))(["How was the film?"], [completion])
+            score = ClassifierReward(model, tokenizer, readout=Readout.load(folder))(
+                ["How was the film?"], [completion]
+            )
             assert float(outputs[f"{name}_{form}"]["printed"]) == pytest.approx(score[0], abs=1e-5), (name, form)
     scores = [float(outputs[f"{name}_adapter"]["printed"]) for name in ("reward", "mean")]
     assert scores[0] != scores[1]
@@ -352,7 +354,10 @@ def test_other_refusals(sft_run, reward_run, run_export, tmp_path, monkeypatch, 
 
 
 def test_a_failure_leaves_nothing_behind(sft_run, run_export, tmp_path, monkeypatch):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk")))
+    def full(self, *args, **kwargs):
+        raise OSError("disk")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     with pytest.raises(OSError, match="disk"):
         run_export(sft_run, "--merge")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A merge computes what the adapter computes on its base, whatever kind of LoRA it is, and says what it rounds away."""
+"""A merge computes what the adapter computes on its base, whatever kind of LoRA it is, and says what it loses."""
 
 import json
 
@@ -88,7 +88,8 @@ def test_16_bit_merges_stay_within_the_rounding_of_their_weights(kind):
     assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
     for (name, wide), narrow in zip(exact.named_parameters(), rounded.parameters(), strict=True):
         # The base was rounded once before, by half of 2**-8, and the sum is rounded once after
-        assert_close(narrow.float(), wide, rtol=2**-8, atol=2**-8 * wide.abs().max().item(), msg=lambda m: f"{name}: {m}")
+        bound = 2**-8 * wide.abs().max().item()
+        assert_close(narrow.float(), wide, rtol=2**-8, atol=bound, msg=name)
     assert (logits(rounded.float()) - logits(exact)).abs().mean() < 0.02 * logits(exact).std()
 
 
