@@ -16,6 +16,7 @@ from rlhf_recipes.tools.report.parts import TITLES
 from rlhf_recipes.tools.report.reading import Run, Stage, finite, read_runs
 from rlhf_recipes.tools.report.samples import all_samples
 from rlhf_recipes.tools.report.sections import alarms, lineage, missing, training
+from rlhf_recipes.tools.report.settings import settings
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def _sections(runs: Sequence[Run], output: Path) -> list[_Section]:
     for kind in ("reward", "sft"):
         if any(stage.kind == kind for stage in stages):
             sections.append(_training(kind, stages, output, looks))
+    sections.append(_Section("settings", "Settings", lambda: settings(stages)))
     sections.append(_Section("what", "What was run", lambda: lineage(runs)))
     # This one comes last: writing the others may find more of it.
     return [*sections, _Section("missing", "What is missing", lambda: missing(runs))]
