@@ -172,6 +172,24 @@ def load_tokenizer(
     return tokenizer
 
 
+def padding_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List tokens that can pad: they occur in no text, as nothing that writes one uses them.
+
+    Args:
+        tokenizer: A tokenizer.
+
+    Returns:
+        Its added tokens but those that begin, end or divide texts or are in its chat template. Those that are named
+        for padding come first.
+    """
+    roles = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+    used = {getattr(tokenizer, role) for role in roles}
+    template = str(tokenizer.chat_template or "")
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    free = [token for token in added if token not in used and token not in template]
+    return sorted(free, key=lambda token: "pad" not in token.lower())
+
+
 def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
     """Load a causal language model (the base of policies and of every role beside them).
 

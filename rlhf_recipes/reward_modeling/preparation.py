@@ -15,6 +15,7 @@ from rlhf_recipes.data.chat_templates import (
     warn_about_template,
 )
 from rlhf_recipes.data.dialogues import split_dialogue
+from rlhf_recipes.models.loading import padding_tokens
 from rlhf_recipes.reward_modeling.collator import sequences_of
 
 if TYPE_CHECKING:
@@ -46,12 +47,11 @@ def check_score_head(trainer: RewardTrainer) -> None:
         ids[-1] == tokenizer.pad_token_id for row in _first_rows(trainer) for ids in sequences_of(row)
     )
     if ends_in_padding:
-        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.pad_token]
         raise ValueError(
             f"The padding token is the token that ends a text ({tokenizer.pad_token!r}). A reward model reads its "
             "score at the last token that is not padding, so it would never see that a completion ended. Set "
-            "`pad_token` to another token that does not occur in the texts (special tokens of this tokenizer: "
-            f"{others or 'none'})."
+            "`pad_token` to another token that does not occur in the texts (this tokenizer has "
+            f"{', '.join(map(repr, padding_tokens(tokenizer))) or 'none'})."
         )
     if model.dtype != torch.float32 and not (trainer.args.bf16 or trainer.args.fp16):
         raise ValueError(
