@@ -96,10 +96,11 @@ class _Copy:
     def _reference(self, found: re.Match[str]) -> str:
         if found[1].startswith(f"{self.recipe}/"):
             return f"{self.name}/{found[1].removeprefix(f'{self.recipe}/')}"
-        for to in (found[1], Path(found[1]).name):  # the example in a shared script is of some recipe's YAML
-            if to in self.files:
-                return f"{self.name}/{to}"
-        return found[0]
+        source, example = recipes_folder() / found[1], Path(found[1]).name
+        to = next((to for to, path in self.files.items() if path == source), None)
+        if to is None and example in self.files:  # a shared script gives some recipe's YAML as its example
+            to = example
+        return found[0] if to is None else f"{self.name}/{to}"
 
     def _outputs(self, found: re.Match[str]) -> str:
         own = found[1].startswith(f"{self.recipe}_") and found[1] not in recipe_names()
@@ -116,12 +117,9 @@ def _collect(recipe: str) -> dict[str, Path]:
     while waiting:
         path = waiting.pop()
         for name in _named_by(path):
-            if name.startswith(f"{recipe}/") or not (top / name).is_file() or files.get(name) == top / name:
-                continue
-            if name in files:
-                raise ValueError(f"The recipe {recipe} has a {name} of its own, and names the shared one too.")
-            files[name] = top / name
-            waiting.append(top / name)
+            if (top / name).is_file() and top / name not in files.values():
+                files[f"shared/{name}" if name in files else name] = top / name  # it may have one of its own
+                waiting.append(top / name)
     return files
 
 
