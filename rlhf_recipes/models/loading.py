@@ -182,6 +182,11 @@ def padding_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Returns:
         Its added tokens but those that begin, end or divide texts or that its chat template writes. Those that are
         named for padding come first, and the unknown token, which some tokenizers do write, last.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> padding_tokens(word_tokenizer(["good", "bad"]))
+        ['<pad>', '<unk>']
     """
     roles = ("bos_token", "eos_token", "sep_token", "cls_token", "mask_token")
     used = {getattr(tokenizer, role) for role in roles}

@@ -154,7 +154,7 @@ def _use_model(texts: dict[str, str], scripts: Mapping[str, Path], recipe: str, 
             )
         elif tokenizer.pad_token == tokenizer.eos_token:
             token, *others = _padding_token(tokenizer, old.get("pad_token"), model)
-            line = f"pad_token: {written(token)}  # {model} pads with its end token, where the score is to be read"
+            line = f"pad_token: {written(token)}  # the model pads with its end token, where the score is read"
             texts[to] = add_line(texts[to], line, after="model_name_or_path")
             notes.append(f"{to} has `pad_token: {token}`, as {model} pads with its end token. {_also(others)}")
     return notes

@@ -229,7 +229,9 @@ def test_where_the_hub_is_out_of_reach_the_copy_says_what_to_look_at():
 
 def test_a_model_that_the_hub_does_not_have_is_an_error(monkeypatch, here):
     def refuse(path):
-        raise OSError("no such model") from RepositoryNotFoundError("404", response=httpx.Response(404))
+        raise OSError("no such model") from RepositoryNotFoundError(
+            "404", response=httpx.Response(404, request=httpx.Request("GET", "https://a.b"))
+        )
 
     monkeypatch.setattr("rlhf_recipes.models.load_tokenizer", refuse)
     with pytest.raises(FileNotFoundError, match="The hub has no model 'nobody/nothing'"):
