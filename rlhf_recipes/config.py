@@ -291,6 +291,28 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def group_options(argv: Iterable[str]) -> list[list[str]]:
+    """Group the words of a command line: every option with the words that follow it.
+
+    Args:
+        argv: The words. Those before the first option are a group of their own.
+
+    Returns:
+        The groups, in order.
+
+    Example:
+        >>> group_options(["--kl_coef", "-1e-2", "--seed=1", "--names", "a", "b"])
+        [['--kl_coef', '-1e-2'], ['--seed=1'], ['--names', 'a', 'b']]
+    """
+    groups: list[list[str]] = []
+    for text in argv:
+        if _OPTION.match(text) or not groups:
+            groups.append([text])
+        else:
+            groups[-1].append(text)
+    return groups
+
+
 def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Take out the options that argparse cannot read: it has no null, and one word for a field of text or a list.
 
@@ -299,15 +321,9 @@ def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[lis
     Returns:
         The other options, and the values of those that were taken out.
     """
-    groups: list[list[str]] = []
-    for text in argv:
-        if _OPTION.match(text) or not groups:
-            groups.append([text])
-        else:
-            groups[-1].append(text)
     left: list[tuple[str, list[str]]] = []
     own: dict[str, Any] = {}
-    for first, *rest in groups:
+    for first, *rest in group_options(argv):
         option, equals, inline = first.partition("=")
         name = option.removeprefix("--").replace("-", "_")
         own.pop(name, None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from jinja2.exceptions import TemplateError
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -172,6 +173,43 @@ def load_tokenizer(
             f"(for example to its eos token {tokenizer.eos_token!r}, which is handled) and save the tokenizer again."
         )
     return tokenizer
+
+
+def padding_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List tokens that can pad in the place of the end token, because no text has them.
+
+    Args:
+        tokenizer: A tokenizer.
+
+    Returns:
+        Its added tokens but those that begin, end or divide texts or that its chat template writes. Those that are
+        named for padding come first, and the unknown token, which some tokenizers do write, last.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> padding_tokens(word_tokenizer(["good", "bad"]))
+        ['<pad>', '<unk>']
+    """
+    roles = ("bos_token", "eos_token", "sep_token", "cls_token", "mask_token")
+    used = {getattr(tokenizer, role) for role in roles}
+    chat = _all_of_chat(tokenizer)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    free = [token for token in added if token not in used and token not in chat]
+    return sorted(free, key=lambda token: (token == tokenizer.unk_token, "pad" not in token.lower()))
+
+
+def _all_of_chat(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, and what it makes of the roles of a chat, whose tokens it may put together."""
+    if tokenizer.chat_template is None:
+        return ""
+    texts = [str(tokenizer.chat_template)]
+    for roles in (("user", "assistant"), ("system", "user", "assistant")):
+        try:
+            chat = [{"role": role, "content": role} for role in roles]
+            texts.append(str(tokenizer.apply_chat_template(chat, tokenize=False)))
+        except (TemplateError, TypeError, ValueError):  # a template may refuse a role
+            continue
+    return "".join(texts)
 
 
 def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:

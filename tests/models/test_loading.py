@@ -1,5 +1,6 @@
 """Loading of tokenizers and bases, and the two ways in which 4-bit weights go silently wrong."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rlhf_recipes.models import (
     upcast_trainable,
 )
 from rlhf_recipes.models.arguments import positions_follow_mask
+from rlhf_recipes.models.loading import padding_tokens
 
 FOUR_BIT = ModelConfig(load_in_4bit=True)
 
@@ -294,3 +296,20 @@ def test_one_target_module_is_a_name_and_a_pattern_stays_one(tiny_model_path):
         }
         assert names == (layers or {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")})
         model = adapted.unload()
+
+
+def test_tokens_that_could_pad_are_those_that_no_text_has(tiny_tokenizer):
+    """`<user>` and `<assistant>` are put together by the template; one of a refused role is only in its text."""
+    assert padding_tokens(tiny_tokenizer) == ["<pad>", "<unk>"]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<|reserved|>", "<|my_PAD|>", "<tool>"], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert padding_tokens(tokenizer) == ["<pad>", "<|my_PAD|>", "<|reserved|>", "<tool>", "<unk>"]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('<tool> only') }}{% endif %}"
+        "{% for message in messages %}{{ '<' + message['role'] + '>' }}{% endfor %}"
+    )
+    assert padding_tokens(tokenizer) == ["<pad>", "<|my_PAD|>", "<system>", "<|reserved|>", "<unk>"]
+    tokenizer.chat_template = None
+    assert set(padding_tokens(tokenizer)) > {"<user>", "<assistant>", "<tool>"}
+    assert "<eos>" not in padding_tokens(tokenizer)

@@ -200,10 +200,10 @@ def merge_layers(
 def _untie(adapted: PeftModel) -> None:
     """Part input and output embeddings that share their weights where LoRA changes one of them for itself."""
     base: Any = adapted.base_model.model
-    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-    if outputs is None or not any(isinstance(layer, LoraLayer) for layer in (inputs, outputs)):
+    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if layers[1] is None or not any(isinstance(layer, LoraLayer) for layer in layers):
         return
-    first, last = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in (inputs, outputs))
+    first, last = (layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers)
     if first.weight is last.weight:
         last.weight = nn.Parameter(last.weight.detach().clone())
         base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False

@@ -33,8 +33,8 @@ def settings(stages: Sequence[Stage]) -> str:
         if differing := differing_settings(alike.values()):
             rows = [(field, *(_setting(values, field) for values in alike.values())) for field in differing]
             parts.append(f"<h3>Differences: {clean(TITLES.get(kind, kind))}</h3>{table(('', *alike), rows)}")
-    for name, (_, values) in known.items():
-        rows = [(field, _setting(values, field)) for field in values]
+    for name, (_, own) in known.items():
+        rows = [(field, _setting(own, field)) for field in own]
         parts.append(folded(name, table(("setting", "value"), rows)))
     return "".join(parts) or note("No settings are known: a stage writes config.yaml when it starts.")
 
