@@ -203,7 +203,9 @@ def _untie(adapted: PeftModel) -> None:
     layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     if layers[1] is None or not any(isinstance(layer, LoraLayer) for layer in layers):
         return
-    first, last = (layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers)
+    first: Any
+    last: Any
+    first, last = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers)
     if first.weight is last.weight:
         last.weight = nn.Parameter(last.weight.detach().clone())
         base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
