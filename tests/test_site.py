@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["README.md", "LICENSE", "zensical.toml", "docs", "recipes", "rlhf_recipes"]
+SOURCES = ["README.md", "CITATION.cff", "LICENSE", "zensical.toml", "docs", "recipes", "rlhf_recipes"]
 
 
 def build(folder):
