@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "build" / "pages"
@@ -99,9 +100,19 @@ def exported(package: Path) -> list[str]:
 
 
 def section(part: Path, level: int) -> str:
-    """Return the block that mkdocstrings fills with the public names of a package or module."""
-    options = {"heading_level": level} | ({"members": exported(part)} if part.is_dir() else {})
-    return f"::: {'.'.join(part.relative_to(ROOT).with_suffix('').parts)}\n    options: {json.dumps(options)}\n"
+    """Return the blocks that mkdocstrings fills with the public names of a package or module."""
+    name = ".".join(part.relative_to(ROOT).with_suffix("").parts)
+    if not part.is_dir():
+        return block(name, heading_level=level)
+    # griffe finds the module where a function is called as its module is.
+    hidden = [each for each in exported(part) if (part / f"{each}.py").is_file()]
+    blocks = [block(f"{name}.{each}.{each}", heading_level=level + 1) for each in hidden]
+    return "\n".join([block(name, heading_level=level, members=exported(part)), *blocks])
+
+
+def block(name: str, **options: Any) -> str:
+    """Return the Markdown that mkdocstrings replaces by what a docstring says."""
+    return f"::: {name}\n    options: {json.dumps(options)}\n"
 
 
 def navigation() -> str:
