@@ -108,8 +108,8 @@ def f(a: int) -> None:
 @pytest.mark.parametrize(
     ("file", "fault", "said"),
     [
-        ("docs/ppo.md", "\n[lost](nowhere.md)\n", "nowhere.md"),
-        ("README.md", "\n[lost](docs/ppo.md#nowhere)\n", "nowhere"),
+        ("docs/ppo.md", "\n[lost](nowhere.md)\n", "page does not exist"),
+        ("README.md", "\n[lost](docs/ppo.md#nowhere)\n", "anchor does not exist"),
         ("rlhf_recipes/masks.py", WRONG_DOCSTRING, "nobody"),
     ],
     ids=["page", "anchor", "docstring"],
