@@ -79,7 +79,8 @@ def flags_of(script):
 @cache
 def flags_of_the_command():
     """Flags that `rlhf-recipes` takes."""
-    return set(re.findall(r'add_argument\(\s*"--([a-z_]+)"', (ROOT / "rlhf_recipes/tools/cli.py").read_text()))
+    places = (ROOT / "rlhf_recipes" / "tools").glob("**/*.py")
+    return {flag for place in places for flag in re.findall(r'add_argument\(\s*"--([a-z_]+)"', place.read_text())}
 
 
 def problems(command):

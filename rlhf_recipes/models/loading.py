@@ -114,6 +114,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
     targets: Any = model_args.lora_target_modules or "all-linear"
     if isinstance(targets, list) and len(targets) == 1:
         targets = targets[0]  # YAML's `all-linear` arrives as a list; PEFT knows the word only as a string
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # TRL makes a string of one name, which PEFT would take for a pattern of whole paths
     if task_type == "CAUSAL_LM" and "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ValueError(
             "`lora_target_modules` names 'lm_head', but log-probabilities are computed from its weight directly and "
@@ -302,9 +304,18 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return choices[dtype]
 
 
+def looks_local(path: str) -> bool:
+    """Return whether a name of a model can only be meant as a local folder: hub ids have at most one slash.
+
+    Example:
+        >>> looks_local("outputs/quickstart/world/base"), looks_local("Qwen/Qwen3-0.6B")
+        (True, False)
+    """
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+
+
 def _check_path(path: str | None) -> None:
     if not path:
         raise ValueError("No model is given. Set `model_name_or_path` to a hub id or a local folder.")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
-    if looks_local and not Path(path).is_dir():
+    if looks_local(path) and not Path(path).is_dir():
         raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.tools.export.arguments import add_arguments
 from rlhf_recipes.tools.pages.html import printable
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
     _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
     _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
+    exporting = commands.add_parser("export", help="make an adapter or a merged model of a run, with a model card")
+    add_arguments(exporting)
+    exporting.set_defaults(run=_export)
     args, words = parser.parse_known_args(arguments)
     try:
         if args.command == "plan":
@@ -130,6 +134,12 @@ def _rate(args: argparse.Namespace) -> Path:
     rated = rate_rankings(load_rows(args.rankings, split=args.split), pool=args.pool)
     rated.to_json(args.output)
     return args.output  # type: ignore[no-any-return]
+
+
+def _export(args: argparse.Namespace) -> str:
+    from rlhf_recipes.tools.export.command import export
+
+    return export(args)
 
 
 def _verifier(args: argparse.Namespace) -> int:

@@ -283,3 +283,14 @@ def test_a_quantized_model_lets_go_of_its_file(tiny_model_path, tmp_path):
     assert f"{tiny_model_path}/model.safetensors" not in Path("/proc/self/maps").read_text()
     embedding = load_file(f"{tiny_model_path}/model.safetensors")["model.embed_tokens.weight"]
     assert_close(model.get_input_embeddings().weight.data, embedding, rtol=0, atol=0)
+
+
+def test_one_target_module_is_a_name_and_a_pattern_stays_one(tiny_model_path):
+    model = load_causal_lm(tiny_model_path)
+    for given, layers in ((["q_proj"], {"q_proj"}), ([r".*\.0\..*_proj"], None), (["all-linear"], None)):
+        adapted = get_peft_model(model, lora_config(ModelConfig(lora_target_modules=given), "CAUSAL_LM"))
+        names = {
+            name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name
+        }
+        assert names == (layers or {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")})
+        model = adapted.unload()
