@@ -106,6 +106,18 @@ def validate_fields(config: Any) -> None:
             raise ValueError(_complaint(name, annotation, value))
 
 
+def use_new_name_of_checkpointing(config: Any) -> None:
+    """Give `activation_checkpointing` the value of its old name, which TRL's default has, where it has none.
+
+    transformers would do so with a warning, for a field that nobody has set.
+
+    Args:
+        config: Training arguments of TRL or transformers, before their own `__post_init__`.
+    """
+    if config.activation_checkpointing is None:
+        config.activation_checkpointing = config.gradient_checkpointing
+
+
 def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:
     """Read the arguments of a stage: `--config FILE.yaml` gives values, the command line overrides them.
 
@@ -115,6 +127,8 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
 
     On the command line `null` (or `~`) is YAML's null: it unsets a field that allows None, whatever the file says.
     `none` is a word like any other. Several words after an option are a list, where the field allows one.
+
+    A program that parses its arguments here writes the progress bars of transformers and datasets to terminals only.
 
     Args:
         dataclass_types: One dataclass, or several without a field in common.
@@ -154,6 +168,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
         values = {} if known.config is None else _read_config(Path(known.config), annotations)
         options, overrides = _split_options(options, annotations)
         values |= overrides
+        values = _with_new_name_of_checkpointing(values, options, types)
         parser.set_defaults_with_config(**{n: _NULL_MEANS.get(n) if v is None else v for n, v in values.items()})
         *configs, unknown = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
@@ -163,12 +178,22 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     if unknown:
         option = next((text.partition("=")[0] for text in unknown if text.startswith("--")), unknown[0])
         raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
+    _show_bars_on_terminals_only()
     for config in configs:
         validate_fields(config)
         if "wandb" in (getattr(config, "report_to", None) or ()):
             with from_extra("wandb", needed_by="`report_to: wandb`"):
                 import wandb  # noqa: F401  # the trainer would say so only after the model is loaded
     return tuple(configs)
+
+
+def _show_bars_on_terminals_only() -> None:
+    import datasets
+    import transformers
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -203,6 +228,17 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
         if not parsed_later and not _fits(value, annotations[name], name):
             raise ValueError(f"{path}: {_complaint(name, annotations[name], value)}")
     return config
+
+
+def _with_new_name_of_checkpointing(values: dict[str, Any], options: list[str], types: list[Any]) -> dict[str, Any]:
+    """Put TRL's default of `gradient_checkpointing` under the field's new name, unless one of both is set.
+
+    transformers would warn of the old name although nobody has used it.
+    """
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    given = {*values, *(option.partition("=")[0].removeprefix("--") for option in options)}
+    default = next((f.default for one in types for f in dataclasses.fields(one) if f.name == old), None)
+    return values if default is None or not given.isdisjoint((old, new)) else {**values, new: default}
 
 
 def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
