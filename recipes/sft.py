@@ -14,17 +14,17 @@ from rlhf_recipes.models import (
     stage_table,
     upcast_trainable,
 )
-from rlhf_recipes.supervised import CompletionTrainer, completions_table, evaluate_completions
+from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, completions_table, evaluate_completions
 from rlhf_recipes.tracking import log_outputs, start_stage
 
 # The library is first: it knows what others say on import and nobody needs to hear.
 # isort: split
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
-ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
+ARGUMENTS = (DataArguments, CompletionConfig, ModelConfig)
 
 
-def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataArguments, training_args: CompletionConfig, model_args: ModelConfig) -> None:
     checkpoint = check_output_dir(training_args)
     if is_finished(training_args, checkpoint):
         return

@@ -106,16 +106,25 @@ def validate_fields(config: Any) -> None:
             raise ValueError(_complaint(name, annotation, value))
 
 
-def use_new_name_of_checkpointing(config: Any) -> None:
-    """Give `activation_checkpointing` the value of its old name, which TRL's default has, where it has none.
+class ChosenDefaults:
+    """Mixin for training arguments: defaults that transformers and torch would warn of although nobody has set them.
 
-    transformers would do so with a warning, for a field that nobody has set.
-
-    Args:
-        config: Training arguments of TRL or transformers, before their own `__post_init__`.
+    TRL's default for `activation_checkpointing` stands under the old name of the field, `gradient_checkpointing`; and
+    memory is pinned (`dataloader_pin_memory`) where there is an accelerator to copy it to.
     """
-    if config.activation_checkpointing is None:
-        config.activation_checkpointing = config.gradient_checkpointing
+
+    activation_checkpointing: bool | None
+    gradient_checkpointing: bool
+    dataloader_pin_memory: bool
+    device: Any
+
+    def __post_init__(self) -> None:
+        """Choose the defaults, around what TRL and transformers do."""
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()  # type: ignore[misc]  # that of the training arguments
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
 
 
 def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:
@@ -168,7 +177,6 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
         values = {} if known.config is None else _read_config(Path(known.config), annotations)
         options, overrides = _split_options(options, annotations)
         values |= overrides
-        values = _with_new_name_of_checkpointing(values, options, types)
         parser.set_defaults_with_config(**{n: _NULL_MEANS.get(n) if v is None else v for n, v in values.items()})
         *configs, unknown = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
@@ -228,17 +236,6 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
         if not parsed_later and not _fits(value, annotations[name], name):
             raise ValueError(f"{path}: {_complaint(name, annotations[name], value)}")
     return config
-
-
-def _with_new_name_of_checkpointing(values: dict[str, Any], options: list[str], types: list[Any]) -> dict[str, Any]:
-    """Put TRL's default of `gradient_checkpointing` under the field's new name, unless one of both is set.
-
-    transformers would warn of the old name although nobody has used it.
-    """
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    given = {*values, *(option.partition("=")[0].removeprefix("--") for option in options)}
-    default = next((f.default for one in types for f in dataclasses.fields(one) if f.name == old), None)
-    return values if default is None or not given.isdisjoint((old, new)) else {**values, new: default}
 
 
 def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:

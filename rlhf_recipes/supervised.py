@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sized
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
+from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 from rlhf_recipes.statistics.metrics import ratio_interval
@@ -22,6 +24,16 @@ from rlhf_recipes.tracking.console import (
     show_progress,
     table,
 )
+
+
+@dataclass
+class CompletionConfig(ChosenDefaults, SFTConfig):
+    """TRL's configuration of supervised fine-tuning, without its needless warnings.
+
+    Example:
+        >>> CompletionConfig("outputs/films/sft", use_cpu=True, bf16=False).dataloader_pin_memory
+        False
+    """
 
 
 class CompletionTrainer(QuietModelCard, SFTTrainer):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
-from rlhf_recipes.config import use_new_name_of_checkpointing, validate_fields
+from rlhf_recipes.config import ChosenDefaults, validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
 from rlhf_recipes.ppo.functional import AdvantageEstimator
 from rlhf_recipes.ppo.unused import check_unused
@@ -38,7 +38,7 @@ _MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field 
 
 
 @dataclass
-class PPOConfig(GRPOConfig):
+class PPOConfig(ChosenDefaults, GRPOConfig):
     r"""Configuration for `PPOTrainer`.
 
     The fields of TRL's `GRPOConfig` that steer generation, batches, the optimizer and logging keep their meaning.
@@ -247,18 +247,17 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each batch of completions."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the policy."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Dropout off: old and new log-probabilities must come from one network."}
+    )
     num_completions_to_print: int | None = field(
         default=2,
         metadata={"help": "With `log_completions`: how many the console shows. None: all of a rollout."},
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Dropout off: old and new log-probabilities must come from one network."}
     )
 
     def __post_init__(self) -> None:
         """Check the values and hand TRL's checks a group size that they accept."""
         validate_fields(self)
-        use_new_name_of_checkpointing(self)
         _check_mappings(self)
         _check_ranges(self)
         if self.ddp_find_unused_parameters is None:

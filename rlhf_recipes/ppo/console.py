@@ -17,8 +17,6 @@ from rlhf_recipes.tracking.console import HELD_OUT, Column, ConsoleProgress, one
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from rlhf_recipes.ppo.trainer import PPOTrainer
-
 _TIMES_WITH_COMPLETIONS = 10  # in a run, after the first rollout's
 _MOST_LINES = {"prompt": 2, "completion": 6}
 _OF_AN_EVALUATION = {"kl": "kl", "completions/mean_length": "length", "reward": "reward_score"}
@@ -34,7 +32,7 @@ class RolloutConsole(ConsoleProgress):
         trainer: The trainer.
     """
 
-    def __init__(self, trainer: PPOTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._judges = [f"rewards/{name}/mean" for name in unweighted(trainer)]
         titles = ["gold"] if len(self._judges) == 1 else [one_line(name)[:10] for name in unweighted(trainer)]
@@ -109,7 +107,7 @@ class RolloutConsole(ConsoleProgress):
         self._under_header = 0  # the columns are named again below
 
 
-def show_rollouts(trainer: PPOTrainer) -> None:
+def show_rollouts(trainer: Any) -> None:
     """Let a `RolloutConsole` print what transformers and TRL would: records of all metrics, and a table with each.
 
     Args:
@@ -119,7 +117,7 @@ def show_rollouts(trainer: PPOTrainer) -> None:
     show_progress(trainer, RolloutConsole(trainer))
 
 
-def show_roles(trainer: PPOTrainer) -> None:
+def show_roles(trainer: Any) -> None:
     """Print the table of roles, their parameters and their memory, on the main process.
 
     Args:
@@ -131,7 +129,7 @@ def show_roles(trainer: PPOTrainer) -> None:
         sys.stdout.write(roles_table(trainer.model, trainer.roles, own) + "\n")
 
 
-def unweighted(trainer: PPOTrainer) -> list[str]:
+def unweighted(trainer: Any) -> list[str]:
     """Names of the reward functions of weight 0: judges that PPO does not see."""
     weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     return [name for name, weight in weights if weight == 0]
