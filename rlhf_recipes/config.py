@@ -113,18 +113,14 @@ class ChosenDefaults:
     memory is pinned (`dataloader_pin_memory`) where there is an accelerator to copy it to.
     """
 
-    activation_checkpointing: bool | None
-    gradient_checkpointing: bool
-    dataloader_pin_memory: bool
-    device: Any
-
     def __post_init__(self) -> None:
         """Choose the defaults, around what TRL and transformers do."""
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
+        config: Any = self  # fields named here would take the place of TRL's
+        if config.activation_checkpointing is None:
+            config.activation_checkpointing = config.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]  # that of the training arguments
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
+        if config.device.type == "cpu":
+            config.dataloader_pin_memory = False
 
 
 def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:

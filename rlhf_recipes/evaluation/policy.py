@@ -116,7 +116,7 @@ def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
     return (
         f"\n{table(rows)}\n\nwin rate of the policy by {SUMMARY[evaluation['win_rate_by']][0]}: "
         f"{evaluation['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]\n"
-        f"{evaluation['rows']:,} completions of {evaluation['prompts']:,} prompts each; {path}"
+        f"{evaluation['rows']:,} completions of {evaluation['prompts']:,} prompts on each side\n{path}"
     )
 
 

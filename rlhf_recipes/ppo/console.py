@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from torch import nn
 
 from rlhf_recipes.data.dialogues import as_text
 from rlhf_recipes.models.parameter_table import roles_table
+from rlhf_recipes.ppo._trl import last_rollout
 from rlhf_recipes.tracking.console import HELD_OUT, Column, ConsoleProgress, one_line, show_progress
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class RolloutConsole(ConsoleProgress):
         """Begin the bar, and to count tokens."""
         super().on_train_begin(args, state, control, **kwargs)
         self._counted = (state.num_input_tokens_seen, time.monotonic())
-        self._shown_until = 0.0
+        self._next_completions = 0.0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,9 +70,9 @@ class RolloutConsole(ConsoleProgress):
         self._counted = (state.num_input_tokens_seen, time.monotonic())
         speed = (self._counted[0] - tokens) / max(self._counted[1] - since, 1e-9)
         self._print_step(state, {**figures, "tokens_per_second": speed})
-        if ppo_args.log_completions and state.global_step / state.max_steps >= self._shown_until:
+        if ppo_args.log_completions and state.global_step >= self._next_completions:
             self._print_completions(state.global_step)
-            self._shown_until = state.global_step / state.max_steps + 1 / _TIMES_WITH_COMPLETIONS
+            self._next_completions = state.global_step + state.max_steps / _TIMES_WITH_COMPLETIONS
 
     def on_log(
         self,
@@ -94,16 +96,12 @@ class RolloutConsole(ConsoleProgress):
         super().on_log(args, state, control, logs, **kwargs)
 
     def _print_completions(self, step: int) -> None:
-        kept: Any = self._trainer._logs
-        count = self._trainer.args.num_completions_to_print
-        rewards = zip(*kept["rewards"].values(), strict=True)
-        rows = list(zip(kept["prompt"], kept["completion"], rewards, strict=True))[:count]
         self._print(f"\nCompletions at step {step}:")
-        for prompt, completion, values in rows:
-            scores = zip(kept["rewards"], values, strict=True)
-            self._print(_paragraph("prompt", as_text(prompt)))
-            self._print(_paragraph("completion", as_text(completion)))
-            self._print("  " + ", ".join(f"{one_line(name)} {_number(value)}" for name, value in scores) + "\n")
+        for row in last_rollout(self._trainer)[: self._trainer.args.num_completions_to_print]:
+            self._print(_paragraph("prompt", as_text(row["prompt"])))
+            self._print(_paragraph("completion", as_text(row["completion"])))
+            scores = (f"{one_line(name)} {_number(value)}" for name, value in row["scores"].items())
+            self._print(f"  {', '.join(scores)}\n")
         self._under_header = 0  # the columns are named again below
 
 
@@ -147,5 +145,5 @@ def _paragraph(name: str, text: str) -> str:
     return "\n".join((indent if not number else " " * len(indent)) + line for number, line in enumerate(lines))
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
+def _number(score: float) -> str:
+    return "none" if math.isnan(score) else f"{score:.2f}"
