@@ -111,7 +111,7 @@ def show_rollouts(trainer: Any) -> None:
     Args:
         trainer: The trainer, built.
     """
-    trainer.num_completions_to_print = 0  # TRL's table, which holds texts as they are
+    trainer.num_completions_to_print = -1  # not TRL's table, which has texts as they are; 0 shows its frame
     show_progress(trainer, RolloutConsole(trainer))
 
 
