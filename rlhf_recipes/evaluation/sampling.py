@@ -129,8 +129,9 @@ def sample_rows(
 
     Returns:
         For each completion `completion` (text or messages), `completion_ids`, `kl` and `entropy` (sums over the
-        tokens, in nats), `length`, `eos_rate`, `gold_score` and `reward_score`; on all processes the same. `kl` is
-        `None` without a reference, and the scores without reward functions.
+        tokens, in nats), `length`, `eos_rate`, `gold_score`, `reward_score` and `rewards` (what each reward function
+        gave, by name); on all processes the same. `kl` is `None` without a reference, and the scores without reward
+        functions.
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     half_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
@@ -263,11 +264,15 @@ def _scores(
 ) -> list[Row]:
     """Weigh the results of all reward functions, and pick the judge's."""
     if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
-        return [{"gold_score": None, "reward_score": None} for _ in rows]
+        return [{"gold_score": None, "reward_score": None, "rewards": {}} for _ in rows]
     rewards_per_func = rewards(trainer, rows, completions, completion_ids)  # type: ignore[arg-type]
     start = trainer.accelerator.process_index * len(rows)
     columns = rewards_per_func[start : start + len(rows)]
     totals = (columns * trainer.reward_weights.to(columns.device)).nansum(dim=1).tolist()
     index = None if gold is None else trainer.reward_func_names.index(gold)
     golds = [None] * len(rows) if index is None else columns[:, index].tolist()
-    return [{"gold_score": gold, "reward_score": total} for gold, total in zip(golds, totals, strict=True)]
+    named = [dict(zip(trainer.reward_func_names, values, strict=True)) for values in columns.tolist()]
+    return [
+        {"gold_score": gold, "reward_score": total, "rewards": each}
+        for gold, total, each in zip(golds, totals, named, strict=True)
+    ]

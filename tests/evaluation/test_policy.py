@@ -122,7 +122,19 @@ def test_the_file_holds_the_evaluation_and_the_table_its_numbers(trainer, prompt
     assert cells["ended by themselves"] == [f"{100 * mean['eos_rate']:.1f}%" for mean in means.values()]
     assert cells["KL (nats)"][1] == "0.000"
     assert cells["gold score"] == [f"{mean['gold_score']:.3f}" for mean in means.values()]
+    rewards = evaluation["policy"].pop("rewards")
     assert all(math.isfinite(value) for value in evaluation["policy"].values())
+    assert rewards["reward"] == pytest.approx(evaluation["policy"]["reward_score"], rel=1e-6)
+    assert rewards["gold_length"] == evaluation["policy"]["length"]
+
+
+def test_a_reward_that_a_row_does_not_have_is_not_in_its_mean(make_trainer, reward_adapter, prompts):
+    def of_every_second(completion_ids, **kwargs):
+        return [float(row) if row % 2 else None for row in range(len(completion_ids))]
+
+    trainer = make_trainer(reward_funcs=[str(reward_adapter), of_every_second], per_device_eval_batch_size=8)
+    evaluation = evaluate_policy(trainer, prompts, rows=8)
+    assert evaluation["policy"]["rewards"]["of_every_second"] == (1 + 3 + 5 + 7) / 4
 
 
 def test_errors(trainer, prompts):

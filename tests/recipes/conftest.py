@@ -55,8 +55,8 @@ def run_stage(load_stage, tiny_model_path, tmp_path, monkeypatch):
         argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         module = load_stage(stage)
         made = []
-        # PPO's script imports its trainer in `main`, from the package
-        place, trainer = (rlhf_recipes, "PPOTrainer") if stage == "ppo" else (module, _TRAINERS[stage])
+        # PPO's scripts import their trainer in `main`, from the package
+        place, trainer = (module, _TRAINERS[stage]) if stage in _TRAINERS else (rlhf_recipes, "PPOTrainer")
         original = getattr(place, trainer)
         with monkeypatch.context() as patch:
             patch.setattr(place, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])

@@ -79,7 +79,7 @@ def stages(run_stage, repo_root, base, tmp_path):
 @pytest.fixture
 def make_pairs(load_stage, tmp_path):
     """Make the rows of the movie recipe from labelled texts, and return their folder."""
-    script = load_stage("movie_sentiment/pairs")
+    script = load_stage("sentiment_pairs")
 
     def make(dataset_name, **options):
         folder = tmp_path / "data"

@@ -192,6 +192,28 @@ def test_two_steps_of_training(script, run_stage, repo_root, snippets, tmp_path,
     assert 0.0 <= result["model_pair_accuracy"] <= 1.0
 
 
+def test_two_steps_of_training_a_pretrained_encoder(script, run_stage, repo_root, snippets, tmp_path):
+    script("pairs", dataset_name=snippets, output_dir=tmp_path / "data")
+    base = tmp_path / "base"
+    texts = tmp_path / "data" / "texts"
+    script("base", kind="encoder", dataset_name=texts, output_dir=base, hidden_size=64, vocab_size=70)
+    config = repo_root / "recipes" / "sentence_polarity" / "minilm.yaml"
+    rows = {"dataset_name": tmp_path / "data" / "pairs", "per_device_eval_batch_size": 4}
+    run = run_stage("reward", config=config, model_name_or_path=base, **rows)
+    with safe_open(run.folder / "adapter_model.safetensors", framework="pt") as weights:
+        saved = set(weights.keys())
+    whole = {name for name in saved if "lora_" not in name}
+    assert all("pooler" in name or "classifier" in name for name in whole), "the rest is LoRA"
+    assert any("pooler" in name for name in whole)
+    assert any("attention" in name for name in saved - whole)
+    model, tokenizer = load_reward_model(run.folder)
+    assert (
+        script("compare").score(str(run.folder), "review :", load_rows(str(tmp_path / "data" / "snippets"))).std() > 0
+    )
+    assert model.num_labels == 1
+    assert tokenizer.cls_token == "[CLS]"
+
+
 @pytest.mark.slow
 def test_reward_models_reach_tfidf(script, load_stage, repo_root, shared_data, tmp_path):
     """The recipe on the real data, with three runs of each kind instead of five, which takes 5 minutes.

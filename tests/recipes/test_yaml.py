@@ -93,7 +93,9 @@ def test_commands_are_read_by_the_scripts_that_they_name(page, load_stage):
 def test_run_sh_runs_every_stage_in_order(folder):
     run = commands(folder / "run.sh")
     configs = [argv[argv.index("--config") + 1] for _, argv in run if "--config" in argv]
-    stages = [folder / f"{stage}.yaml" for stage in ("sft", "reward", "encoder", "decoder", "ppo", *LIBRARIES)]
+    stages = [
+        folder / f"{stage}.yaml" for stage in ("sft", "reward", "encoder", "decoder", "minilm", "ppo", *LIBRARIES)
+    ]
     assert list(dict.fromkeys(configs)) == [name_of(stage) for stage in stages if stage.exists()]
     assert (folder / "run.sh").stat().st_mode & 0o100, "run.sh must be executable"
 

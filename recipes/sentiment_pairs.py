@@ -1,6 +1,6 @@
-"""Make the recipe's rows from labelled texts: passages to imitate and to continue, and preference pairs.
+"""Make rows from texts labelled by their sentiment: passages to imitate and to continue, and preference pairs.
 
-python recipes/movie_sentiment/pairs.py --dataset_name stanfordnlp/imdb --output_dir outputs/movie_sentiment/data
+python recipes/sentiment_pairs.py --dataset_name stanfordnlp/imdb --output_dir outputs/movie_sentiment/data
 """
 
 import json
@@ -32,7 +32,14 @@ class PairsArguments:
     max_words: int = field(default=48, metadata={"help": "Longest passage, in words. Passages are whole sentences."})
     passages_per_text: int = field(default=1, metadata={"help": "Passages, at most, from the start of each text."})
     test_size: float = field(default=0.1, metadata={"help": "Share of the texts held out from every stage."})
+    judge_size: float = field(
+        default=0.5, metadata={"help": "Share of the training texts whose pairs are for a judge. 0: no judge."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the split and of the pairing."})
+
+    def __post_init__(self):
+        if not 0.0 <= self.judge_size < 1.0:
+            raise ValueError(f"`judge_size` must be at least 0 and below 1, got {self.judge_size}.")
 
 
 ARGUMENTS = (PairsArguments,)
@@ -48,11 +55,13 @@ def main(args: PairsArguments) -> None:
     # The reward model and the judge learn from different texts, and are measured on the same held-out ones.
     held_out = round(args.test_size * len(passages))
     test, train = passages[:held_out], passages[held_out:]
-    middle = len(train) // 2
+    middle = len(train) - int(args.judge_size * len(train) + 0.5)
     rng = random.Random(args.seed)
     rows = {"texts/train": texts(train), "texts/test": texts(test), "pairs/train": pairs(train[:middle], rng)}
-    rows["pairs/test"] = rows["judge_pairs/test"] = pairs(test, rng)
-    rows["judge_pairs/train"] = pairs(train[middle:], rng)
+    rows["pairs/test"] = pairs(test, rng)
+    if args.judge_size > 0:
+        rows["judge_pairs/test"] = rows["pairs/test"]
+        rows["judge_pairs/train"] = pairs(train[middle:], rng)
     empty = [name for name, lines in rows.items() if not lines]
     if empty:
         raise ValueError(
