@@ -36,12 +36,13 @@ class RolloutConsole(ConsoleProgress):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._judges = [f"rewards/{name}/mean" for name in unweighted(trainer)]
-        titles = ["gold"] if len(self._judges) == 1 else [one_line(name)[:10] for name in unweighted(trainer)]
+        weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+        judges = [name for name, weight in weights if weight == 0]  # which PPO does not see; the last is the judge
+        self._gold = [f"rewards/{name}/mean" for name in judges[-1:]]
         super().__init__(
             [
                 Column("reward", "reward"),
-                *(Column(title, key) for title, key in zip(titles, self._judges, strict=True)),
+                *(Column("gold", key) for key in self._gold),
                 Column("KL", "kl"),
                 Column("length", "completions/mean_length", ".1f"),
                 Column("expl. var.", "critic/explained_variance", ".2f"),
@@ -87,7 +88,7 @@ class RolloutConsole(ConsoleProgress):
         if "loss" in logs or not state.is_world_process_zero:
             return
         if "eval_policy/length" in logs:  # of the hook that samples on held-out prompts
-            named = _OF_AN_EVALUATION | dict.fromkeys(self._judges[:1], "gold_score")
+            named = _OF_AN_EVALUATION | dict.fromkeys(self._gold, "gold_score")
             self._print_row(HELD_OUT, {key: logs.get(f"eval_policy/{name}") for key, name in named.items()})
         if "eval_win_rate" in logs:
             low, high = (logs.get(f"eval_win_rate_{end}") for end in ("low", "high"))
@@ -125,12 +126,6 @@ def show_roles(trainer: Any) -> None:
         models = {f"reward_{i}": getattr(reward, "model", None) for i, reward in enumerate(trainer.reward_funcs)}
         own = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         sys.stdout.write(roles_table(trainer.model, trainer.roles, own) + "\n")
-
-
-def unweighted(trainer: Any) -> list[str]:
-    """Names of the reward functions of weight 0: judges that PPO does not see."""
-    weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
-    return [name for name, weight in weights if weight == 0]
 
 
 def _paragraph(name: str, text: str) -> str:
