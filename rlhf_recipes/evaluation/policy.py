@@ -44,8 +44,9 @@ def evaluate_policy(
 
     Returns:
         For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
-        `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`, `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`,
-        `seed`, and `samples`, some completions of both side by side with their scores and `outcome`.
+        `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`,
+        `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
+        side by side with their scores and `outcome`.
 
     Raises:
         ValueError: If there is no reward function named `gold`, or no prompt.
@@ -129,6 +130,6 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    """Mean of what one reward function gave, over the rows to which it gave anything (TRL's nan stands for nothing)."""
+    """Mean of what one reward function gave, over the rows to which it gave one (TRL's nan stands for nothing)."""
     given = [row["rewards"][name] for row in rows if not math.isnan(row["rewards"][name])]
     return fmean(given) if given else None

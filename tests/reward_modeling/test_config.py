@@ -15,7 +15,7 @@ def test_the_defaults_are_those_of_trl():
     own = {"objective", "readout", "ties", "label_noise", "margin_use", "token_loss"}
     ours, theirs = make().to_dict(), RewardConfig(use_cpu=True, bf16=False).to_dict()
     changed = {name for name in theirs if ours[name] != theirs[name]} - {"output_dir", "logging_dir", "run_name"}
-    assert (ours.keys() - theirs.keys(), changed) == (own, {"dataloader_pin_memory"})  # of no use on a CPU
+    assert (ours.keys() - theirs.keys(), changed) == (own, set())
 
 
 def test_a_padding_token_is_kept_without_a_word(recwarn):
