@@ -1,6 +1,5 @@
 """Loading of tokenizers and bases, and the two ways in which 4-bit weights go silently wrong."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -96,9 +95,8 @@ class TestLoading:
         assert not torch.equal(heads[0], heads[2])
 
     def test_that_a_base_has_no_score_is_not_reported_and_what_does_not_fit_is(
-        self, tiny_model_path, tmp_path, caplog, monkeypatch
+        self, tiny_model_path, tmp_path, caplog
     ):
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to `caplog`
         load_sequence_classifier(tiny_model_path)
         load_causal_lm(tiny_model_path)
         assert not caplog.records
