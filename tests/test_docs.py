@@ -153,6 +153,17 @@ def test_commands_run_existing_scripts_with_known_flags(path):
         assert problems(command) == [], command
 
 
+def test_every_file_names_the_same_version():
+    patterns = {
+        "pyproject.toml": r'(?m)^version = "(.+)"',
+        "rlhf_recipes/__init__.py": r'(?m)^__version__ = "(.+)"',
+        "CITATION.cff": r"(?m)^version: (.+)",
+        "docs/CHANGELOG.md": r"(?m)^## ([\d.]+)",
+    }
+    versions = {file: re.search(pattern, (ROOT / file).read_text()).group(1) for file, pattern in patterns.items()}
+    assert len(set(versions.values())) == 1, versions
+
+
 def test_problems_are_seen():
     page = "# PPO's `gae_lambda`, by [Schulman](x.md)\n```\n# no heading\n```\n## A b\n### A b\n"
     assert anchors(page) == {"ppos-gae_lambda-by-schulman", "a-b", "a-b-1"}
