@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from rlhf_recipes.tools.report import write_report
+from rlhf_recipes.tracking.settings import write_settings
 from tests.tools.browser import check_page, chromium, measured, needs_chromium
 from tests.tools.runs import comparison, write_json, write_run
 
@@ -14,13 +15,15 @@ pytestmark = needs_chromium
 HOSTILE = "<script>window.hacked = true</script><img src=x onerror='window.hacked = true'>" + "longword" * 60
 PAGES = ("full/report.html", "several/report.html", "damaged/report.html")
 WIDTHS = (1280, 400)
-SECTIONS = ["Result", "Samples", "PPO", "Over-optimisation frontier", "Alarms", "Reward", "SFT", "What was run"]
+SECTIONS = ["Result", "Samples", "PPO", "Over-optimisation frontier", "Alarms", "Reward", "SFT"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     runs = [write_run(folder / name, HOSTILE) for name in ("one", "two", "a_name_that_is_quite_long_" * 3)]
+    for number, run in enumerate(runs):
+        write_settings(run / "ppo", {"kl_coef": number / 10, "dataset_name": HOSTILE})
     write_report(runs[:1], folder / "full")
     write_json(runs[1] / "ppo/evaluation.json", comparison(HOSTILE, gold=(-1.0, 0.0)))
     write_report(runs, folder / "several")
@@ -49,7 +52,7 @@ def test_the_page_is_readable(folder, page, width, dark):
 def test_the_result_comes_first_and_what_is_long_is_folded(folder, page):
     found = measured(folder, PAGES, WIDTHS)[page, 1280]
     names, places = zip(*found["headings"], strict=True)
-    assert list(names) == [*SECTIONS, "What is missing"]
+    assert list(names) == [*SECTIONS, "Settings", "What was run", "What is missing"]
     assert list(places) == sorted(places)
     assert places[0] < 200
     assert "Commands" in found["folded"]

@@ -43,7 +43,7 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
         >>> table(["a"], [["<b>"]])  # doctest: +ELLIPSIS
         '<div class="wide"><table>...<tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>'
     """
-    head = "".join(f"<th>{clean(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{cell if isinstance(cell, Html) else clean(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

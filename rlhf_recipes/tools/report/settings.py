@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_recipes.tools.pages.html import clean, folded, note, table
+from rlhf_recipes.tools.report.drawing import Looks, named
 from rlhf_recipes.tools.report.parts import TITLES
 from rlhf_recipes.tools.report.reading import KINDS, Stage
 from rlhf_recipes.tracking import differing_settings, read_settings
@@ -16,8 +17,16 @@ _VALUES = reprlib.Repr()  # however long or deep they are
 _VALUES.maxlevel, _VALUES.maxlist, _VALUES.maxdict, _VALUES.maxstring, _VALUES.maxother = 2, 20, 20, _LONGEST, _LONGEST
 
 
-def settings(stages: Sequence[Stage]) -> str:
-    """Settings of the stages that differ from the defaults, and those in which stages of one kind differ."""
+def settings(stages: Sequence[Stage], looks: Looks) -> str:
+    """Write settings of the stages that differ from the defaults, and those in which stages of one kind differ.
+
+    Args:
+        stages: Of all runs.
+        looks: Of the runs.
+
+    Returns:
+        HTML.
+    """
     known: dict[str, tuple[Stage, Mapping[str, Any]]] = {}
     for stage in stages:
         try:
@@ -32,7 +41,8 @@ def settings(stages: Sequence[Stage]) -> str:
         alike = {name: values for name, (stage, values) in known.items() if stage.kind == kind}
         if differing := differing_settings(alike.values()):
             rows = [(field, *(_setting(values, field) for values in alike.values())) for field in differing]
-            parts.append(f"<h3>Differences: {clean(TITLES.get(kind, kind))}</h3>{table(('', *alike), rows)}")
+            header = ("", *(named(name, looks.get(name)) for name in alike))
+            parts.append(f"<h3>Differences: {clean(TITLES.get(kind, kind))}</h3>{table(header, rows)}")
     for name, (_, own) in known.items():
         rows = [(field, _setting(own, field)) for field in own]
         parts.append(folded(name, table(("setting", "value"), rows)))

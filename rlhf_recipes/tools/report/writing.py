@@ -80,7 +80,7 @@ def _sections(runs: Sequence[Run], output: Path) -> list[_Section]:
     for kind in ("reward", "sft"):
         if any(stage.kind == kind for stage in stages):
             sections.append(_training(kind, stages, output, looks))
-    sections.append(_Section("settings", "Settings", lambda: settings(stages)))
+    sections.append(_Section("settings", "Settings", lambda: settings(stages, looks)))
     sections.append(_Section("what", "What was run", lambda: lineage(runs)))
     # This one comes last: writing the others may find more of it.
     return [*sections, _Section("missing", "What is missing", lambda: missing(runs))]
