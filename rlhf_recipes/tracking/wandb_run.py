@@ -142,6 +142,8 @@ def _init(record: Mapping[str, Any], output_dir: str, config: Mapping[str, Any])
 def _mode() -> Literal["offline"] | None:
     import wandb
 
+    if wandb.run is not None:  # of an earlier stage in this process, after which W&B takes no key
+        return "offline" if wandb.run.offline else None
     # `wandb.init` would ask for a key on a terminal and fail elsewhere. A mode that the user chose stays.
     chosen = "WANDB_MODE" in os.environ or wandb.setup().settings.mode != "online"
     return None if chosen or wandb.login(prompt=False, verify=False) else "offline"
