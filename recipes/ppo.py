@@ -5,10 +5,12 @@ accelerate launch recipes/ppo.py --config recipes/quickstart/ppo.yaml [--learnin
 
 from functools import partial
 
-from trl import ModelConfig
-
 from rlhf_recipes import PPOArguments, PPOConfig
 from rlhf_recipes.config import DataArguments, parse_stage
+
+# The library is first: it knows what others say on import and nobody needs to hear.
+# isort: split
+from trl import ModelConfig
 
 ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
 

@@ -3,8 +3,6 @@
 accelerate launch recipes/reward.py --config recipes/quickstart/reward.yaml [--learning_rate 1e-3]
 """
 
-from transformers import set_seed
-
 from rlhf_recipes.checkpoints import check_output_dir, is_finished, save_evaluation
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import check_tokenized, context_length
@@ -24,9 +22,14 @@ from rlhf_recipes.reward_modeling import (
     evaluate_pairs,
     load_reward_rows,
     pair_baselines,
+    pairs_table,
 )
 from rlhf_recipes.rewards.encoding import encode_rows, is_encoder
 from rlhf_recipes.tracking import log_outputs, start_stage
+
+# The library is first: it knows what others say on import and nobody needs to hear.
+# isort: split
+from transformers import set_seed
 
 ARGUMENTS = (DataArguments, PreferenceConfig, RewardModelConfig)
 
@@ -74,7 +77,8 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     if trainer.is_world_process_zero():
         if "chosen" in rows["test"].column_names:
             evaluation["baselines"] = pair_baselines(rows["train"], rows["test"].select(trainer.eval_dataset["_row"]))
-        save_evaluation(evaluation, training_args.output_dir)
+        path = save_evaluation(evaluation, training_args.output_dir)
+        print(f"\n{pairs_table(evaluation)}\n{path}")
     log_outputs(run, training_args.output_dir)
     trainer.end()
 

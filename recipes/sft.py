@@ -3,10 +3,6 @@
 accelerate launch recipes/sft.py --config recipes/quickstart/sft.yaml [--learning_rate 1e-3]
 """
 
-import math
-
-from trl import ModelConfig, SFTConfig
-
 from rlhf_recipes.checkpoints import check_output_dir, is_finished, load_finished, save_evaluation
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import check_completions, check_tokenized, end_token_ids, load_splits, to_completions
@@ -18,13 +14,17 @@ from rlhf_recipes.models import (
     stage_table,
     upcast_trainable,
 )
-from rlhf_recipes.supervised import CompletionTrainer
+from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, completions_table, evaluate_completions
 from rlhf_recipes.tracking import log_outputs, start_stage
 
-ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
+# The library is first: it knows what others say on import and nobody needs to hear.
+# isort: split
+from trl import ModelConfig
+
+ARGUMENTS = (DataArguments, CompletionConfig, ModelConfig)
 
 
-def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataArguments, training_args: CompletionConfig, model_args: ModelConfig) -> None:
     checkpoint = check_output_dir(training_args)
     if is_finished(training_args, checkpoint):
         return
@@ -59,11 +59,11 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     trainer.save_model()
 
     # 4. How well does it predict the completions of the held-out rows?
-    loss = trainer.evaluate()["eval_loss"]
+    evaluation = evaluate_completions(trainer)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        evaluation = {"loss": loss, "perplexity": math.exp(loss), "n": len(trainer.eval_dataset)}
-        save_evaluation(evaluation, training_args.output_dir)
+        path = save_evaluation(evaluation, training_args.output_dir)
+        print(f"\n{completions_table(evaluation)}\n{path}")
     log_outputs(run, training_args.output_dir)
     trainer.end()
 

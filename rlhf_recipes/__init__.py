@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.quiet import quiet_known_messages
+
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.arguments import PPOArguments as PPOArguments
     from rlhf_recipes.ppo.config import PPOConfig as PPOConfig
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["PPOArguments", "PPOConfig", "PPOTrainer", "__version__"]
+
+quiet_known_messages()
 
 
 def __getattr__(name: str) -> Any:

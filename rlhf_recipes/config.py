@@ -107,6 +107,23 @@ def validate_fields(config: Any) -> None:
             raise ValueError(_complaint(name, annotation, value))
 
 
+class ChosenDefaults:
+    """Mixin for training arguments: defaults that transformers and torch would warn of although nobody has set them.
+
+    TRL's default for `activation_checkpointing` stands under the old name of the field, `gradient_checkpointing`; and
+    memory is pinned (`dataloader_pin_memory`) where there is an accelerator to copy it to.
+    """
+
+    def __post_init__(self) -> None:
+        """Choose the defaults, around what TRL and transformers do."""
+        config: Any = self  # fields named here would take the place of TRL's
+        if config.activation_checkpointing is None:
+            config.activation_checkpointing = config.gradient_checkpointing
+        super().__post_init__()  # type: ignore[misc]  # that of the training arguments
+        if config.device.type == "cpu":
+            config.dataloader_pin_memory = False
+
+
 def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:
     """Read the arguments of a stage: `--config FILE.yaml` gives values, the command line overrides them.
 
@@ -118,6 +135,8 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     `none` is a word like any other. Several words after an option are a list, where the field allows one.
 
     Each dataclass keeps what it was given, for `given_settings`.
+
+    A program that parses its arguments here writes the progress bars of transformers and datasets to terminals only.
 
     Args:
         dataclass_types: One dataclass, or several without a field in common.
@@ -171,6 +190,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     if unknown:
         option = next((text.partition("=")[0] for text in unknown if text.startswith("--")), unknown[0])
         raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
+    _show_bars_on_terminals_only()
     for config in configs:
         validate_fields(config)
         setattr(config, _GIVEN, {name: given[name] for name in _annotations(type(config)) if name in given})
@@ -241,6 +261,15 @@ def write_config(values: Mapping[str, Any]) -> str:
 def _default(entry: dataclasses.Field[Any]) -> Any:
     default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     return default.value if isinstance(default, Enum) else default
+
+
+def _show_bars_on_terminals_only() -> None:
+    import datasets
+    import transformers
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
+from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
+from rlhf_recipes.statistics.metrics import ratio_interval
+from rlhf_recipes.tracking.console import (
+    LEARNING_RATE,
+    LOSS,
+    ConsoleProgress,
+    QuietModelCard,
+    show_progress,
+    table,
+)
 
 
-class CompletionTrainer(SFTTrainer):
+@dataclass
+class CompletionConfig(ChosenDefaults, SFTConfig):
+    """TRL's configuration of supervised fine-tuning, without its needless warnings.
+
+    Example:
+        >>> CompletionConfig("outputs/films/sft", use_cpu=True, bf16=False).dataloader_pin_memory
+        False
+    """
+
+
+class CompletionTrainer(QuietModelCard, SFTTrainer):
     """Trains as TRL does, to the last bit, and evaluates all rows as if they were one batch.
 
     TRL logs the mean of the batches' means over tokens, so that a token of a batch with short completions weighs more,
@@ -34,6 +57,7 @@ class CompletionTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(KeptRates())
+        show_progress(self, ConsoleProgress([LOSS, LEARNING_RATE]))
         self._token_sums: list[Tensor] = []
 
     def compute_loss(
@@ -68,6 +92,23 @@ class CompletionTrainer(SFTTrainer):
                 metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         return output
 
+    def loss_interval(self, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+        """Confidence interval of the last evaluation's `eval_loss`, of a bootstrap over its rows.
+
+        Args:
+            level: Probability that the interval is to cover the true loss.
+            seed: Seed of the draws.
+
+        Returns:
+            `(low, high)` in nats per token; `None` where `eval_loss` is no mean over tokens of rows, where rows are
+            not told apart (`padding_free`, and packing that implies it), or if there are fewer than two.
+        """
+        if not self._token_sums or not self._is_plain() or self.padding_free:
+            return None
+        loss, _, _, tokens = torch.cat(self._token_sums).double().cpu().unbind(dim=1)
+        counted = tokens > 0
+        return ratio_interval(loss[counted], tokens[counted], level, seed=seed) if counted.sum() > 1 else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_adapter(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -88,3 +129,38 @@ class CompletionTrainer(SFTTrainer):
         parts = (-output.log_probs, output.entropy, output.is_top1, output.label_mask)
         sums = torch.stack([part.detach().double().sum(dim=-1) for part in parts], dim=1)  # (B, 4)
         self._token_sums.append(self.accelerator.gather_for_metrics(sums))
+
+
+def evaluate_completions(trainer: CompletionTrainer) -> dict[str, Any]:
+    """Measure how well a model predicts the held-out completions of its trainer.
+
+    Args:
+        trainer: The trainer; its `eval_dataset` holds the rows.
+
+    Returns:
+        `loss`, TRL's `eval_loss` in nats per token; `perplexity`, its exponential; `n`, the number of rows; and, where
+        `loss_interval` gives one, the 95 % intervals `loss_ci` and `perplexity_ci` [low, high].
+    """
+    loss, rows = trainer.evaluate()["eval_loss"], cast("Sized", trainer.eval_dataset)
+    evaluation: dict[str, Any] = {"loss": loss, "perplexity": math.exp(loss), "n": len(rows)}
+    interval = trainer.loss_interval()
+    if interval is not None:
+        evaluation |= {"loss_ci": list(interval), "perplexity_ci": [math.exp(end) for end in interval]}
+    return evaluation
+
+
+def completions_table(evaluation: dict[str, Any]) -> str:
+    """Lay out what `evaluate_completions` gives, as text for the console.
+
+    Example:
+        >>> print(completions_table({"loss": 1.5, "perplexity": 4.48, "n": 158, "loss_ci": [1.4, 1.6]}))
+        158 held-out rows               95 % interval
+        loss (nats per token)  1.5000  [1.4000, 1.6000]
+        perplexity              4.480
+    """
+    rows = [[f"{evaluation['n']:,} held-out rows", "", "95 % interval"]]
+    for name, title, spec in (("loss", "loss (nats per token)", ".4f"), ("perplexity", "perplexity", ".3f")):
+        interval = evaluation.get(f"{name}_ci")
+        cells = [] if interval is None else [f"[{interval[0]:{spec}}, {interval[1]:{spec}}]"]
+        rows.append([title, f"{evaluation[name]:{spec}}", *cells])
+    return table(rows)

@@ -3,9 +3,11 @@ import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
@@ -15,6 +17,7 @@ from rlhf_recipes.config import DataArguments, _split_options, parse_stage, vali
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.ppo.unused import UNUSED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
+from rlhf_recipes.supervised import CompletionConfig
 
 
 @dataclass
@@ -339,8 +342,49 @@ def test_trl_configs_pass_after_their_post_init(config):
         validate_fields(wrong)
 
 
+@pytest.mark.parametrize("config", [CompletionConfig, PreferenceConfig, PPOConfig])
+@pytest.mark.parametrize(
+    ("fields", "recomputed"),
+    [
+        ({}, True),
+        ({"activation_checkpointing": False}, False),
+        ({"activation_checkpointing": True}, True),
+        ({"gradient_checkpointing": False}, False),  # the old name still counts
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, False),
+    ],
+)
+def test_defaults_that_nobody_has_set_bring_no_warning(config, fields, recomputed, recwarn):
+    made = config("out", bf16=False, **fields)
+    assert made.activation_checkpointing == made.gradient_checkpointing == recomputed
+    assert made.dataloader_pin_memory == torch.accelerator.is_available()  # torch would warn where there is none
+    assert not [str(one.message) for one in recwarn if "deprecated" in str(one.message)]
+
+
+@pytest.mark.parametrize("config", [CompletionConfig, PreferenceConfig, PPOConfig])
+def test_switches_are_still_checked(config):
+    made = config("out", use_cpu=True, bf16=False)
+    made.activation_checkpointing = "sometimes"
+    with pytest.raises(ValueError, match="`activation_checkpointing` must be true or false or null, got 'sometimes'"):
+        validate_fields(made)
+
+
+def test_bars_of_libraries_are_for_terminals(monkeypatch):
+    import datasets
+    import transformers
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True, write=len, flush=int))
+    datasets.enable_progress_bars()
+    transformers.logging.enable_progress_bar()
+    parse_stage(DataArguments, [])
+    assert datasets.are_progress_bars_disabled() is False
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: False, write=len, flush=int))
+    parse_stage(DataArguments, [])
+    assert datasets.are_progress_bars_disabled() is True
+    assert transformers.logging.is_progress_bar_enabled() is False
+
+
 STAGES = {
-    "sft": (DataArguments, SFTConfig, ModelConfig),
+    "sft": (DataArguments, CompletionConfig, ModelConfig),
     "reward": (DataArguments, PreferenceConfig, RewardModelConfig),
     "ppo": (PPOArguments, DataArguments, PPOConfig, ModelConfig),
 }

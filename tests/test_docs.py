@@ -24,6 +24,7 @@ SCRIPTS = [path for path in SOURCES if path.suffix == ".py" and "parse_stage(" i
 OURS = re.compile(r"(?<![\w/.-])(?:rlhf_recipes|recipes|tests|docs|\.github|\.ci)/[\w./{},-]*[\w}/]")
 PLACEHOLDER = re.compile(r"[<>$*\[\]]|\.\.\.|…")
 OTHER_FLAGS = {"config", "config_file", "num_processes", "num_machines"}  # of the parser and of `accelerate launch`
+COPIES = ("mine/", "my_run/")  # what `rlhf-recipes new` makes in the pages
 OF_A_COMMAND = {"accelerate_config", "num_processes", "help", "help-all"}
 
 
@@ -101,11 +102,12 @@ def problems(command):
     scripts = [index for index, word in enumerate(words) if word.endswith(".py") and not PLACEHOLDER.search(word)]
     if not scripts:
         return []
+    words = [f"recipes/{Path(word).name}" if word.startswith(COPIES) and ".py" in word else word for word in words]
     script = ROOT / words[scripts[0]]
     if not script.is_file():
         return [f"no script {words[scripts[0]]}"]
     files = [value for flag, value in itertools.pairwise(words) if flag in {"--config", "--config_file"}]
-    files = [file for file in files if not PLACEHOLDER.search(file)]
+    files = [file for file in files if not PLACEHOLDER.search(file) and not file.startswith(COPIES)]
     given = {word.removeprefix("--").split("=")[0] for word in words[scripts[0] + 1 :] if word.startswith("--")}
     unknown = given - flags_of(script)
     return [f"no file {file}" for file in files if not (ROOT / file).is_file()] + [
@@ -174,4 +176,5 @@ def test_problems_are_seen():
     assert problems("accelerate launch recipes/nothing.py") == ["no script recipes/nothing.py"]
     [command] = commands("see `rlhf-recipes ppo --config mine/ppo.yaml --num_processes 2 --learning_rte 1e-5`")
     assert problems(command) == ["no flag --learning_rte"]
+    assert problems("accelerate launch mine/nothing.py --config mine/ppo.yaml") == ["no script recipes/nothing.py"]
     assert problems("rlhf-recipes plan --config recipes/x/ppo.yaml --budget_gib 2") == ["no file recipes/x/ppo.yaml"]

@@ -21,6 +21,7 @@ PURE = (
     "extras",
     "masks",
     "models.readout",
+    "quiet",
     "statistics",
     "shaping",
     "ppo.functional",

@@ -45,7 +45,7 @@ METHODS = {
 }
 ATTRIBUTES = (
     "_buffered_inputs _logs _metrics _pending_extra_logs _pending_metrics _step eos_token_ids generation_config "
-    "generation_kwargs "
+    "generation_kwargs num_completions_to_print "
     "reward_func_names reward_funcs reward_weights temperature"
 )
 CLASS_ATTRIBUTES = "_name _paper _tag_names loss_is_scaled_for_ga"

@@ -6,10 +6,12 @@ accelerate launch recipes/smollm2/train.py --config recipes/smollm2/ppo.yaml [--
 from dataclasses import dataclass, field
 from functools import partial
 
-from trl import ModelConfig
-
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import DataArguments, parse_stage
+
+# The library is first: it knows what others say on import and nobody needs to hear.
+# isort: split
+from trl import ModelConfig
 
 
 @dataclass

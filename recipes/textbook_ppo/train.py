@@ -5,10 +5,12 @@ accelerate launch recipes/textbook_ppo/train.py --config recipes/textbook_ppo/pp
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig
-
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import DataArguments, parse_stage
+
+# The library is first: it knows what others say on import and nobody needs to hear.
+# isort: split
+from trl import ModelConfig
 
 
 @dataclass

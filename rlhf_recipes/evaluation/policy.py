@@ -14,9 +14,16 @@ from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.evaluation.sampling import sample_rows
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.statistics.metrics import share_interval, win_outcomes
+from rlhf_recipes.tracking.console import table
 
 SAMPLES = 20  # kept in the files
-SUMMARY = ("gold_score", "reward_score", "kl", "length", "eos_rate")
+SUMMARY = {
+    "gold_score": ("gold score", ".3f"),
+    "reward_score": ("reward", ".3f"),
+    "kl": ("KL (nats)", "z.3f"),  # `z`: no -0.000
+    "length": ("length (tokens)", ".1f"),
+    "eos_rate": ("ended by themselves", ".1%"),
+}
 
 
 def evaluate_policy(
@@ -102,17 +109,17 @@ def side_by_side(
 def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
     """Write `evaluation.json` into a run's folder and return the comparison as a small table of text."""
     path = save_evaluation(evaluation, folder)
-    lines = [f"{'':<14}{'policy':>10}{'reference':>12}"]
-    for name in SUMMARY:
+    rows = [["held-out prompts", "policy", "reference"]]
+    for name, (title, spec) in SUMMARY.items():
         values = [evaluation[side][name] for side in ("policy", "reference")]
         if None not in values:
-            lines.append(f"{name:<14}{values[0]:>10.3f}{values[1]:>12.3f}")
+            rows.append([title, *(format(value, spec) for value in values)])
     low, high = evaluation["win_rate_ci"]
-    lines.append(
-        f"win rate of the policy by {evaluation['win_rate_by']}: {evaluation['win_rate']:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f}, {evaluation['rows']} completions of {evaluation['prompts']} prompts)"
+    return (
+        f"\n{table(rows)}\n\nwin rate of the policy by {SUMMARY[evaluation['win_rate_by']][0]}: "
+        f"{evaluation['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]\n"
+        f"{evaluation['rows']:,} completions of {evaluation['prompts']:,} prompts on each side\n{path}"
     )
-    return "\n".join([*lines, f"written to {path}"])
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def in_batches(
     batches = [padded[start : start + size] for start in range(0, len(padded), size)]
     rank, results = trainer.accelerator.process_index, []
     rounds = range(0, len(batches), processes)
-    for start in tqdm(rounds, desc=title, leave=False, disable=not trainer.is_world_process_zero()):
+    for start in tqdm(rounds, desc=title, leave=False, disable=None if trainer.is_world_process_zero() else True):
         number = min(start + rank, len(batches) - 1)  # a process without a batch repeats the last one
         with own_randomness(seed * 1_000_003 + number), untimed(trainer):
             results.append((number, sample([dataset[index] for index in batches[number]])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from transformers.utils import is_bitsandbytes_available
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.quiet import held_back
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 # Heads of sequence classifiers, by the names of their modules: `score` of decoders; encoders have more than one layer.
 HEAD_MODULES = ("score", "classifier", "pre_classifier", "pooler")
+_LOADER = "transformers.modeling_utils"
 
 
 def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
@@ -309,18 +312,29 @@ def _load(
     _check_path(path)
     options = {key: value for key, value in options.items() if value is not None}
     state = PartialState()
-    model, info = auto_class.from_pretrained(
-        path,
-        dtype=_torch_dtype(dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-        device_map=None if state.device.type == "cpu" else {"": state.device},
-        **options,
-    )
+    with held_back(_LOADER, "LOAD REPORT") as reports:
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=_torch_dtype(dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map=None if state.device.type == "cpu" else {"": state.device},
+            **options,
+        )
+    if _says_something(model, info):
+        for report in reports:
+            logging.getLogger(_LOADER).handle(report)
     keep_4bit_differentiable(model)
     if getattr(model, "is_quantized", False):
         _let_go_of_the_file(model)
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+def _says_something(model: PreTrainedModel, info: dict[str, Any]) -> bool:
+    """Whether more is amiss than heads: a base has no score and a reward model no other head, as it should be."""
+    missing = {key for key in info["missing_keys"] if set(key.split(".")).isdisjoint(HEAD_MODULES)}
+    of_the_trunk = {key for key in info["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")}
+    return bool(missing or of_the_trunk or info["mismatched_keys"])
 
 
 def _let_go_of_the_file(model: torch.nn.Module) -> None:

@@ -181,7 +181,8 @@ def train_language_model(
     )
     losses = []
     model.train()
-    progress = tqdm(_batches(pieces, batch_size, steps, random.Random(seed)), total=steps, desc="base model")
+    batches = _batches(pieces, batch_size, steps, random.Random(seed))
+    progress = tqdm(batches, total=steps, desc="base model", disable=None)  # `None`: where it would not be a terminal
     for batch in progress:
         loss = _loss(model, batch, tokenizer.pad_token_id)
         loss.backward()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
-from rlhf_recipes.config import validate_fields
+from rlhf_recipes.config import ChosenDefaults, validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
 from rlhf_recipes.ppo.functional import AdvantageEstimator
 from rlhf_recipes.ppo.unused import check_unused
@@ -38,7 +38,7 @@ _MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field 
 
 
 @dataclass
-class PPOConfig(GRPOConfig):
+class PPOConfig(ChosenDefaults, GRPOConfig):
     r"""Configuration for `PPOTrainer`.
 
     The fields of TRL's `GRPOConfig` that steer generation, batches, the optimizer and logging keep their meaning.
@@ -249,6 +249,10 @@ class PPOConfig(GRPOConfig):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
     disable_dropout: bool = field(
         default=True, metadata={"help": "Dropout off: old and new log-probabilities must come from one network."}
+    )
+    num_completions_to_print: int | None = field(
+        default=2,
+        metadata={"help": "With `log_completions`: how many the console shows. None: all of a rollout."},
     )
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ KNOBS = {
     "train": (
         "lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` and `steps_per_generation` by "
         "the same factor",
-        "`gradient_checkpointing: true`",
+        "`activation_checkpointing: true`",
         _LENGTHS,
         _BASE,
         "`critic: head`, which has no adapter and no forward pass of its own",

@@ -7,25 +7,24 @@ token rewards with the KL penalty, advantages, and the loss. The maths is in `fu
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
-from rlhf_recipes.models.parameter_table import roles_table
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.console import show_roles, show_rollouts
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
@@ -51,6 +50,7 @@ from rlhf_recipes.ppo.updates import UpdateControl
 from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.rewards.record import COLUMN, RewardRecord
 from rlhf_recipes.shaping import Completions, ScoreTransform, kl_estimate, steered_kl
+from rlhf_recipes.tracking.console import QuietModelCard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(QuietModelCard, GRPOTrainer):
     """Train a policy with PPO against reward functions, reward models and reward adapters.
 
     Policy, frozen reference, critic and reward adapters share one base model in memory. One step generates
@@ -161,9 +161,10 @@ class PPOTrainer(GRPOTrainer):
         try_out(self, self.half_precision)
         self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
-        self.evaluated = EvaluatedRows(self.accelerator)
+        self.evaluated, self.last_rollout = EvaluatedRows(self.accelerator), dict[str, float]()
         self.kl_coef, self.kl_controller = args.kl_coef, setup.make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
+        show_rollouts(self)
 
     # TRL leaves the types of these open
     args: PPOConfig
@@ -198,10 +199,7 @@ class PPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; settings that differ from a checkpoint's are honoured or refused, by name."""
         check_callbacks(self.callback_handler.callbacks, self.trains_whole_model)
-        if self.is_world_process_zero():
-            models = {f"reward_{i}": getattr(reward, "model", None) for i, reward in enumerate(self.reward_funcs)}
-            own = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
-            sys.stdout.write(roles_table(self.model, self.roles, own))
+        show_roles(self)
         folder = checkpoint.folder_of(resume_from_checkpoint, self.args)
         if isinstance(folder, str):
             checkpoint.check_run(self, folder)
@@ -486,6 +484,7 @@ class PPOTrainer(GRPOTrainer):
             means = facts.metrics(self.kl_controller.value)
             for name, mean in means.items():
                 self._metrics["train"][name].append(mean)
+            self.last_rollout = {name: values[-1] for name, values in self._metrics["train"].items() if values}
             self.kl_coef = self.kl_controller.value
             steered = steered_kl(facts.kl, facts.mask, self.args.kl_target_per).mean().item()
             self.kl_controller.update(steered, len(facts))

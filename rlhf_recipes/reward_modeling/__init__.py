@@ -4,7 +4,7 @@ from rlhf_recipes.models.readout import Readout, fit_normalization
 from rlhf_recipes.reward_modeling.baselines import pair_baselines
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator
 from rlhf_recipes.reward_modeling.config import PreferenceConfig, RewardModelConfig
-from rlhf_recipes.reward_modeling.evaluation import evaluate_pairs, pairwise_evaluation, score_sequences
+from rlhf_recipes.reward_modeling.evaluation import evaluate_pairs, pairs_table, pairwise_evaluation, score_sequences
 from rlhf_recipes.reward_modeling.preparation import check_score_head
 from rlhf_recipes.reward_modeling.rows import load_reward_rows
 from rlhf_recipes.reward_modeling.table import check_rows, drop_ties
@@ -23,6 +23,7 @@ __all__ = [
     "fit_normalization",
     "load_reward_rows",
     "pair_baselines",
+    "pairs_table",
     "pairwise_evaluation",
     "score_sequences",
 ]

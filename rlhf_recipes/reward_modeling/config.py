@@ -7,7 +7,7 @@ from typing import Literal
 
 from trl import ModelConfig, RewardConfig
 
-from rlhf_recipes.config import validate_fields
+from rlhf_recipes.config import ChosenDefaults, validate_fields
 
 Objective = Literal["pairwise", "ranking", "plackett_luce", "best_of_k", "regression", "token"]
 
@@ -44,7 +44,7 @@ class RewardModelConfig(ModelConfig):
 
 
 @dataclass
-class PreferenceConfig(RewardConfig):
+class PreferenceConfig(ChosenDefaults, RewardConfig):
     """TRL's reward configuration with a choice of losses. The defaults train exactly what TRL trains.
 
     Raises:
@@ -85,7 +85,9 @@ class PreferenceConfig(RewardConfig):
     def __post_init__(self) -> None:
         """Check the fields that TRL does not have."""
         validate_fields(self)
+        pad_token, self.pad_token = self.pad_token, None  # TRL would say that its next major version drops the field
         super().__post_init__()
+        self.pad_token = pad_token
         if not 0.0 <= self.label_noise < 1.0:
             raise ValueError(f"`label_noise` must lie in [0, 1), got {self.label_noise}.")
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:

@@ -17,6 +17,7 @@ from rlhf_recipes.models.reward import score_tokens
 from rlhf_recipes.reward_modeling.collator import pairs_of, sequences_of
 from rlhf_recipes.reward_modeling.losses import pairwise_loss
 from rlhf_recipes.statistics.metrics import proportion_interval, share_interval
+from rlhf_recipes.tracking.console import table
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +97,8 @@ def score_sequences(
     padding: int = model.config.get_text_config().pad_token_id
     was_training, scores = model.training, []
     model.eval()
-    progress = trange(0, len(sequences), batch_size, desc="scoring", disable=not PartialState().is_local_main_process)
+    hidden = None if PartialState().is_local_main_process else True  # `None`: where it would not be a terminal
+    progress = trange(0, len(sequences), batch_size, desc="scoring", disable=hidden)
     for start in progress:
         rows = [torch.tensor(ids, device=model.device) for ids in sequences[start : start + batch_size]]
         lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -183,3 +185,36 @@ def pairwise_evaluation(
         "n": len(labels),
         "ties": len(labels) - n,
     }
+
+
+def pairs_table(evaluation: dict[str, Any]) -> str:
+    """Lay out what `evaluate_pairs` gives, as text for the console: the model, and below it the simple rules.
+
+    Args:
+        evaluation: The summary, with `baselines` (`pair_baselines`) if there are any.
+
+    Example:
+        >>> pairs = {"accuracy": 0.9, "accuracy_ci": [0.8, 0.95], "n": 50, "ties": 10, "margin": 2.0, "log_loss": 0.4}
+        >>> rules = {"longer": {"accuracy": 0.5, "accuracy_ci": [0.4, 0.6], "n": 40}}
+        >>> print(pairs_table(pairs | {"baselines": rules}))
+        held-out pairs  accuracy   95 % interval  pairs
+        reward model       0.900  [0.800, 0.950]     40
+        longer wins        0.500  [0.400, 0.600]     40
+        10 ties are left out. Margin 2.000, log loss 0.400 with ties.
+    """
+    if "accuracy" not in evaluation:
+        return table([[f"{evaluation['n']:,} held-out rows"], ["loss", f"{evaluation['loss']:.4f}"]])
+    ties = evaluation["ties"]
+    measured = {"reward model": {**evaluation, "n": evaluation["n"] - ties}}
+    measured |= {_RULES.get(name, name): rule for name, rule in evaluation.get("baselines", {}).items()}
+    rows = [["held-out pairs", "accuracy", "95 % interval", "pairs"]]
+    for name, found in measured.items():
+        low, high = found["accuracy_ci"]
+        rows.append([name, f"{found['accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{found['n']:,}"])
+    left_out = f"{ties:,} ties are left out. " if ties else ""
+    with_ties = " with ties" if ties else ""
+    figures = f"Margin {evaluation['margin']:.3f}, log loss {evaluation['log_loss']:.3f}{with_ties}."
+    return f"{table(rows)}\n{left_out}{figures}"
+
+
+_RULES = {"longer": "longer wins", "shorter": "shorter wins", "tfidf": "words (TF-IDF)"}

@@ -35,6 +35,14 @@ from rlhf_recipes.reward_modeling.table import (
     token_labels,
     with_completion_ids,
 )
+from rlhf_recipes.tracking.console import (
+    LEARNING_RATE,
+    LOSS,
+    Column,
+    ConsoleProgress,
+    QuietModelCard,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +54,7 @@ if TYPE_CHECKING:
 _TARGETS = ("label", "margin", "ranks", "best", "ratings", "token_labels")
 
 
-class PreferenceTrainer(RewardTrainer):
+class PreferenceTrainer(QuietModelCard, RewardTrainer):
     """Trains a reward model on the preference table, or on TRL's rows with `chosen` and `rejected`.
 
     `PreferenceConfig.objective` says what is learned. All completions of a prompt are one element of a batch: each is
@@ -78,6 +86,7 @@ class PreferenceTrainer(RewardTrainer):
         if args.disable_dropout:
             disable_dropout(own)  # TRL leaves on what is no module
         self.add_callback(KeptRates())
+        show_progress(self, ConsoleProgress([LOSS, Column("accuracy", "accuracy"), LEARNING_RATE]))
         self._prompts_in_step = 0
         self._evaluated = EvaluatedRows(self.accelerator)
         config, own_collator = args, kwargs.get("data_collator")

@@ -11,6 +11,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import binomtest
 
+_MOST_DRAWS = 10_000_000
+
 
 def win_outcomes(policy_scores: ArrayLike, reference_scores: ArrayLike) -> NDArray[np.float64]:
     """Compare each score of the policy with the reference's score for the same prompt.
@@ -93,17 +95,57 @@ def bootstrap_interval(
         raise ValueError(
             f"`values` has shape {rows.shape}, but `clusters` has shape {labels.shape}. Give one per row."
         )
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
     _, index = np.unique(labels, return_inverse=True)
     sums, sizes = np.bincount(index, weights=rows), np.bincount(index)
-    count = len(sizes)
-    if count < 2:
+    if len(sizes) < 2:
         raise ValueError("All rows are in one cluster, which says nothing about others. Give at least two clusters.")
-    # How often each cluster is drawn in each resample, shape (resamples, clusters).
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    means = (draws @ sums) / (draws @ sizes)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return ratio_interval(sums, sizes, level, resamples, seed)
+
+
+def ratio_interval(
+    sums: ArrayLike, sizes: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Confidence interval of a mean over all items of rows of different sizes, such as the loss per token of texts.
+
+    Rows are drawn with replacement, each with all of its items, and the interval is cut from the percentiles of
+    `sum(sums) / sum(sizes)` over the drawn rows.
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997).
+
+    Args:
+        sums: Sum of each row's items, shape `(N,)`.
+        sizes: Number of each row's items, above 0, shape `(N,)`.
+        level: Probability that the interval is to cover the true mean, in (0, 1).
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
+
+    Returns:
+        `(low, high)`.
+
+    Raises:
+        ValueError: If the shapes differ, a number is nan, there are fewer than two rows, a size is not above 0, or
+            `level` is not in (0, 1).
+
+    Example:
+        >>> low, high = ratio_interval([1.0, 20.0], [1, 10])  # losses of a text of 1 token and of one of 10
+        >>> low, high
+        (1.0, 2.0)
+    """
+    totals, counts = _check_pair("sums", sums, "sizes", sizes)
+    if len(totals) < 2 or counts.min() <= 0:
+        raise ValueError(
+            f"An interval needs at least two rows, of sizes above 0; got {len(totals)}, the smallest {counts.min():g}."
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+    rng, rows = np.random.default_rng(seed), len(totals)
+    at_once = max(1, _MOST_DRAWS // rows)  # a table of all resamples of many rows would not fit into memory
+    means = []
+    for start in range(0, resamples, at_once):
+        # How often each row is drawn in each resample, shape (resamples, rows).
+        draws = rng.multinomial(rows, np.full(rows, 1 / rows), size=min(at_once, resamples - start))
+        means.append((draws @ totals) / (draws @ counts))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,23 +118,32 @@ def _init(record: Mapping[str, Any], output_dir: str, config: Mapping[str, Any])
 
     resumed_id = (read_run(output_dir) or {}).get("wandb_run_id")
     os.makedirs(output_dir, exist_ok=True)  # W&B would fall back to a temporary folder
-    return wandb.init(
+    mode = _mode()
+    offline = (mode or wandb.setup().settings.mode) == "offline"
+    run = wandb.init(
         project=wandb.setup().settings.project or _PROJECT,
         group=record["recipe"],
         job_type=record["stage"],
         name=config.get("run_name") or f"{record['recipe']}-{record['stage']}",
         dir=output_dir,
         config={**config, **record},
-        mode=_mode(),
+        mode=mode,
+        settings=wandb.Settings(silent=True) if offline else None,  # of ten lines about an offline run one says it
         id=resumed_id,
         resume="allow" if resumed_id else None,
         reinit="finish_previous",
     )
+    if offline and not wandb.setup().settings.silent:
+        folder = shlex.quote(str(Path(run.dir).parent))
+        sys.stdout.write(f"W&B is offline. To upload this run: wandb sync {folder}\n\n")
+    return run
 
 
 def _mode() -> Literal["offline"] | None:
     import wandb
 
+    if wandb.run is not None:  # of an earlier stage in this process, after which W&B takes no key
+        return "offline" if wandb.run.offline else None
     # `wandb.init` would ask for a key on a terminal and fail elsewhere. A mode that the user chose stays.
     chosen = "WANDB_MODE" in os.environ or wandb.setup().settings.mode != "online"
     return None if chosen or wandb.login(prompt=False, verify=False) else "offline"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -111,8 +112,16 @@ def test_the_file_holds_the_evaluation_and_the_table_its_numbers(trainer, prompt
     evaluation = evaluate_policy(trainer, prompts, gold="gold_length", rows=8)
     table = write_evaluation(evaluation, tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
-    assert f"win rate of the policy by gold_score: {evaluation['win_rate']:.3f} (95 % interval" in table
-    assert f"{evaluation['policy']['length']:.3f}" in table
+    low, high = evaluation["win_rate_ci"]
+    win = f"win rate of the policy by gold score: {evaluation['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
+    assert win in table.splitlines()
+    cells = {row[0]: row[1:] for row in (re.split(" {2,}", line) for line in table.splitlines())}
+    means = {side: evaluation[side] for side in ("policy", "reference")}
+    assert cells["held-out prompts"] == list(means)
+    assert cells["length (tokens)"] == [f"{mean['length']:.1f}" for mean in means.values()]
+    assert cells["ended by themselves"] == [f"{100 * mean['eos_rate']:.1f}%" for mean in means.values()]
+    assert cells["KL (nats)"][1] == "0.000"
+    assert cells["gold score"] == [f"{mean['gold_score']:.3f}" for mean in means.values()]
     rewards = evaluation["policy"].pop("rewards")
     assert all(math.isfinite(value) for value in evaluation["policy"].values())
     assert rewards["reward"] == pytest.approx(evaluation["policy"]["reward_score"], rel=1e-6)

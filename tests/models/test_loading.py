@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig, set_seed
 from trl import ModelConfig
@@ -95,6 +95,23 @@ class TestLoading:
         assert heads[0].shape == (1, 64)
         assert_close(heads[0], heads[1], rtol=0, atol=0)
         assert not torch.equal(heads[0], heads[2])
+
+    def test_that_a_base_has_no_score_is_not_reported_and_what_does_not_fit_is(
+        self, tiny_model_path, tmp_path, caplog
+    ):
+        load_sequence_classifier(tiny_model_path)
+        load_causal_lm(tiny_model_path)
+        assert not caplog.records
+        shutil.copytree(tiny_model_path, tmp_path, dirs_exist_ok=True)
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)  # a layer that the configuration has not
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        for load in (load_sequence_classifier, load_causal_lm):
+            caplog.clear()
+            load(str(tmp_path))
+            said = [record.getMessage() for record in caplog.records]
+            assert len([text for text in said if "LOAD REPORT" in text]) == 1, said
+            assert any("model.layers.7.mlp.up_proj.weight" in text for text in said)
 
     @pytest.mark.parametrize("load", [load_causal_lm, load_sequence_classifier])
     @pytest.mark.parametrize("path", ["./missing", "/no/such/model", "outputs/quickstart/base"])

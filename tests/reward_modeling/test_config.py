@@ -18,6 +18,11 @@ def test_the_defaults_are_those_of_trl():
     assert (ours.keys() - theirs.keys(), changed) == (own, set())
 
 
+def test_a_padding_token_is_kept_without_a_word(recwarn):
+    assert make(pad_token="<pad>").pad_token == "<pad>"
+    assert not [str(one.message) for one in recwarn if "pad_token" in str(one.message)]
+
+
 @pytest.mark.parametrize(
     "fields", [{"objective": "ranking"}, {"readout": "sum"}, {"label_noise": 0.1}, {"margin_use": "scale"}]
 )

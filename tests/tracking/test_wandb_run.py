@@ -70,11 +70,12 @@ def run_alone(code, folder, *arguments):
         cwd=folder,
         env=clean | {"HOME": str(home), "PYTHONPATH": paths},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=120,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout
     return result.stdout
 
 
@@ -82,6 +83,10 @@ def test_stages_share_a_group_and_point_at_their_parents_without_a_key(tmp_path)
     output = run_alone(PIPELINE, tmp_path)
     sft, ppo, resumed = (json.loads(line[4:]) for line in output.splitlines() if line.startswith("RUN "))
 
+    said = re.findall(r"^W&B is offline. To upload this run: wandb sync (.*)$", output, re.MULTILINE)
+    assert [folder.split("/")[1] for folder in said] == ["sft", "ppo", "sft"]
+    assert all((tmp_path / folder).is_dir() for folder in said)
+    assert "wandb:" not in output, "and nothing else"
     assert sft["offline"]
     assert ppo["offline"]
     assert sft["group"] == ppo["group"] == "quickstart"

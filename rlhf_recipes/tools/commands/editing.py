@@ -13,9 +13,9 @@ Machine = Literal["cpu", "gpu", "old_gpu"]
 
 # What a stage's YAML says about the machine: a GPU that computes in bfloat16, one that does not, and none.
 _SETTINGS: dict[Machine, dict[str, Any]] = {
-    "gpu": {"dtype": "bfloat16", "bf16": True, "use_cpu": False, "gradient_checkpointing": True},
-    "old_gpu": {"dtype": "float32", "bf16": False, "use_cpu": False, "gradient_checkpointing": True},
-    "cpu": {"dtype": "float32", "bf16": False, "use_cpu": True, "gradient_checkpointing": False},
+    "gpu": {"dtype": "bfloat16", "bf16": True, "use_cpu": False, "activation_checkpointing": True},
+    "old_gpu": {"dtype": "float32", "bf16": False, "use_cpu": False, "activation_checkpointing": True},
+    "cpu": {"dtype": "float32", "bf16": False, "use_cpu": True, "activation_checkpointing": False},
 }
 _PLAIN_TEXT = re.compile(r"[A-Za-z./~][\w./@~-]*")
 
@@ -79,8 +79,8 @@ def fit_to_machine(text: str, machine: Machine, defaults: Mapping[str, str | Non
             the default.
 
     Returns:
-        The text; on another kind of machine with other lines for `dtype`, `bf16`, `use_cpu`, `gradient_checkpointing`
-        and `dataloader_pin_memory`.
+        The text; on another kind of machine with other lines for `dtype`, `bf16`, `use_cpu` and
+        `activation_checkpointing`.
 
     Example:
         >>> fields = {"dtype": "float32", "bf16": "null", "use_cpu": "false"}
@@ -95,7 +95,7 @@ def fit_to_machine(text: str, machine: Machine, defaults: Mapping[str, str | Non
     for_cpu = has.get("use_cpu", False) if "use_cpu" in defaults else has.get("dtype") != "bfloat16"
     if machine == ("cpu" if for_cpu else "gpu"):
         return text
-    settings = {**_SETTINGS[machine], "dataloader_pin_memory": machine != "cpu"}
+    settings = _SETTINGS[machine]
     wanted = {name: written(value) for name, value in settings.items() if name in defaults}
     new = [f"{name}: {value}" for name, value in wanted.items() if value != defaults[name]]
     lines = text.splitlines()

@@ -106,7 +106,7 @@ def fit_budget(sizes: RunSizes, budget_gib: float, args: PPOConfig) -> list[str]
             "generate": f"a smaller rollout (`steps_per_generation`; {largest_rollout(sizes, budget)} completions "
             "fit), or a shorter `max_completion_length`",
             "score": "a smaller `per_device_eval_batch_size`, or shorter prompts and completions",
-            "train": "`gradient_checkpointing: true`, `critic: head`, `load_in_4bit: true`, or shorter prompts and "
+            "train": "`activation_checkpointing: true`, `critic: head`, `load_in_4bit: true`, or shorter prompts and "
             "completions",
         }
         raise ValueError(

@@ -19,7 +19,7 @@ from rlhf_recipes.tools.commands.folder import recipe_names, recipes_folder
 from rlhf_recipes.tools.commands.new import new_recipe
 
 TOP = recipes_folder()
-CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+CPU = {"bf16": False, "use_cpu": True, "activation_checkpointing": False}
 # A command of run.sh in place of the real one: it notes where it was started, and with which words.
 STUB = '#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "$(basename "$0") $*" >> "$NOTES"\n'
 
@@ -132,15 +132,15 @@ def test_a_copy_differs_in_names_only_where_it_was_written_for_this_machine(reci
         copy = Path("mine", name).read_text()
         back = copy.replace("outputs/mine", f"outputs/{recipe}")
         assert yaml.safe_load(back) == yaml.safe_load(text)
-        assert back.splitlines()[3:] == [line.replace(f"recipes/{recipe}/", "mine/") for line in text.splitlines()[3:]]
+        assert back == re.sub(rf"(?<![\w/])recipes/(?:{recipe}/)?", "mine/", text)
 
 
 @pytest.mark.parametrize(
     ("kind", "stage", "certificate"),
     [
         ("cpu", CPU, {}),
-        ("gpu", {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True}, {"dtype": "bfloat16"}),
-        ("old_gpu", {"bf16": False}, {}),
+        ("gpu", {"dtype": "bfloat16", "bf16": True, "activation_checkpointing": True}, {"dtype": "bfloat16"}),
+        ("old_gpu", {"bf16": False, "activation_checkpointing": True}, {}),
     ],
 )
 def test_settings_of_a_recipe_for_a_gpu(kind, stage, certificate, machine):
@@ -160,7 +160,8 @@ def test_settings_of_a_recipe_for_a_cpu_on_a_gpu(machine):
     for name in ("sft", "reward", "ppo"):
         text = Path("mine", f"{name}.yaml").read_text()
         values = yaml.safe_load(text)
-        assert {key: values[key] for key in {"dtype", *CPU} & set(values)} == {"dtype": "bfloat16", "bf16": True}
+        expected = {"dtype": "bfloat16", "bf16": True, "activation_checkpointing": True}
+        assert {key: values[key] for key in {"dtype", *CPU} & set(values)} == expected
         assert "the CPU computes" not in text, "what a line said of its old value is gone"
         assert values["load_in_4bit"]
         assert values["max_completion_length" if name == "ppo" else "max_length"] > 30
@@ -282,7 +283,7 @@ def test_rows_that_run_sh_is_given_are_its_default(here, tmp_path):
     assert any(f"--dataset_name {here}/it's mine.jsonl " in call for call in calls)
     _, calls = run_with_stubs(here / "mine" / "run.sh", ["others/rows"], tmp_path)
     assert any("--dataset_name others/rows " in call for call in calls), "given words count"
-    assert new_recipe("second", "smollm2").endswith("bash second/run.sh snippets.jsonl.gz"), "it needs a word"
+    assert new_recipe("second", "smollm2").endswith("bash second/run.sh [snippets.jsonl.gz]"), "it takes rows"
 
 
 def test_a_model_that_run_sh_would_make_is_not_made_for_another(make_tokenizer, here, tmp_path):
@@ -365,6 +366,7 @@ def test_a_recipe_that_is_new_is_found_copied_and_fitted(tmp_path, monkeypatch, 
         "model_name_or_path": "outputs/mine/model",
         "output_dir": "outputs/mine/sft",
         "bf16": False,
+        "activation_checkpointing": True,
     }
     assert not Path("mine/ppo.py").exists(), "nothing runs it"
     (folder / "brand_new" / "shared.sh").write_text("false\n")

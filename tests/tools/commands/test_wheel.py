@@ -52,7 +52,7 @@ def run(wheel, tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(site), "PATH": path}
 
     def run(*words, code=0):
-        done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
