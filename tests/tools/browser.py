@@ -78,7 +78,7 @@ def chromium(folder, *arguments):
 
 
 @cache
-def measured(folder, pages, widths, dark=False):
+def measured(folder, pages, widths, dark):
     """Measure pages at widths: a mapping by `(page, width)`, with one start of the browser for all.
 
     Args:

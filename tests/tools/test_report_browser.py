@@ -50,7 +50,7 @@ def test_the_page_is_readable(folder, page, width, dark):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_result_comes_first_and_what_is_long_is_folded(folder, page):
-    found = measured(folder, PAGES, WIDTHS)[page, 1280]
+    found = measured(folder, PAGES, WIDTHS, False)[page, 1280]
     names, places = zip(*found["headings"], strict=True)
     assert list(names) == [*SECTIONS, "Settings", "What was run", "What is missing"]
     assert list(places) == sorted(places)
