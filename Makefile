@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv quickstart test test-slow lint format type check clean
+.PHONY: venv quickstart test test-slow test-lowest lint format type check docs clean
 
 venv: $(INSTALLED)
 
@@ -29,6 +29,17 @@ test: venv
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
 
+# The same with the lowest versions that pyproject.toml allows, in .venv-lowest. But for torch: the CPU build of its
+# lowest version is not on every index, and the CUDA build is several gigabytes.
+test-lowest: export PATH := $(CURDIR)/.venv-lowest/bin:$(PATH)
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(setuptools|torch)=' \
+		> .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	.venv-lowest/bin/python -m pip install -e '.[dev]' -c .venv-lowest/lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 lint: venv
 	$(BIN)/ruff check .
 
@@ -42,7 +53,11 @@ type: venv
 check: lint type
 	$(BIN)/ruff format --check .
 
+# The documentation site, in site/; a link that leads nowhere is an error. To read it: python -m http.server -d site
+docs: venv
+	$(BIN)/python docs/build_site.py
+
 # Caches and build leftovers; outputs/ and .venv/ stay
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find rlhf_recipes recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

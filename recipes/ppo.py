@@ -55,6 +55,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     if ppo_args.gold_score is not None:
         training_args.reward_weights = [*(training_args.reward_weights or [1.0] * len(reward_funcs)), 0.0]
         reward_funcs.append(ppo_args.judge())
+    placement = None  # `reward_placement` says which tokens are paid; or a function of yours: spread_evenly
 
     # 3. Train. The hooks watch, on held-out prompts, how the score grows with the KL, and for a hacked reward.
     trainer = PPOTrainer(
@@ -66,13 +67,14 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         processing_class=tokenizer,
         peft_config=lora_config(model_args, "CAUSAL_LM") if ppo_args.sft_adapter is None else None,
         critic_model=ppo_args.critic_model,
-        placement=None,  # `reward_placement` says which tokens are paid; or a function of yours: spread_evenly
+        placement=placement,
         ptx_dataset=None if ppo_args.ptx_dataset is None else load_rows(ppo_args.ptx_dataset, split="train"),
     )
     judge = None if ppo_args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], ppo_args, gold=judge)
     parents = [ppo_args.sft_adapter, ppo_args.reward_adapter, *(ppo_args.reward_adapters or [])]
-    run = start_stage("ppo", training_args, ppo_args, data_args, model_args, parents=parents)
+    python = [*reward_funcs, placement]
+    run = start_stage("ppo", training_args, ppo_args, data_args, model_args, parents=parents, python=python)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

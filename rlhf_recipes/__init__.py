@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig as PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer as PPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["PPOArguments", "PPOConfig", "PPOTrainer", "__version__"]
 
 quiet_known_messages()

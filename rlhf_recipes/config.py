@@ -22,6 +22,7 @@ _ALSO_TAKES = {"resume_from_checkpoint": (bool,), "scale_rewards": (bool,), "lor
 _NULL_OF_THE_PARSER = ("debug",)  # for which it gives null in place of the default, an empty text
 _NULL = ("null", "Null", "NULL", "~")  # YAML 1.2's
 _NULL_MEANS = {"report_to": "none"}  # transformers would make a list of one None
+_GIVEN = "_given"  # the attribute of a parsed dataclass for `given_settings`
 _OPTION = re.compile(r"--?[A-Za-z]")
 _PLAIN = (NoneType, bool, int, float, str, list, dict)
 _WORDS = {
@@ -133,6 +134,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     On the command line `null` (or `~`) is YAML's null: it unsets a field that allows None, whatever the file says.
     `none` is a word like any other. Several words after an option are a list, where the field allows one.
 
+    Each dataclass keeps what it was given, for `given_settings`.
     A program that parses its arguments here writes the progress bars of transformers and datasets to terminals only.
 
     Args:
@@ -174,9 +176,14 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
         options, overrides = _split_options(options, annotations)
         values |= overrides
         parser.set_defaults_with_config(**{n: _NULL_MEANS.get(n) if v is None else v for n, v in values.items()})
+        parsed = vars(parser.parse_known_args(options)[0])
         *configs, unknown = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
         )
+        unset = object()
+        parser.set_defaults(**dict.fromkeys(annotations, unset))
+        from_options = {name for name, v in vars(parser.parse_known_args(options)[0]).items() if v is not unset}
+        given = {name: parsed[name] for name in values.keys() | from_options}
     except argparse.ArgumentError as error:
         raise ValueError(f"{str(error).rstrip('.')}.") from error
     if unknown:
@@ -185,6 +192,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     _show_bars_on_terminals_only()
     for config in configs:
         validate_fields(config)
+        setattr(config, _GIVEN, {name: given[name] for name in _annotations(type(config)) if name in given})
         if "wandb" in (getattr(config, "report_to", None) or ()):
             with from_extra("wandb", needed_by="`report_to: wandb`"):
                 import wandb  # noqa: F401  # the trainer would say so only after the model is loaded
@@ -198,6 +206,69 @@ def _show_bars_on_terminals_only() -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+
+
+def given_settings(config: Any) -> dict[str, Any]:
+    """Return the settings that a dataclass of a stage was made of, where they differ from the defaults.
+
+    Of one that `parse_stage` made these are the values of the file and the command line, not what `__post_init__`
+    derived from them, which could contradict them if both were given. Of one that was made in Python, they are its
+    plain values (numbers, text, true/false, None, lists, maps).
+
+    Args:
+        config: Instance of a dataclass.
+
+    Returns:
+        The values by field, in the order of the fields.
+
+    Example:
+        >>> (data,) = parse_stage(DataArguments, ["--dataset_name", "pairs.jsonl", "--test_size", "0.1"])
+        >>> given_settings(data), given_settings(DataArguments(max_test_rows=3))
+        ({'dataset_name': 'pairs.jsonl'}, {'max_test_rows': 3})
+    """
+    defaults = {entry.name: _default(entry) for entry in dataclasses.fields(config) if entry.init}
+    values = getattr(config, _GIVEN, None)
+    if values is None:
+        values = {name: getattr(config, name) for name in defaults}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    return {
+        name: plain[name]
+        for name, default in defaults.items()
+        if name in plain and isinstance(plain[name], _PLAIN) and plain[name] != default
+    }
+
+
+def read_config(text: str) -> Any:
+    r"""Read YAML as `--config` does, in which `1e-5` is a number and `no` a word.
+
+    Raises:
+        yaml.YAMLError: If it is not valid.
+
+    Example:
+        >>> read_config("learning_rate: 1e-5\nsave_strategy: no")
+        {'learning_rate': 1e-05, 'save_strategy': 'no'}
+    """
+    return yaml.load(text, _Loader)
+
+
+def write_config(values: Mapping[str, Any]) -> str:
+    """Write a YAML file that `--config` reads as the same values, as does any other reader of YAML.
+
+    Args:
+        values: Plain values by field.
+
+    Example:
+        >>> print(write_config({"save_strategy": "no", "run_name": "1e-5", "learning_rate": 1e-5}), end="")
+        save_strategy: 'no'
+        run_name: '1e-5'
+        learning_rate: 1.0e-05
+    """
+    return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, width=119))
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    return default.value if isinstance(default, Enum) else default
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -214,11 +285,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    """Puts text into quotes that a reader of YAML 1.1 or 1.2 would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a list that is there twice twice."""
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}. Give `--config` the path of a YAML file.")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        config = read_config(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
@@ -234,6 +319,28 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def group_options(argv: Iterable[str]) -> list[list[str]]:
+    """Group the words of a command line: every option with the words that follow it.
+
+    Args:
+        argv: The words. Those before the first option are a group of their own.
+
+    Returns:
+        The groups, in order.
+
+    Example:
+        >>> group_options(["--kl_coef", "-1e-2", "--seed=1", "--names", "a", "b"])
+        [['--kl_coef', '-1e-2'], ['--seed=1'], ['--names', 'a', 'b']]
+    """
+    groups: list[list[str]] = []
+    for text in argv:
+        if _OPTION.match(text) or not groups:
+            groups.append([text])
+        else:
+            groups[-1].append(text)
+    return groups
+
+
 def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Take out the options that argparse cannot read: it has no null, and one word for a field of text or a list.
 
@@ -242,15 +349,9 @@ def _split_options(argv: list[str], annotations: Mapping[str, Any]) -> tuple[lis
     Returns:
         The other options, and the values of those that were taken out.
     """
-    groups: list[list[str]] = []
-    for text in argv:
-        if _OPTION.match(text) or not groups:
-            groups.append([text])
-        else:
-            groups[-1].append(text)
     left: list[tuple[str, list[str]]] = []
     own: dict[str, Any] = {}
-    for first, *rest in groups:
+    for first, *rest in group_options(argv):
         option, equals, inline = first.partition("=")
         name = option.removeprefix("--").replace("-", "_")
         own.pop(name, None)

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
 from rlhf_recipes.config import ChosenDefaults
+from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 from rlhf_recipes.statistics.metrics import ratio_interval
@@ -113,6 +114,7 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        name_base_absolutely(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
         save_with_first_rows(self, output_dir or str(self.args.output_dir), lambda row: row["input_ids"], log_probs)
 

@@ -97,6 +97,7 @@ def run(modules, base, folder, root):
         "W&B run": lambda: start_run(
             recipe="r", stage="s", output_dir=str(folder / "run"), config={}, report_to=["wandb"]
         ),
+        "labelling page": lambda: importlib.import_module("rlhf_recipes.tools.labeling.app"),
     }
     refused = {}
     for name, use in NEEDS.items():
@@ -110,6 +111,7 @@ def run(modules, base, folder, root):
         "report": main(["report", str(folder)]),
         "rank": main(["rank", str(votes)]),
         "rate": main(["rate", str(rankings), str(folder / "rated.jsonl")]),
+        "label": main(["label", "--data", str(rankings), "--db", str(folder / "labels.sqlite")]),
     }
     print(
         json.dumps(

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_recipes.tools.commands.scripts import SCRIPTS as COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 SOURCES = sorted(path for suffix in ("py", "sh", "yaml") for path in ROOT.glob(f"recipes/**/*.{suffix}"))
@@ -22,6 +24,7 @@ SCRIPTS = [path for path in SOURCES if path.suffix == ".py" and "parse_stage(" i
 OURS = re.compile(r"(?<![\w/.-])(?:rlhf_recipes|recipes|tests|docs|\.github|\.ci)/[\w./{},-]*[\w}/]")
 PLACEHOLDER = re.compile(r"[<>$*\[\]]|\.\.\.|…")
 OTHER_FLAGS = {"config", "config_file", "num_processes", "num_machines"}  # of the parser and of `accelerate launch`
+OF_A_COMMAND = {"accelerate_config", "num_processes", "help", "help-all"}
 
 
 def ids(path):
@@ -55,7 +58,8 @@ def commands(text):
     text = re.sub(r"(?m)^\s*(#|>) ?", "", text)
     text = re.sub(r"\\\n\s*", " ", text)
     text = re.sub(r'(?m)^\w+=".*"$', "", text)  # the start of a command, kept in a shell variable
-    return re.findall(r"(?:accelerate launch |python (?=recipes/))[^`\n]*", text)
+    ours = "|".join(COMMANDS)
+    return re.findall(rf"(?:accelerate launch |python (?=recipes/)|rlhf-recipes (?:{ours})\b)[^`\n]*", text)
 
 
 @cache
@@ -79,12 +83,21 @@ def flags_of(script):
 @cache
 def flags_of_the_command():
     """Flags that `rlhf-recipes` takes."""
-    return set(re.findall(r'add_argument\(\s*"--([a-z_]+)"', (ROOT / "rlhf_recipes/tools/cli.py").read_text()))
+    sources = "".join(path.read_text() for path in sorted((ROOT / "rlhf_recipes" / "tools").rglob("*.py")))
+    return set(re.findall(r'add_argument\(\s*(?:"-h", )?"--([a-z_-]+)"', sources))
 
 
 def problems(command):
     """What a launch command names and is not there."""
     words = [word.strip("[]") for word in shlex.split(command, comments=True)]
+    if words[0] == "rlhf-recipes":
+        given = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
+        known = flags_of(ROOT / "recipes" / COMMANDS[words[1]]) | OF_A_COMMAND
+        known |= {"budget_gib", "prompt_length"} if words[1] == "plan" else set()
+        files = [word for word in words if word.startswith("recipes/") and not PLACEHOLDER.search(word)]
+        return [f"no file {file}" for file in files if not (ROOT / file).is_file()] + [
+            f"no flag --{flag}" for flag in given - known
+        ]
     scripts = [index for index, word in enumerate(words) if word.endswith(".py") and not PLACEHOLDER.search(word)]
     if not scripts:
         return []
@@ -140,6 +153,17 @@ def test_commands_run_existing_scripts_with_known_flags(path):
         assert problems(command) == [], command
 
 
+def test_every_file_names_the_same_version():
+    patterns = {
+        "pyproject.toml": r'(?m)^version = "(.+)"',
+        "rlhf_recipes/__init__.py": r'(?m)^__version__ = "(.+)"',
+        "CITATION.cff": r"(?m)^version: (.+)",
+        "docs/CHANGELOG.md": r"(?m)^## ([\d.]+)",
+    }
+    versions = {file: re.search(pattern, (ROOT / file).read_text()).group(1) for file, pattern in patterns.items()}
+    assert len(set(versions.values())) == 1, versions
+
+
 def test_problems_are_seen():
     page = "# PPO's `gae_lambda`, by [Schulman](x.md)\n```\n# no heading\n```\n## A b\n### A b\n"
     assert anchors(page) == {"ppos-gae_lambda-by-schulman", "a-b", "a-b-1"}
@@ -148,3 +172,6 @@ def test_problems_are_seen():
     assert problems(command) == ["no file no.yaml", "no flag --learning_rte"]
     assert problems("accelerate launch recipes/ppo.py --config recipes/<recipe>/ppo.yaml [--learning_rate 1e-5]") == []
     assert problems("accelerate launch recipes/nothing.py") == ["no script recipes/nothing.py"]
+    [command] = commands("see `rlhf-recipes ppo --config mine/ppo.yaml --num_processes 2 --learning_rte 1e-5`")
+    assert problems(command) == ["no flag --learning_rte"]
+    assert problems("rlhf-recipes plan --config recipes/x/ppo.yaml --budget_gib 2") == ["no file recipes/x/ppo.yaml"]

@@ -27,6 +27,7 @@ EXTRA_OF = {
     "reward of a judge": "judges",
     "W&B": "wandb",
     "W&B run": "wandb",
+    "labelling page": "label",
 }
 
 
@@ -81,8 +82,8 @@ def test_what_needs_an_extra_says_how_to_install_it(core):
 
 
 def test_commands_say_it_without_a_traceback(core):
-    assert core["codes"] == {"report": 2, "rank": 2, "rate": 2}
-    for name, extra in (("report", "report"), ("rank", "ranking"), ("rate", "ranking")):
+    assert core["codes"] == {"report": 2, "rank": 2, "rate": 2, "label": 2}
+    for name, extra in (("report", "report"), ("rank", "ranking"), ("rate", "ranking"), ("label", "label")):
         [line] = [line for line in core["stderr"].splitlines() if line.startswith(f"rlhf-recipes {name}: ")]
         assert line.endswith(command(extra))
 

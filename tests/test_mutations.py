@@ -196,6 +196,7 @@ BUGS = [
     Bug(ALARM, "policy.values[-1] - reference.values[-1]", "policy.values[-1]", "test_ngram_takeover"),
     Bug(FRONTIER, "np.exp(min(alpha / beta, 700.0) - 1)", "np.exp(alpha / beta)", "test_numbers_of_both_laws"),
     Bug(FRONTIER, "max(entry[kl], 0.0)) ** 0.5", "abs(entry[kl]))", "test_frontier_reads_what_has_a_kl_and_a_score"),
+    Bug(AGREEMENT, "(totals.sum() - 1) *", "totals.sum() *", "test_alpha_of_a_published_example"),
     Bug(AGREEMENT, "decided & (outcomes != 0.5)", "decided", "test_numbers"),
     Bug(
         AGREEMENT,

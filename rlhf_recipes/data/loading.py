@@ -114,9 +114,48 @@ def _find(name: str, config: str | None, split: str) -> Dataset | list[Path]:
     if path.exists():
         _check_split(path, split, ["train"])
         return [path]
-    if _HUB_ID.fullmatch(name) and not name.endswith(_SUFFIXES):
+    if _is_hub_id(name):
         return _download(name, config, split)
-    raise FileNotFoundError(f"There is no file or folder {path} (from {Path.cwd()}). Check `dataset_name`.")
+    raise _no_such_file(path)
+
+
+def local_splits(name: str) -> list[str] | None:
+    """List the splits of a local dataset.
+
+    Args:
+        name: As `load_rows` takes it.
+
+    Returns:
+        The names, or `None` for a dataset id on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, and the name can be no dataset id.
+        ValueError: If the file's type is unknown, or the folder holds nothing that can be read.
+
+    Example:
+        >>> local_splits("Anthropic/hh-rlhf")  # `None`
+        >>> local_splits("nothing.jsonl")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no file or folder nothing.jsonl (from ...). Check `dataset_name`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return list(_splits_of(path))
+    if path.exists():
+        _suffix(path)
+        return ["train"]
+    if _is_hub_id(name):
+        return None
+    raise _no_such_file(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_SUFFIXES)
+
+
+def _no_such_file(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"There is no file or folder {path} (from {Path.cwd()}). Check `dataset_name`.")
 
 
 def _download(name: str, config: str | None, split: str) -> Dataset:
@@ -129,22 +168,29 @@ def _download(name: str, config: str | None, split: str) -> Dataset:
 
 
 def _find_in_folder(folder: Path, split: str) -> Dataset | list[Path]:
+    splits = _splits_of(folder)
+    _check_split(folder, split, splits)
+    found = splits[split]
+    if isinstance(found, Dataset):
+        return found
+    if len({_suffix(path) for path in found}) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder} holds split {split!r} more than once: {names}. Give the path of one file.")
+    return found
+
+
+def _splits_of(folder: Path) -> dict[str, Dataset | list[Path]]:
+    """The splits in a folder: their rows where `save_to_disk` wrote them, or their files."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         # In memory, because otherwise later steps would write their caches into the user's folder.
         saved = load_from_disk(str(folder), keep_in_memory=True)
-        splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-        _check_split(folder, split, splits)
-        return splits[split]
+        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     files: dict[str, list[Path]] = {}
     for path in sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)):
         files.setdefault(_SHARD.sub("", path.name.removesuffix(_suffix(path))), []).append(path)
     if not files:
         raise ValueError(f"{folder} holds none of the files that can be read here ({', '.join(_SUFFIXES)}).")
-    _check_split(folder, split, files)
-    if len({_suffix(path) for path in files[split]}) > 1:
-        names = ", ".join(path.name for path in files[split])
-        raise ValueError(f"{folder} holds split {split!r} more than once: {names}. Give the path of one file.")
-    return files[split]
+    return dict(files)
 
 
 def _check_split(path: Path, split: str, known: Any) -> None:

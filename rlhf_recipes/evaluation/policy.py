@@ -130,6 +130,6 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    """Mean of what one reward function gave, over the rows to which it gave one (TRL's nan stands for nothing)."""
+    """Mean of what one reward function gave, over the rows to which it gave anything: TRL has nan for nothing."""
     given = [row["rewards"][name] for row in rows if not math.isnan(row["rewards"][name])]
     return fmean(given) if given else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peft import (
@@ -12,10 +13,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.loading import looks_local
 from rlhf_recipes.models.plain_lora import as_plain_lora, changes_base
 from rlhf_recipes.models.trained_on import TOLERANCE, check_trained_on, log_probs
 
@@ -72,11 +75,52 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
     return model
 
 
+def name_base_absolutely(model: nn.Module) -> None:
+    """Let adapters of a model name a local base by its absolute path when they are saved next.
+
+    PEFT writes the name with which the base was loaded. A relative path would be looked for from wherever the adapter
+    is loaded.
+
+    Args:
+        model: Any model; one without adapters is left as it is.
+
+    Example:
+        >>> name_base_absolutely(nn.Linear(2, 2))
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        name = config.base_model_name_or_path
+        if name and Path(name).is_dir():
+            config.base_model_name_or_path = os.path.abspath(name)
+
+
+def base_to_load(adapter: str | Path) -> str:
+    """Return the base of a saved adapter as `base_of` does, but refuse a folder that is not there.
+
+    Args:
+        adapter: Folder of the adapter.
+
+    Returns:
+        A hub id, or an existing folder.
+
+    Raises:
+        FileNotFoundError: If the base is a folder that is not there; it says what to write where.
+        ValueError: As `base_of`.
+    """
+    name = base_of(adapter)
+    if looks_local(name) and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"The adapter in {str(adapter)!r} belongs to the base {name!r}, and there is no such folder. If the base "
+            f"has moved, write its new absolute path as `base_model_name_or_path` into {Path(adapter) / CONFIG}."
+        )
+    return name
+
+
 def base_of(adapter: str | Path) -> str:
     """Return the base that a saved adapter belongs to: a hub id, or a folder, also where it was written relative.
 
-    PEFT writes the base's name as it was given. A relative folder is looked for from here, and from the folders above
-    the adapter, which is where it lies after the whole tree moved or if a program is started from another folder.
+    The stages write absolute paths. PEFT alone writes the base's name as it was given. A relative folder is looked for
+    from here, and from the folders above the adapter, which is where it lies after the whole tree moved or if a
+    program is started from another folder.
 
     Args:
         adapter: Folder of the adapter.
@@ -175,6 +219,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
     return load_file(file)
+
+
+def weights_of_base(path: str | Path) -> set[str]:
+    """Name what the file of an adapter holds, by the base's own names: a whole module in it takes that of the base."""
+    with safe_open(Path(path) / WEIGHTS, framework="pt") as weights:
+        return {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
 
 
 def load_weights(model: PeftModel, path: str | Path, adapter: str) -> dict[str, Tensor]:

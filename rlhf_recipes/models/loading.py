@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from jinja2.exceptions import TemplateError
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -117,6 +118,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
     targets: Any = model_args.lora_target_modules or "all-linear"
     if isinstance(targets, list) and len(targets) == 1:
         targets = targets[0]  # YAML's `all-linear` arrives as a list; PEFT knows the word only as a string
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # TRL makes a string of one name, which PEFT would take for a pattern of whole paths
     if task_type == "CAUSAL_LM" and "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ValueError(
             "`lora_target_modules` names 'lm_head', but log-probabilities are computed from its weight directly and "
@@ -173,6 +176,43 @@ def load_tokenizer(
             f"(for example to its eos token {tokenizer.eos_token!r}, which is handled) and save the tokenizer again."
         )
     return tokenizer
+
+
+def padding_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List tokens that can pad in the place of the end token, because no text has them.
+
+    Args:
+        tokenizer: A tokenizer.
+
+    Returns:
+        Its added tokens but those that begin, end or divide texts or that its chat template writes. Those that are
+        named for padding come first, and the unknown token, which some tokenizers do write, last.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny import word_tokenizer
+        >>> padding_tokens(word_tokenizer(["good", "bad"]))
+        ['<pad>', '<unk>']
+    """
+    roles = ("bos_token", "eos_token", "sep_token", "cls_token", "mask_token")
+    used = {getattr(tokenizer, role) for role in roles}
+    chat = _all_of_chat(tokenizer)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    free = [token for token in added if token not in used and token not in chat]
+    return sorted(free, key=lambda token: (token == tokenizer.unk_token, "pad" not in token.lower()))
+
+
+def _all_of_chat(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, and what it makes of the roles of a chat, whose tokens it may put together."""
+    if tokenizer.chat_template is None:
+        return ""
+    texts = [str(tokenizer.chat_template)]
+    for roles in (("user", "assistant"), ("system", "user", "assistant")):
+        try:
+            chat = [{"role": role, "content": role} for role in roles]
+            texts.append(str(tokenizer.apply_chat_template(chat, tokenize=False)))
+        except (TemplateError, TypeError, ValueError):  # a template may refuse a role
+            continue
+    return "".join(texts)
 
 
 def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
@@ -316,9 +356,18 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return choices[dtype]
 
 
+def looks_local(path: str) -> bool:
+    """Return whether a name of a model can only be meant as a local folder: hub ids have at most one slash.
+
+    Example:
+        >>> looks_local("outputs/quickstart/world/base"), looks_local("Qwen/Qwen3-0.6B")
+        (True, False)
+    """
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+
+
 def _check_path(path: str | None) -> None:
     if not path:
         raise ValueError("No model is given. Set `model_name_or_path` to a hub id or a local folder.")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
-    if looks_local and not Path(path).is_dir():
+    if looks_local(path) and not Path(path).is_dir():
         raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")

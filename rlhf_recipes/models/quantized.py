@@ -55,3 +55,16 @@ def merges_exactly(model: torch.nn.Module) -> bool:
     """
     wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
     return wide and not getattr(model, "is_quantized", False)
+
+
+def dequantized(model: Any) -> Any:
+    """Make a new model in float32 of one whose weights are in 4 or 8 bits: what they stand for, not what they were.
+
+    Args:
+        model: The quantized model, which cannot be used any more.
+    """
+    weights = model.dequantize().float().state_dict()
+    # A new model, because transformers cannot save one in float32 that it loaded from 4 bits
+    plain = type(model)(model.config)
+    plain.load_state_dict(weights)
+    return plain

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.models.adapters import WEIGHTS, base_of, is_adapter
+from rlhf_recipes.models.adapters import WEIGHTS, base_to_load, is_adapter, weights_of_base
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_new_classifier, load_sequence_classifier
-from rlhf_recipes.models.quantized import merges_exactly
+from rlhf_recipes.models.quantized import dequantized, merges_exactly
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, raw_score
 
 
@@ -80,7 +79,7 @@ def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrain
         ValueError: If weights of the head are missing.
     """
     base, adapter, tokenizer = _load_parts(str(path))
-    model: Any = _dequantized(base) if getattr(base, "is_quantized", False) else base.float()
+    model: Any = dequantized(base) if getattr(base, "is_quantized", False) else base.float()
     return model if adapter is None else _adapted(model, adapter).merge_and_unload(), tokenizer
 
 
@@ -94,21 +93,11 @@ def _load_parts(path: str, **options: Any) -> tuple[PreTrainedModel, str | None,
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{path!r} has no {WEIGHTS}. Weights are read from safetensors files only.")
-    base = base_of(path)
+    base = base_to_load(path)
     model, missing = load_new_classifier(base, **options)
-    with safe_open(file, framework="pt") as weights:
-        saved = {key.removeprefix("base_model.model.") for key in weights.keys()}  # noqa: SIM118  # not a mapping
-    _check_complete(path, missing - saved)
+    _check_complete(path, missing - weights_of_base(path))
     own = (Path(path) / "tokenizer_config.json").is_file()
     return model, path, AutoTokenizer.from_pretrained(path if own else base, **code)
-
-
-def _dequantized(base: Any) -> PreTrainedModel:
-    weights = base.dequantize().float().state_dict()
-    # A new model, because transformers cannot save one in float32 that it loaded from 4 bits
-    model: PreTrainedModel = type(base)(base.config)
-    model.load_state_dict(weights)
-    return model
 
 
 def _adapted(base: PreTrainedModel, adapter: str) -> Any:

@@ -20,7 +20,15 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.models.adapters import HEAD_KEY, POLICY, WEIGHTS, load_weights, read_adapter, set_weights
+from rlhf_recipes.models.adapters import (
+    HEAD_KEY,
+    POLICY,
+    WEIGHTS,
+    load_weights,
+    name_base_absolutely,
+    read_adapter,
+    set_weights,
+)
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
@@ -272,6 +280,7 @@ class Roles:
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""
+        name_base_absolutely(self.model)
         self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
 
     def save_scalar_role(self, role: str, adapter: str, folder: str | Path) -> None:
@@ -291,6 +300,7 @@ class Roles:
             folder / WEIGHTS,
             metadata={"format": "pt"},
         )
+        name_base_absolutely(self.model)
         config: Any = copy.deepcopy(self.model.peft_config[adapter])
         modules_to_save = ["classifier", "score", *(config.modules_to_save or [])]
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", modules_to_save, True

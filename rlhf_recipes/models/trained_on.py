@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,60 @@ def save_with_first_rows(
         save_trained_on(folder, model, [ids_of(row) for row in first], numbers_of)
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """What `save_trained_on` wrote.
+
+    Attributes:
+        base: The base of the training, in the words of `describe_base`.
+        rows: Token ids of a few texts.
+        numbers: What the adapter gave for them, one after another, float64, shape `(N,)`.
+    """
+
+    base: str
+    rows: list[list[int]]
+    numbers: Tensor
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the numbers; 1 of a single one."""
+        return max(self.numbers.std().item(), 1e-12) if len(self.numbers) > 1 else 1.0
+
+    def gaps(self, model: Any, numbers_of: Callable[[Any, Sequence[int]], Any]) -> Tensor:
+        """By how much a model's numbers of the same rows are above those of the training, shape `(N,)`.
+
+        Args:
+            model: The model; its mode, training or evaluation, stays as it is.
+            numbers_of: As in training: `log_probs` or `raw_score`.
+        """
+        training = model.training
+        model.eval()
+        now = torch.tensor([number for row in self.rows for number in numbers_of(model, row)], dtype=torch.float64)
+        model.train(training)
+        return now - self.numbers
+
+
+def read_trained_on(folder: str | Path) -> TrainedOn | None:
+    """Read the record of an adapter's training; `None` where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+
+    Example:
+        >>> read_trained_on("no/such/folder") is None
+        True
+    """
+    path = Path(folder, FILE)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        numbers = torch.tensor([number for row in record["numbers"] for number in row], dtype=torch.float64)
+        return TrainedOn(str(record["base"]), record["rows"], numbers)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Remove it to load the adapter unchecked.") from error
+
+
 def check_trained_on(
     folder: str | Path, model: Any, numbers_of: Callable[[Any, Sequence[int]], Any], unit: str, tolerance: float
 ) -> None:
@@ -119,31 +175,20 @@ def check_trained_on(
     Raises:
         ValueError: If the difference is larger, or the file is damaged.
     """
-    path = Path(folder, FILE)
-    if not path.is_file():
-        return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        base, rows, numbers = str(record["base"]), record["rows"], record["numbers"]
-        before = torch.tensor([number for row in numbers for number in row], dtype=torch.float64)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Remove it to load the adapter unchecked.") from error
+    record = read_trained_on(folder)
     current = describe_base(model)
-    if current == base or not len(before):
+    if record is None or current == record.base or not len(record.numbers):
         return
-    training = model.training
-    model.eval()
-    now = torch.tensor([number for row in rows for number in numbers_of(model, row)], dtype=torch.float64)
-    model.train(training)
-    difference = (now - before).abs().mean().item()
+    gaps = record.gaps(model, numbers_of)
+    difference = gaps.abs().mean().item()
     if unit == OF_THE_SPREAD:
-        difference /= max(before.std().item(), 1e-12) if len(before) > 1 else 1.0
-    message = f"The adapter in {str(folder)!r} was trained on a base in {base}, and is put on one in {current}"
+        difference /= record.spread
+    message = f"The adapter in {str(folder)!r} was trained on a base in {record.base}, and is put on one in {current}"
     if not difference <= tolerance:
         raise ValueError(
-            f"{message}: on {len(rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), so it is "
-            "another model. Load the base as in training (`load_in_4bit`, `dtype`), or train the adapter on this one. "
-            "`adapter_tolerance` raises the bound."
+            f"{message}: on {len(record.rows)} rows it differs by {difference:.2g} {unit} (allowed: {tolerance:g}), "
+            "so it is another model. Load the base as in training (`load_in_4bit`, `dtype`), or train the adapter on "
+            "this one. `adapter_tolerance` raises the bound."
         )
     if PartialState().is_main_process:
-        logger.warning("%s: on %d rows it differs by %.2g %s.", message, len(rows), difference, unit)
+        logger.warning("%s: on %d rows it differs by %.2g %s.", message, len(record.rows), difference, unit)

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.chat_templates import end_token_ids
-from rlhf_recipes.models.adapters import POLICY, base_name, base_of, is_adapter, load_policy, same_model
+from rlhf_recipes.models.adapters import POLICY, base_name, base_of, base_to_load, is_adapter, load_policy, same_model
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
@@ -89,7 +89,7 @@ def build_policy(
     """
     options = _loading_options(model, args, quantization_config)
     if isinstance(model, str | Path) and is_adapter(model):
-        model = load_policy(load_causal_lm(base_of(model), **options), model, args.adapter_tolerance)
+        model = load_policy(load_causal_lm(base_to_load(model), **options), model, args.adapter_tolerance)
     elif isinstance(model, str | Path):
         model = load_causal_lm(str(model), **options)
 

@@ -15,6 +15,7 @@ from rlhf_recipes.data.chat_templates import (
     warn_about_template,
 )
 from rlhf_recipes.data.dialogues import split_dialogue
+from rlhf_recipes.models.loading import padding_tokens
 from rlhf_recipes.reward_modeling.collator import sequences_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import RewardTrainer
 
+_NAMED = 8  # tokens, of what may be hundreds
 _LOOKED_AT = 16  # rows, for what they are and what a chat template makes of them
 
 
@@ -46,12 +48,12 @@ def check_score_head(trainer: RewardTrainer) -> None:
         ids[-1] == tokenizer.pad_token_id for row in _first_rows(trainer) for ids in sequences_of(row)
     )
     if ends_in_padding:
-        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.pad_token]
+        others = [token for token in padding_tokens(tokenizer) if token != tokenizer.pad_token]
         raise ValueError(
             f"The padding token is the token that ends a text ({tokenizer.pad_token!r}). A reward model reads its "
             "score at the last token that is not padding, so it would never see that a completion ended. Set "
-            "`pad_token` to another token that does not occur in the texts (special tokens of this tokenizer: "
-            f"{others or 'none'})."
+            "`pad_token` to another token that does not occur in the texts (this tokenizer has "
+            f"{others[:_NAMED] or 'none'})."
         )
     if model.dtype != torch.float32 and not (trainer.args.bf16 or trainer.args.fp16):
         raise ValueError(

@@ -13,6 +13,7 @@ from trl import RewardTrainer
 
 from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout, read_scores
@@ -257,6 +258,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
             metrics["margin"].append(lead / pairs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        name_base_absolutely(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
         tokenizer: Any = self.processing_class
         ends = end_token_ids(self.model, tokenizer)  # a classifier alone does not say how answers end

@@ -1,4 +1,4 @@
-"""Agreement of a judge, or of a reward model, with people, where their labels exist."""
+"""Agreement of a judge, or of a reward model, with people where their labels exist, and of people with each other."""
 
 from __future__ import annotations
 
@@ -109,6 +109,49 @@ def grade_agreement(grades: ArrayLike, human: ArrayLike) -> dict[str, float]:
         "difference": float((ours - theirs).mean()),
         "rows": len(ours),
     }
+
+
+def krippendorff_alpha(values: ArrayLike, units: ArrayLike, *, interval: bool = False) -> float:
+    """Agreement of any number of people on what they judged, each on some of it: Krippendorff's alpha.
+
+    `1 - D_o / D_e`: the mean difference of two judgements of one unit, over that of any two judgements. 1 is agreement
+    on all, 0 what chance gives. Krippendorff asks for 0.8, and for 0.667 where conclusions are tentative; on
+    preferences people reach less.
+
+    Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), sections C and D.
+
+    Args:
+        values: The judgements, as numbers, shape `(N,)`.
+        units: What each of them judges, shape `(N,)`: numbers or strings. Units with one judgement do not count.
+        interval: Whether the difference of two judgements is that of the numbers, squared. Otherwise it is 1 for two
+            different ones, however far apart.
+
+    Returns:
+        Alpha; `nan` where no unit was judged twice, or all judgements of those that were are one and the same.
+
+    Raises:
+        ValueError: If the shapes differ, or a value is a text, missing or not finite; with the row (from 0).
+
+    Example:
+        >>> krippendorff_alpha([1, 1, 0, 0, 1, 0], ["a", "a", "b", "b", "c", "c"])
+        0.4444444444444444
+    """
+    numbers, labels = _numbers("values", values), np.asarray(units)
+    if numbers.shape != labels.shape:
+        raise ValueError(f"Give one unit per value, got shapes {labels.shape} and {numbers.shape}.")
+    names, unit = np.unique(labels, return_inverse=True)
+    levels, level = np.unique(numbers, return_inverse=True)
+    counts = np.zeros((len(names), len(levels)))
+    np.add.at(counts, (unit, level), 1)
+    counts = counts[counts.sum(axis=1) > 1]
+    totals = counts.sum(axis=0)
+    # How often two judgements of a unit are this one and that one; a unit counts as often as it was judged.
+    weighted = counts / (counts.sum(axis=1, keepdims=True) - 1)
+    coincidences = weighted.T @ counts - np.diag(weighted.sum(axis=0))
+    gaps = levels[:, None] - levels
+    differences = gaps**2 if interval else (gaps != 0).astype(np.float64)
+    expected = totals @ differences @ totals
+    return float(1 - (totals.sum() - 1) * (coincidences * differences).sum() / expected) if expected else math.nan
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -11,11 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.tools.commands.folder import recipe_names
+from rlhf_recipes.tools.commands.scripts import SCRIPTS, STAGES, describe, full_help, help_page, launch, run_script
+from rlhf_recipes.tools.export.arguments import add_arguments as add_export
+from rlhf_recipes.tools.labeling.command import add_arguments as add_label
 from rlhf_recipes.tools.pages.html import printable
 
 if TYPE_CHECKING:
     from rlhf_recipes.rewards.verifier import PaidAnswers
 
+_TRACED = ("report", "certificate", "serve")  # a ValueError of theirs is a bug, or has a traceback in the script too
 _SEED = 0  # of the draw of rows that a verifier is tried on
 
 
@@ -26,50 +31,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `rlhf-recipes`; by default those of the command line.
 
     Returns:
-        0; 1 for a verifier that can be bought; 2 after an error. What is wrong is written to the standard error.
+        0; 1 for a stage that failed or a verifier that can be bought; 2 after an error. What is wrong is written to
+        the standard error.
     """
-    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="Tools for runs of the recipes.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="make one HTML file of what runs left on disk")
-    report.add_argument("folders", nargs="+", help="folders of recipes or of single stages; several are compared")
-    report.add_argument("--output_dir", help="where the files go (default: report/ in the first folder)")
-    report.set_defaults(run=_report)
-    commands.add_parser(
-        "plan",
-        help="print what memory a PPO run takes, before it is started",
-        usage="%(prog)s --config FILE [--field value] [--budget_gib GIB] [--prompt_length TOKENS]",
-    )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="Train with the recipes, and look at runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_new(commands.add_parser("new", help="copy a recipe into a folder of your own, to edit and to run"))
+    for name in SCRIPTS:  # their words are read by their scripts
+        commands.add_parser(name, help=describe(name), add_help=False)
+    _add_report(commands.add_parser("report", help="make one HTML file of what runs left on disk"))
     _add_verifier(commands.add_parser("verifier", help="try which wrong answers a reward function pays"))
     _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
     _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
-    args, words = parser.parse_known_args(arguments)
+    add_label(commands.add_parser("label", help="compare answers on a local page, and export the preferences"))
+    exporting = commands.add_parser("export", help="make an adapter or a merged model of a run, with a model card")
+    add_export(exporting)
+    exporting.set_defaults(run=_export)
+    args, unknown = parser.parse_known_args(words)
     try:
-        if args.command == "plan":
-            sys.stdout.write(_plan(words))
-            return 0
-        if words:
-            parser.error(f"unrecognized arguments: {' '.join(words)}")
+        if args.command in SCRIPTS:
+            return _run_script(args.command, words[1:])
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         if args.command == "verifier":
             return _verifier(args)
         sys.stdout.write(f"{printable(args.run(args))}\n")
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        if args.command == "report" and isinstance(error, ValueError):
+        if args.command in _TRACED and isinstance(error, ValueError):
             raise
         sys.stderr.write(f"rlhf-recipes {args.command}: {printable(error)}\n")
         return 2
     return 0
 
 
+def _run_script(command: str, words: list[str]) -> int:
+    if not {"-h", "--help"}.isdisjoint(words):
+        sys.stdout.write(help_page(command))
+    elif "--help-all" in words:
+        full_help(command)
+    elif command == "plan":
+        from rlhf_recipes.tools.planning.report import write_plan  # it imports TRL, which takes seconds
+
+        sys.stdout.write(write_plan(words))
+    elif command in STAGES:
+        return launch(command, words)
+    else:
+        run_script(command, words)
+    return 0
+
+
+def _add_new(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(recipe_names())
+    parser.add_argument("name", help="folder to make here; its runs go to outputs/NAME")
+    parser.add_argument("--from", dest="recipe", required=True, metavar="RECIPE", help=f"recipe to copy: {names}")
+    parser.add_argument("--model", help="hub id or folder of the model to train, in place of the recipe's")
+    parser.add_argument("--data", help="file, folder or dataset id to read, in place of the recipe's")
+    parser.set_defaults(run=_new)
+
+
+def _new(args: argparse.Namespace) -> str:
+    from rlhf_recipes.tools.commands.new import new_recipe
+
+    return new_recipe(args.name, args.recipe, model=args.model, data=args.data)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", help="folders of recipes or of single stages; several are compared")
+    parser.add_argument("--output_dir", help="where the files go (default: report/ in the first folder)")
+    parser.set_defaults(run=_report)
+
+
 def _report(args: argparse.Namespace) -> Path:
     from rlhf_recipes.tools.report import write_report
 
     return write_report(args.folders, args.output_dir)
-
-
-def _plan(words: list[str]) -> str:
-    from rlhf_recipes.tools.planning.report import write_plan  # it imports TRL, which takes seconds
-
-    return write_plan(words)
 
 
 def _add_verifier(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +166,12 @@ def _rate(args: argparse.Namespace) -> Path:
     rated = rate_rankings(load_rows(args.rankings, split=args.split), pool=args.pool)
     rated.to_json(args.output)
     return args.output  # type: ignore[no-any-return]
+
+
+def _export(args: argparse.Namespace) -> str:
+    from rlhf_recipes.tools.export.command import export
+
+    return export(args)
 
 
 def _verifier(args: argparse.Namespace) -> int:

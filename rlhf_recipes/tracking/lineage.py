@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.tracking.settings import without_secrets
+
 _RUN_FILE = "run.json"
 _PACKAGES = (
     "rlhf-recipes",
@@ -131,8 +133,10 @@ def stage_config(*arguments: Any) -> dict[str, Any]:
 def _command() -> str:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes == "1":
-        return shlex.join(["python", *sys.orig_argv[1:]])
-    return shlex.join(["accelerate", "launch", "--num_processes", processes, *sys.argv])
+        words = ["python", *sys.orig_argv[1:]]
+    else:
+        words = ["accelerate", "launch", "--num_processes", processes, *sys.argv]
+    return shlex.join(without_secrets(words))
 
 
 def _describe_parent(path: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from accelerate import PartialState
 from rlhf_recipes.extras import from_extra
 from rlhf_recipes.tracking.lineage import describe_run, read_run, stage_config, write_run
 from rlhf_recipes.tracking.outputs import use_parents
+from rlhf_recipes.tracking.settings import resolve_settings, write_settings
 
 if TYPE_CHECKING:
     import wandb
@@ -30,6 +31,8 @@ def start_run(
     parent: str | Sequence[str] | None = None,
     recipe: str | None = None,
     report_to: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    python: Iterable[Any] = (),
 ) -> wandb.Run | None:
     """Record where this stage comes from, and start its W&B run if it reports there.
 
@@ -40,7 +43,7 @@ def start_run(
 
     Args:
         stage: Name of the stage: the job type.
-        output_dir: Folder of the stage, which gets `run.json` with or without W&B.
+        output_dir: Folder of the stage, which gets `run.json` and `config.yaml` with or without W&B.
         config: The full configuration of the stage, see `stage_config`.
         parent: What the stage starts from: the folder of an earlier stage, a hub id, or several (PPO starts from an
             SFT and a reward adapter). The W&B runs of earlier stages are found by their `run.json`; an online run
@@ -48,6 +51,8 @@ def start_run(
         recipe: Name of the recipe: the group that its stages share. By default the name of the folder that
             `output_dir` lies in.
         report_to: The trainer's `report_to`.
+        settings: What `config.yaml` gets (`resolve_settings`); by default `config`.
+        python: Objects that were set in Python, for the head of that file (`write_settings`).
 
     Returns:
         The W&B run, or `None` without `"wandb"` in `report_to` and on every process but the first.
@@ -73,11 +78,16 @@ def start_run(
             if not run.offline:
                 use_parents(run, record)
     write_run(output_dir, record)
+    write_settings(output_dir, config if settings is None else settings, python)
     return run
 
 
 def start_stage(
-    stage: str, training_args: TrainingArguments, *arguments: Any, parents: Sequence[str | None]
+    stage: str,
+    training_args: TrainingArguments,
+    *arguments: Any,
+    parents: Sequence[str | None],
+    python: Iterable[Any] = (),
 ) -> wandb.Run | None:
     """Record where a stage with a trainer comes from, and start its W&B run if it reports there: `start_run`.
 
@@ -86,6 +96,7 @@ def start_stage(
         training_args: The trainer's configuration, which names the folder and where to report.
         *arguments: The other dataclasses of the stage's configuration.
         parents: What the stage starts from; `None` stands for what it does without.
+        python: What the script set in Python, such as reward functions: `config.yaml` names what it cannot hold.
 
     Returns:
         The W&B run, or `None` without `"wandb"` in `report_to` and on every process but the first.
@@ -96,6 +107,8 @@ def start_stage(
         config=stage_config(*arguments, training_args),
         parent=[parent for parent in parents if parent is not None],
         report_to=training_args.report_to or (),
+        settings=resolve_settings(*arguments, training_args),
+        python=python,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from rlhf_recipes.data import load_rows, loading
-from rlhf_recipes.data.loading import load_records
+from rlhf_recipes.data.loading import load_records, local_splits
 
 ROWS = [
     {"prompt": "The film was", "score": 1.5, "ids": [1, 2]},
@@ -252,3 +252,38 @@ def test_records_of_broken_and_empty_files_are_errors(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"Split 'train' of .*b.jsonl has no rows"):
         load_records(str(tmp_path / "b.jsonl"))
+
+
+def test_splits_are_listed_as_they_would_be_loaded(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a"}])
+    DatasetDict({"train": rows, "valid": rows}).save_to_disk(tmp_path / "saved")
+    rows.save_to_disk(tmp_path / "one")
+    (tmp_path / "files").mkdir()
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.parquet"):
+        rows.to_parquet(tmp_path / "files" / name)
+    expected = {
+        "saved": {"train", "valid"},
+        "one": {"train"},
+        "files": {"train", "test"},
+        "files/test.parquet": {"train"},
+    }
+    for name, splits in expected.items():
+        assert set(local_splits(str(tmp_path / name))) == splits
+        for split in splits:
+            assert load_rows(str(tmp_path / name), split=split)["prompt"][0] == "a"
+    assert local_splits("someone/rows") is None, "on the hub"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("empty", "none of the files that can be read"),
+        ("notes.txt", "unknown type"),
+        ("nothing.csv", "no file or folder"),
+    ],
+)
+def test_splits_of_nothing_are_errors(tmp_path, name, expected):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises((FileNotFoundError, ValueError), match=expected):
+        local_splits(str(tmp_path / name))

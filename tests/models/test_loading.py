@@ -1,5 +1,6 @@
 """Loading of tokenizers and bases, and the two ways in which 4-bit weights go silently wrong."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rlhf_recipes.models import (
     upcast_trainable,
 )
 from rlhf_recipes.models.arguments import positions_follow_mask
+from rlhf_recipes.models.loading import padding_tokens
 
 FOUR_BIT = ModelConfig(load_in_4bit=True)
 
@@ -300,3 +302,31 @@ def test_a_quantized_model_lets_go_of_its_file(tiny_model_path, tmp_path):
     assert f"{tiny_model_path}/model.safetensors" not in Path("/proc/self/maps").read_text()
     embedding = load_file(f"{tiny_model_path}/model.safetensors")["model.embed_tokens.weight"]
     assert_close(model.get_input_embeddings().weight.data, embedding, rtol=0, atol=0)
+
+
+def test_one_target_module_is_a_name_and_a_pattern_stays_one(tiny_model_path):
+    model = load_causal_lm(tiny_model_path)
+    for given, layers in ((["q_proj"], {"q_proj"}), ([r".*\.0\..*_proj"], None), (["all-linear"], None)):
+        adapted = get_peft_model(model, lora_config(ModelConfig(lora_target_modules=given), "CAUSAL_LM"))
+        names = {
+            name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name
+        }
+        assert names == (layers or {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")})
+        model = adapted.unload()
+
+
+def test_tokens_that_could_pad_are_those_that_no_text_has(tiny_tokenizer):
+    """`<user>` and `<assistant>` are put together by the template; one of a refused role is only in its text."""
+    assert padding_tokens(tiny_tokenizer) == ["<pad>", "<unk>"]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<|reserved|>", "<|my_PAD|>", "<tool>"], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert padding_tokens(tokenizer) == ["<pad>", "<|my_PAD|>", "<|reserved|>", "<tool>", "<unk>"]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('<tool> only') }}{% endif %}"
+        "{% for message in messages %}{{ '<' + message['role'] + '>' }}{% endfor %}"
+    )
+    assert padding_tokens(tokenizer) == ["<pad>", "<|my_PAD|>", "<system>", "<|reserved|>", "<unk>"]
+    tokenizer.chat_template = None
+    assert set(padding_tokens(tokenizer)) > {"<user>", "<assistant>", "<tool>"}
+    assert "<eos>" not in padding_tokens(tokenizer)

@@ -82,7 +82,7 @@ def run_ppo(load_script, tiny_model_path, tiny_texts, sft_adapter, reward_adapte
 
 
 OWN_REWARD = {"    # reward_funcs.append(brevity)": "    reward_funcs.append(brevity)"}
-OWN_PLACEMENT = {"placement=None,": "placement=spread_evenly,"}
+OWN_PLACEMENT = {"placement = None": "placement = spread_evenly"}
 
 
 def test_the_reward_and_the_placement_that_are_shown_work(run_ppo):

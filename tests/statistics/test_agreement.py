@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf_recipes.statistics.agreement import grade_agreement, human_agreement
+from rlhf_recipes.statistics.agreement import grade_agreement, human_agreement, krippendorff_alpha
 from rlhf_recipes.statistics.metrics import proportion_interval
 
 
@@ -108,3 +108,52 @@ class TestGradeAgreement:
     def test_errors(self, ours, theirs, message):
         with pytest.raises(ValueError, match=message):
             grade_agreement(ours, theirs)
+
+
+# Krippendorff, Computing Krippendorff's Alpha-Reliability (2011): four observers, twelve units, five values.
+OBSERVED = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
+
+
+def observed():
+    cells = [(int(value), unit) for row in OBSERVED for unit, value in enumerate(row) if value != "."]
+    values, units = zip(*cells, strict=True)
+    return values, units
+
+
+def test_alpha_of_a_published_example():
+    values, units = observed()
+    assert round(krippendorff_alpha(values, units), 3) == 0.743
+    assert round(krippendorff_alpha(values, units, interval=True), 3) == 0.849
+    named = [f"unit {unit}" for unit in units]
+    assert krippendorff_alpha(values[::-1], named[::-1]) == pytest.approx(krippendorff_alpha(values, units))
+
+
+def test_alpha_is_one_less_the_mean_difference_within_units_over_that_of_all():
+    rng = np.random.default_rng(3)
+    values, units = rng.integers(0, 4, 60).astype(float), rng.integers(0, 20, 60)
+    paired = [index for index in range(60) if (units == units[index]).sum() > 1]
+    for interval in (False, True):
+
+        def difference(one, other, interval=interval):
+            return (values[one] - values[other]) ** 2 if interval else float(values[one] != values[other])
+
+        within, weights = 0.0, 0.0
+        for one in paired:
+            others = [other for other in paired if other != one and units[other] == units[one]]
+            within += sum(difference(one, other) for other in others) / len(others)
+            weights += 1
+        between = [difference(one, other) for one in paired for other in paired if one != other]
+        expected = 1 - (within / weights) / np.mean(between)
+        assert krippendorff_alpha(values, units, interval=interval) == pytest.approx(expected)
+
+
+def test_alpha_needs_units_that_several_judged_and_two_values():
+    assert math.isnan(krippendorff_alpha([], []))
+    assert math.isnan(krippendorff_alpha([1, 0], ["a", "b"]))
+    assert math.isnan(krippendorff_alpha([1, 1, 0], ["a", "a", "b"]))
+    assert krippendorff_alpha([1, 1, 0, 0], ["a", "a", "b", "b"]) == 1.0
+    assert krippendorff_alpha([1, 0, 1, 0], ["a", "a", "b", "b"]) == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match=r"shapes \(1,\) and \(2,\)"):
+        krippendorff_alpha([1, 0], ["a"])
+    with pytest.raises(ValueError, match="got 'x' in row 0"):
+        krippendorff_alpha(["x"], ["a"])

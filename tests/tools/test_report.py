@@ -8,8 +8,6 @@ import sys
 import warnings
 from xml.etree import ElementTree
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,107 +15,11 @@ from hypothesis import strategies as st
 from rlhf_recipes.tools.cli import main
 from rlhf_recipes.tools.pages.html import printable
 from rlhf_recipes.tools.report import write_report
+from rlhf_recipes.tools.report.checks import bought
+from rlhf_recipes.tools.report.outcome import verdict
+from rlhf_recipes.tools.report.parts import shown
 from rlhf_recipes.tools.report.reading import Stage, finite, read_runs, series
-from rlhf_recipes.tools.report.sections import bought, shown, verdict
-
-HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=1> & \x00 \x1b ]]> <!-- $x^2$ _{"
-ODD = "\u202e\u0000\ufffe\U0001f600 \u0645\u0631\u062d\u0628\u0627 z\u0351\u036b\u0343 \ud800"
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def record(stage, **others):
-    return {
-        "recipe": "world",
-        "stage": stage,
-        "parents": [{"path": "outputs/base"}],
-        "git_commit": "0123456789abcdef" * 2 + "-dirty",
-        "command": f"recipes/{stage}.py --config x.yaml",
-        "versions": {"trl": "1.16.0", "torch": "2.13"},
-    } | others
-
-
-def ppo_history(steps=12, drift=0.1):
-    return [
-        {
-            "step": 10 * i,
-            "reward": drift * i,
-            "rewards/reward/mean": drift * i,
-            "rewards/gold_score/mean": drift * i / 2,
-            "kl": 0.3 * i,
-            "kl_per_token": 0.02 * i,
-            "completions/mean_length": 15.0 + i,
-            "entropy": 1.8 - 0.01 * i,
-            "critic/explained_variance": 0.5,
-            "ppo/clip_fraction": 0.1,
-            "learning_rate": 1e-4,
-        }
-        for i in range(1, steps + 1)
-    ]
-
-
-def comparison(text="a text", gold=(2.0, 0.0), reward=(2.1, 0.1), rate=(0.8, 0.75, 0.85), by="gold_score"):
-    others = {"kl": 2.5, "length": 18.0, "eos_rate": 1}
-    sides = ({"gold_score": gold[i], "reward_score": reward[i], **others} for i in (0, 1))
-    return {
-        **dict(zip(("policy", "reference"), sides, strict=True)),
-        "win_rate": rate[0],
-        "win_rate_ci": list(rate[1:]),
-        "win_rate_by": by,
-        "rows": 64,
-        "prompts": 32,
-        "seed": 0,
-        "samples": [{"prompt": text, "policy": f"{text} policy", "reference": f"{text} reference"}] * 8,
-    }
-
-
-def write_run(folder, text="a text", name="ppo"):
-    """A whole run as the recipes leave it, with the same text in the place of every text."""
-    write_json(folder / "sft/run.json", record("sft"))
-    history = [{"step": i, "loss": 2.0 - i / 10, "mean_token_accuracy": 0.3} for i in range(1, 6)]
-    write_json(folder / "sft/trainer_state.json", {"global_step": 5, "log_history": history})
-    write_json(folder / "sft/evaluation.json", {"loss": 1.5, "perplexity": math.exp(1.5), "n": 10})
-    write_json(folder / "reward/run.json", record("reward", command=text))
-    history = [{"step": i, "loss": 0.6, "accuracy": 0.7, "margin": 0.5} for i in range(1, 6)]
-    write_json(folder / "reward/trainer_state.json", {"global_step": 5, "log_history": history})
-    write_json(folder / "reward/evaluation.json", {"accuracy": 0.84, "accuracy_ci": [0.8, 0.87], "n": 400})
-    ppo = folder / name
-    write_json(ppo / "run.json", record("ppo", parents=[{"path": text}], wandb_run_id=text))
-    write_json(ppo / "trainer_state.json", {"global_step": 120, "log_history": ppo_history()})
-    write_json(ppo / "evaluation.json", comparison(text))
-    write_json(ppo / "verifier.json", verifier_record(text))
-    alarm = {"kind": "over_optimization", "step": 90, "message": f"fell {text}", "numbers": {}, "action": "warned"}
-    write_json(ppo / "alarms.json", [alarm])
-    sample = {"prompt": text, "policy": text, "reference": text, "policy_reward": 1.25, "reference_gold": -0.75}
-    line = json.dumps({"step": 100, "win_rate": 0.7, "samples": [sample]})
-    (ppo / "policy_evaluation.jsonl").write_text(line + "\n")
-    (ppo / "completions").mkdir(exist_ok=True)
-    printable = text.encode("utf-8", "replace").decode()
-    for step in (10, 120):
-        rows = [{"step": step, "prompt": printable, "completion": printable, "reward": r / 8} for r in range(16)]
-        file = ppo / f"completions/completions_{step:05d}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return folder
-
-
-def verifier_record(text="a text", paid=0.5, verdict="bought", **changes):
-    """What `rlhf-recipes verifier` writes, with only three kinds of answers."""
-    entry = {"rows": 40, "interval": [0.352, 0.648], "example": text, "row": 3}
-    return {
-        "reward": text,
-        "rows": {"source": text, "split": "train", "number": 40, "seed": 0},
-        "pays": [-1.0, 3.0],
-        "bound": 0.1,
-        "kinds": [
-            {"kind": "true", "right": True, "paid": 1.0, **entry, "interval": [0.912, 1.0]},
-            {"kind": "constant", "right": False, "paid": paid, **entry},
-            {"kind": "negated", "right": False, **entry, "rows": 0, "paid": None, "interval": None, "example": ""},
-        ],
-        "verdict": {"verdict": verdict, "kinds": ["constant"] if verdict == "bought" else []},
-    } | changes
+from tests.tools.runs import HOSTILE, ODD, comparison, ppo_history, record, verifier_record, write_json, write_run
 
 
 def page_of(*folders, out):
@@ -164,11 +66,12 @@ def test_the_page_has_what_was_run_and_what_came_out(whole):
     assert "recipes/ppo.py --config x.yaml" in text
     assert "0123456789ab-dirty" in text
     assert "trl 1.16.0" in text
-    assert "Win rate against the reference 0.800 [0.750, 0.850], by gold_score. But an alarm was raised" in text
+    assert "ppo: It is better than the reference, but was better before" in text
+    assert "Win rate 0.800 [0.750, 0.850] by gold_score. Gold score 0.000 → 2.000, reward 0.100 → 2.100, " in text
+    assert "at a KL of 2.500 nats per completion. Alarms and warnings: 1 ." in text
     assert "0.840 [0.800, 0.870]" in text
     assert "fell a text" in text
-    assert "Alarms and warnings: 1" in text
-    assert "policy reward 1.250" in text
+    assert "ppo reward 1.250" in text
     assert "reference gold -0.750" in text
     assert "Can the reward be bought? ppo : It can be bought: it pays for constant 0.500 [0.352, 0.648]." in text
     assert "rollouts of step 120, 16 of them" in text
@@ -197,7 +100,7 @@ def test_hostile_texts_are_shown_and_not_run(tmp_path):
 
 
 def test_hostile_keys_of_metrics_are_escaped(tmp_path):
-    rows = [{"step": i, "reward": 1.0, f"rewards/{HOSTILE}/mean": 1.0, "rewards/b/mean": 2.0} for i in (1, 2)]
+    rows = [{"step": i, "reward": 3.0, f"rewards/{HOSTILE}/mean": 1.0, "rewards/b/mean": 2.0} for i in (1, 2)]
     write_json(tmp_path / "ppo/trainer_state.json", {"log_history": rows})
     evaluation = {"policy": {}, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6], "win_rate_by": HOSTILE}
     write_json(tmp_path / "ppo/evaluation.json", evaluation)
@@ -210,16 +113,28 @@ def test_names_in_legends_are_no_mathematics(tmp_path):
     for name in ("$x^2$", "$\\frac{$"):
         write_json(tmp_path / name / "ppo/trainer_state.json", {"log_history": ppo_history()})
     html, _ = page_of(tmp_path / "$x^2$", tmp_path / "$\\frac{$", out=tmp_path / "out")
-    legend = re.findall(r"<text [^>]*>([^<]*: gold_score)</text>", html)
-    assert legend == ["$x^2$: gold_score", "$\\frac{$: gold_score"]
+    legend = re.findall(r"<text [^>]*>([^<]*)</text>", html)
+    runs = sum("Reward and gold score" in title for title in re.findall("<h3>(.*?)</h3>", html))
+    assert runs == 1
+    assert legend.count("$x^2$") == legend.count("$\\frac{$") > 5
 
 
 def test_several_runs_are_compared(tmp_path):
     runs = [write_run(tmp_path / name / "seed") for name in ("one", "two")]
     _, root = page_of(*runs, out=tmp_path / "out")
     text = text_of(root)
-    assert "one/seed: policy one/seed: reference two/seed: policy" in text
-    assert "one/seed: gold_score" in text  # the legend of one plot with both curves
+    [result] = [rows for table in root.iter("table") if (rows := rows_of(table))[0][1].startswith("win rate")]
+    assert [row[0] for row in result] == ["", "●one/seed", "■two/seed", "○reference"]  # the same for both
+    assert (
+        result[1][1:]
+        == result[2][1:]
+        == [
+            "0.800 [0.750, 0.850]",
+            *("2.000", "2.100", "2.500", "18.000", "1", "64", "32", "gold_score"),
+        ]
+    )
+    assert result[3] == ["○reference", "0.5", "0.000", "0.100", "2.500", "18.000", "1", "", "", ""]
+    assert "one/seed two/seed reward gold_score" in text  # the legend of one plot with all four curves
     assert len(list((tmp_path / "out").glob("ppo-kl*.png"))) == 1
     [first, second] = read_runs(runs)
     assert (first.name, second.name) == ("one/seed", "two/seed")
@@ -286,9 +201,12 @@ def test_a_run_from_another_version_has_a_report(tmp_path):
     assert "evaluation.json must hold a dict, but holds a list." in text
 
 
+def rows_of(element):
+    return [["".join(cell.itertext()) for cell in row] for row in element.iter("tr")]
+
+
 def cells_of(root, first):
-    rows = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
-    [cells] = [row for row in rows if row[0] == first]
+    [cells] = [row for row in rows_of(root) if row[0] == first]
     return cells
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids
 from rlhf_recipes.data.context import context_length
-from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, base_of, is_adapter, read_config
+from rlhf_recipes.models.adapters import CONFIG, WEIGHTS, base_to_load, is_adapter, read_config
 from rlhf_recipes.models.loading import load_new_classifier
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
@@ -189,7 +189,7 @@ def load_scorer(
     """
     if reward_adapter is None and is_adapter(str(model_name_or_path)):
         reward_adapter = str(model_name_or_path)
-        model_name_or_path = base_of(reward_adapter)
+        model_name_or_path = base_to_load(reward_adapter)
     if reward_adapter is None:
         model, tokenizer = load_reward_model(str(model_name_or_path or ""), **options)
         return Scorer(model, tokenizer, Readout.load(str(model_name_or_path)), max_length, batch_size)

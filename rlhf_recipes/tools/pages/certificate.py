@@ -6,20 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf_recipes.tools.pages.certificate_plots import draw_plots
-from rlhf_recipes.tools.pages.html import clean, document, table
+from rlhf_recipes.tools.pages.html import clean, document, figure, table
 
 _LONGEST = 400
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: .6rem 0; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; }
-td { border-top: 1px solid #e6e6e6; vertical-align: top; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; max-width: 27rem; } figcaption, .note { color: #555; font-size: .9rem; }
-svg { max-width: 100%; height: auto; }
-.verdict { padding: .6rem 1rem; border-left: .4rem solid; background: #f5f5f5; font-size: 1.1rem; }
-.good { border-color: #2b7d3b; } .care { border-color: #c2620f; } .bad { border-color: #b3261e; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .5rem; margin: .2rem 0; }
-"""
 _CLASSES = {"fit for PPO": "good", "use with care": "care", "not fit": "bad"}
 _PROBES = {
     "repetition": ("everything is said twice", "should fall: a rise is what PPO will exploit"),
@@ -30,7 +19,7 @@ _PROBES = {
 }
 _CAPTIONS = {
     "scores": "Scores as PPO gets them.",
-    "reliability": "On the dashed line the probabilities are true; below it the model is too sure of itself.",
+    "reliability": "On the dotted line the probabilities are true; below it the model is too sure of itself.",
     "differences": "Accuracy by how far apart the two scores are, in fifths of the pairs.",
     "length": "Score and length of the completions.",
     "best_of_n": "The best of n samples by the reward model. Gold that falls while the model's own score rises is "
@@ -66,7 +55,7 @@ def page(measures: Mapping[str, Any], title: str) -> str:
     Returns:
         HTML that is also well-formed XML.
     """
-    return document(title, _STYLE, "\n".join(sections(measures)))
+    return document(title, "\n".join(sections(measures)))
 
 
 def sections(measures: Mapping[str, Any]) -> list[str]:
@@ -81,7 +70,7 @@ def sections(measures: Mapping[str, Any]) -> list[str]:
     parts = [verdict_section(measures["verdict"])]
     if "accuracy" in measures:
         drawn = draw_plots(measures)
-        plots = {name: _figure(name, drawn[name]) if name in drawn else "" for name in _CAPTIONS}
+        plots = {name: figure("", drawn[name], _CAPTIONS[name]) if name in drawn else "" for name in _CAPTIONS}
         parts += [_pairs(measures, plots), _calibration(measures, plots), _length(measures, plots)]
         parts += [_probes(measures["probes"]), _scores(measures, plots)]
     if measures.get("reward_bench"):
@@ -237,7 +226,3 @@ def _shortened(value: Any, from_end: bool) -> str:
 
 def _groups(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     return table((name, "accuracy", "pairs"), [(row["group"], number(row), row["n"]) for row in rows])
-
-
-def _figure(name: str, svg: str) -> str:
-    return f"<figure>{svg}<figcaption>{clean(_CAPTIONS[name])}</figcaption></figure>"

@@ -15,6 +15,7 @@ from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.tools.columns import in_columns
+from rlhf_recipes.tools.planning import add_arguments
 from rlhf_recipes.tools.planning.memory import CUDA_CONTEXT_BYTES, HEAP_FACTOR, MIB, PhaseMemory
 from rlhf_recipes.tools.planning.phases import PHASES, largest_micro_batch, largest_rollout, peak, ppo_memory
 from rlhf_recipes.tools.planning.run import longest_prompt, run_sizes
@@ -38,8 +39,7 @@ def write_plan(words: Sequence[str]) -> str:
         ValueError: If a field is unknown or wrong, the file is not one of a PPO stage, or the budget is too small.
     """
     parser = argparse.ArgumentParser(prog="rlhf-recipes plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--budget_gib", type=float)
-    parser.add_argument("--prompt_length", type=int)
+    add_arguments(parser)
     try:
         own, fields = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:

