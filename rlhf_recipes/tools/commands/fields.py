@@ -63,7 +63,7 @@ def read_arguments(script: Path) -> tuple[Arguments, ...]:
     Example:
         >>> from rlhf_recipes.tools.commands.folder import recipes_folder
         >>> [arguments.name for arguments in read_arguments(recipes_folder() / "sft.py")]
-        ['DataArguments', 'SFTConfig', 'ModelConfig']
+        ['DataArguments', 'CompletionConfig', 'ModelConfig']
         >>> read_arguments(recipes_folder() / "sft.py")[0].own[0].default
         'null'
     """
