@@ -6,6 +6,11 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
+
+# The name by which a forward pass is given its cache of keys and values: it changed with transformers 5.24.
+_NAMES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 
 
 def complete_arguments(model: torch.nn.Module) -> None:
@@ -62,7 +67,7 @@ def positions_follow_mask(model: torch.nn.Module) -> None:
 
 def _position_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     mask = kwargs.get("attention_mask")
-    has_positions = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
+    has_positions = kwargs.get("position_ids") is not None or kwargs.get(CACHE) is not None
     if not has_positions and mask is not None and mask.dim() == 2:
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return args, kwargs

@@ -28,6 +28,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.rows import Rows, pad_rows
 
 logger = logging.getLogger(__name__)
@@ -272,8 +273,8 @@ def sample(
             temperature,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             stopping_criteria=StoppingCriteriaList([EnoughEnded(end_ids, start)]),
+            **{CACHE: cache},
         )
         sequences[rows, : input_ids.size(1)] = input_ids
         unfinished = (~_ended(input_ids[:, start:], end_ids)).nonzero().squeeze(1)
@@ -290,7 +291,7 @@ def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Dynam
     if input_ids.size(1) > 1 and not attention_mask.all():
         rows = Rows(attention_mask[:, :-1], packed=True)
         ids = rows.join(input_ids[:, :-1])
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **rows.arguments)
+        model.base_model(input_ids=ids, use_cache=True, **{CACHE: cache}, **rows.arguments)
         layer: Any
         for layer in cache.layers:
             layer.keys, layer.values = (

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.generation import (
     EnoughEnded,
     ignored_settings,
@@ -106,7 +107,7 @@ def test_the_cache_of_prompts_is_that_of_transformers():
     expected = make_model()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, :-1])
     cache = read_prompts(packed_model(), ids, mask)
     counts = mask[:, None, :-1, None].bool()
-    for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+    for layer, other in zip(cache.layers, expected[CACHE].layers, strict=True):
         assert_close(layer.keys, other.keys.masked_fill(~counts, 0.0), atol=1e-5, rtol=1e-4)
         assert_close(layer.values, other.values.masked_fill(~counts, 0.0), atol=1e-5, rtol=1e-4)
 

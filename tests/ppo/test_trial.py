@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.loading import load_causal_lm
 
 SIZES = {
@@ -68,8 +69,8 @@ def forgetful(model):
     """A cache that the model loses: each step of generation sees its own token only."""
 
     def forget(module, args, kwargs):
-        if kwargs.get("past_key_values") is not None and kwargs["input_ids"].size(1) == 1:
-            return args, kwargs | {"past_key_values": None, "attention_mask": None, "position_ids": None}
+        if kwargs.get(CACHE) is not None and kwargs["input_ids"].size(1) == 1:
+            return args, kwargs | {CACHE: None, "attention_mask": None, "position_ids": None}
         return None
 
     model.model.register_forward_pre_hook(forget, with_kwargs=True)

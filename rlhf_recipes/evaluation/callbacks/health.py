@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from rlhf_recipes.evaluation.health_checks import CRITIC_CHECKS, TRAINING_CHECKS, Check, failed_checks
 from rlhf_recipes.evaluation.records import RecordingCallback, log_apart
+from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.roles import is_critic_parameter
 
 if TYPE_CHECKING:
@@ -202,11 +203,11 @@ class _PhaseClock:
     def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self._train = self._train or time.perf_counter()
-        elif kwargs.get("past_key_values") is not None and self._generating is None:
+        elif kwargs.get(CACHE) is not None and self._generating is None:
             self._generating = (time.perf_counter(), time.perf_counter())
 
     def after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._generating is not None and kwargs.get("past_key_values") is not None:
+        if self._generating is not None and kwargs.get(CACHE) is not None:
             self._generating = (self._generating[0], time.perf_counter())
 
     def end(self) -> dict[str, float]:
