@@ -63,6 +63,7 @@ class Surprise:
         for row, (prompt, ids) in enumerate(texts):
             tokens[row, : len(prompt) + len(ids)] = torch.tensor(prompt + ids)
             counts[row, len(prompt) - 1 : len(prompt) + len(ids) - 1] = 1.0
+        tokens, counts = tokens.to(self.model.device), counts.to(self.model.device)
         logits: Tensor = self.model(input_ids=tokens).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         return ((losses * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)).tolist()
