@@ -89,9 +89,8 @@ def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> l
     """Sample token ids of one completion per prompt, with the end token where it was sampled."""
     completions = []
     for start in trange(0, len(prompts), args.batch_size, desc="sampling", disable=None):
-        inputs = tokenizer(prompts[start : start + args.batch_size], return_tensors="pt", padding=True).to(
-            model.device
-        )
+        batch = prompts[start : start + args.batch_size]
+        inputs = tokenizer(batch, return_tensors="pt", padding=True).to(model.device)
         sequences = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=True, top_k=0, top_p=1.0)
         for ids in sequences[:, inputs["input_ids"].size(1) :].tolist():
             end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
