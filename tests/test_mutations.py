@@ -206,9 +206,8 @@ BUGS = [
     ),
     Bug(METRICS, "policy > reference)", "policy >= 0)", "TestWinRate.test_numbers"),
     Bug(METRICS, "reference_scores).mean())", "reference_scores).sum())", "TestWinRate.test_numbers"),
-    Bug(
-        METRICS, "(draws @ sums) / (draws @ sizes)", "(draws @ sums) / len(rows)", "TestBootstrapInterval.test_numbers"
-    ),
+    Bug(METRICS, "np.bincount(index, weights=rows)", "np.bincount(index)", "TestBootstrapInterval.test_numbers"),
+    Bug(METRICS, "/ (draws @ counts)", "/ rows", "TestRatioInterval.test_numbers"),
     Bug(METRICS, "+ (z / (2 * n)) ** 2", "", "TestProportionInterval.test_numbers"),
     Bug(METRICS, "float(rows[0]) * count, count,", "float(rows.sum()), len(rows),", "TestShareInterval.test_numbers"),
     Bug(NUMBERS, "list | tuple", "list", "test_json_has_none_for_numbers_that_are_not_finite"),

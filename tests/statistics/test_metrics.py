@@ -14,6 +14,7 @@ from rlhf_recipes.statistics.metrics import (
     length_controlled_reward,
     length_controlled_win_rate,
     proportion_interval,
+    ratio_interval,
     share_interval,
     sign_test,
     token_mean,
@@ -59,6 +60,22 @@ def exact_bootstrap_distribution(values, clusters):
     groups = [[v for v, c in zip(values, clusters, strict=True) if c == name] for name in sorted(set(clusters))]
     resamples = itertools.product(groups, repeat=len(groups))
     return np.sort([np.mean(list(itertools.chain(*resample))) for resample in resamples])
+
+
+class TestRatioInterval:
+    def test_numbers(self):
+        # A text of one token and one of three: half of the resamples draw both, with 3 nats over 4 tokens.
+        assert ratio_interval([0.0, 3.0], [1, 3], level=0.4) == pytest.approx((0.75, 0.75))
+        assert ratio_interval([0.0, 3.0], [1, 3], level=0.9) == pytest.approx((0.0, 1.0))
+
+    def test_rows_of_one_item_are_a_mean(self):
+        values = [0.3, 1.2, -0.5, 2.0]
+        assert ratio_interval(values, [1] * 4) == bootstrap_interval(values, list(range(4)))
+
+    @pytest.mark.parametrize(("sums", "sizes"), [([1.0], [1]), ([1.0, 2.0], [1, 0]), ([1.0, 2.0], [1])])
+    def test_errors(self, sums, sizes):
+        with pytest.raises(ValueError, match="at least two rows|Give both"):
+            ratio_interval(sums, sizes)
 
 
 class TestBootstrapInterval:
