@@ -76,7 +76,7 @@ def test_launched_with_the_quickstart_configuration(options, repo_root, tmp_path
         assert {"gold_score", "reward_score", "kl", "length", "eos_rate", "rewards"} == set(evaluation[side])
     low, high = evaluation["win_rate_ci"]
     assert 0.0 <= low <= evaluation["win_rate"] <= high <= 1.0
-    assert "win rate of the policy by gold_score" in result.stdout
+    assert "win rate of the policy by gold score" in result.stdout
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
     assert (folder / "critic" / "adapter_model.safetensors").is_file()
     AutoPeftModelForCausalLM.from_pretrained(folder)
