@@ -177,6 +177,7 @@ def read_config(path: str | Path, base: nn.Module) -> LoraConfig:
             f"that it was trained on; if it is the same model at a new place, correct `base_model_name_or_path` in "
             f"{Path(path) / CONFIG}."
         )
+    config.base_model_name_or_path = expected  # PEFT would warn of another name for the same folder
     return fuse_lora(config)
 
 

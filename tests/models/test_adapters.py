@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.models import load_reward_model
+from rlhf_recipes.models import load_causal_lm, load_policy, load_reward_model
 from rlhf_recipes.models.adapters import base_of, base_to_load, name_base_absolutely
 from rlhf_recipes.models.roles import Roles
 
@@ -32,6 +32,17 @@ def test_roles_save_the_absolute_path_of_a_relative_base(tiny_model_path, tmp_pa
     roles.save_scalar_role("critic", "critic", "scored")
     for folder in ("policy", "scored"):
         assert PeftConfig.from_pretrained(folder).base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_another_name_for_the_same_base_brings_no_warning(
+    tiny_model_path, sft_adapter, tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny_model_path)
+    adapter = with_base(sft_adapter, tmp_path / "sft", str(tmp_path / "base"))
+    policy = load_policy(load_causal_lm("base"), adapter)
+    assert policy.peft_config["default"].base_model_name_or_path == "base"
+    assert not [str(one.message) for one in recwarn if "renamed" in str(one.message)]
 
 
 def test_a_hub_id_stays_one(tiny_model_path):
