@@ -158,7 +158,7 @@ def test_the_textbook_recipe_trains_with_it(
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
     result = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "win rate of the policy by gold_score" in result.stdout
+    assert "win rate of the policy by gold score" in result.stdout
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert (evaluation["win_rate_by"], evaluation["rows"]) == ("gold_score", 8)
     saved = torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=True)
