@@ -4,6 +4,7 @@ A judge is a function, a local language model, or a model behind an OpenAI-compa
 """
 
 from rlhf_recipes.evaluation.judges.budget import Budget, BudgetSpentError, Usage
+from rlhf_recipes.evaluation.judges.grades import GradeReward
 from rlhf_recipes.evaluation.judges.language import EndpointModel, LanguageModel, LocalModel, load_local_model
 from rlhf_recipes.evaluation.judges.orders import (
     REASONED,
@@ -33,6 +34,7 @@ __all__ = [
     "Choice",
     "EndpointJudge",
     "EndpointModel",
+    "GradeReward",
     "Judge",
     "Judgement",
     "LanguageJudge",
