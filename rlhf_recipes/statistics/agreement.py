@@ -91,7 +91,8 @@ def people_agreement(
         the rules that prefer the answer with more or with fewer characters), each with `accuracy` and Wilson's 95 %
         interval `accuracy_ci`; `chance_p_value`, the probability of so uneven a split of right and wrong labels of a
         judge that guesses (exact, two-sided); `over_length`, the judge's accuracy minus that of the better of the two
-        rules, with its interval `over_length_ci` (paired bootstrap over pairs); and `kappa`, Cohen's, over all pairs.
+        rules, with its interval `over_length_ci` (paired bootstrap over pairs); and `kappa`, Cohen's, over all
+        pairs in both orders, so that it does not matter which completion comes first.
 
     Raises:
         ValueError: If the numbers of labels and pairs differ, or people decided no pair.
@@ -103,7 +104,7 @@ def people_agreement(
         (1.0, 0.5, 0.5)
     """
     ours, theirs = np.asarray(labels, dtype=np.float64), np.asarray(human, dtype=np.float64)
-    kappa = human_agreement(ours, theirs)["kappa"]
+    human_agreement(ours, theirs)  # refuses labels that are none
     if len(completions) != len(ours):
         raise ValueError(f"Give two completions for each label, got {len(ours)} labels and {len(completions)} pairs.")
     side = np.sign(theirs - 0.5)
@@ -125,7 +126,8 @@ def people_agreement(
         "over_length_ci": list(bootstrap_interval(differences, np.arange(len(differences)), seed=seed))
         if several
         else None,
-        "kappa": kappa,
+        # In both orders: where people's choice is always the first, agreement by chance would be all there is.
+        "kappa": human_agreement([*ours, *(1 - ours)], [*theirs, *(1 - theirs)])["kappa"],
     }
 
 

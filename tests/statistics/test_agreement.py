@@ -173,6 +173,10 @@ def test_beside_length_by_hand():
     low, high = found["over_length_ci"]
     assert low < 0 < high
     assert found["chance_p_value"] == pytest.approx(binomtest(2, 3).pvalue)
+    turned = people_agreement([0.1, *labels[1:]], [0.0, *human[1:]], [("s", "long"), *pairs[1:]])
+    assert turned == found, "which completion comes first does not matter"
+    # All pairs in both orders: 4 of 10 agree on a side, and by chance 2 ties x 2 ties + 2 x 4 x 4 of 100 would.
+    assert found["kappa"] == pytest.approx((0.4 - 0.36) / (1 - 0.36))
     better = people_agreement([0.9, 0.1], [1.0, 0.0], [("a", "bb"), ("a", "bb")])
     assert (better["judge"]["accuracy"], better["shorter"]["accuracy"], better["over_length"]) == (1.0, 0.5, 0.5)
 

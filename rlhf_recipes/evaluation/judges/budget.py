@@ -18,7 +18,7 @@ class Usage:
         calls: Requests, those that were repeated or failed too.
         prompt_tokens: Tokens that the model read.
         completion_tokens: Tokens that it wrote.
-        seconds: Time of all requests together; those at the same time count each.
+        seconds: Time of all that were answered, waits included; those at the same time count each.
         estimated: Whether some of the tokens are an estimate (one for 3 bytes), since the endpoint did not say.
     """
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -109,14 +110,15 @@ class LocalModel:
         self._budget.begin()
         start = time.perf_counter()
         after = self._next(ids)
-        weights = {option: sum(after[token].item() for token in self._spelled(option)) for option in options}
-        read = len(ids)
-        for longer in [option for option in options if not self._spelled(option)]:
-            for shorter in [option for option in options if longer.startswith(option) and self._spelled(option)]:
-                likeliest = max(self._spelled(shorter), key=lambda token: after[token].item())
+        spelled, read = self._spelled, len(ids)
+        weights = {option: sum(after[token].item() for token in spelled.get(option, [])) for option in options}
+        for longer in [option for option in options if option not in spelled]:
+            for shorter in [option for option in options if longer.startswith(option) and option in spelled]:
+                likeliest = max(spelled[shorter], key=lambda token: after[token].item())
                 follows = self._next([*ids, likeliest])
                 rest = longer.removeprefix(shorter)
-                share = sum(follows[token].item() for token, word in enumerate(self._words) if word == rest)
+                begin = [token for token in spelled.get(rest, []) if self._words[token] == rest]
+                share = sum(follows[token].item() for token in begin)
                 weights[longer], weights[shorter] = weights[shorter] * share, weights[shorter] * (1 - share)
                 read += len(ids) + 1
         self._budget.add(read, 1, time.perf_counter() - start)
@@ -142,8 +144,13 @@ class LocalModel:
         rows = [[] if token in special else [token] for token in range(len(self._tokenizer))]
         return [str(word) for word in self._tokenizer.batch_decode(rows)]
 
-    def _spelled(self, option: str) -> list[int]:
-        return [token for token, word in enumerate(self._words) if word.strip() == option]
+    @cached_property
+    def _spelled(self) -> Mapping[str, list[int]]:
+        """Tokens by their text without the white space around it."""
+        spelled: dict[str, list[int]] = defaultdict(list)
+        for token, word in enumerate(self._words):
+            spelled[word.strip()].append(token)
+        return dict(spelled)
 
     def _cleaned(self, messages: Sequence[Message]) -> list[Message]:
         return [

@@ -5,13 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from tqdm import tqdm
 
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.evaluation.judges import Budget, EndpointModel, LanguageModel, load_local_model
 from rlhf_recipes.statistics.numbers import none_for_nonfinite
+
+Asks = ParamSpec("Asks")
+Reply = TypeVar("Reply")
+
+
+def with_bar(ask: Callable[Asks, Reply], most: int) -> Callable[Asks, Reply]:
+    """Show on a terminal how often a function was called.
+
+    Args:
+        ask: The function.
+        most: How often it is called at most.
+
+    Returns:
+        The same function, with a bar.
+
+    Example:
+        >>> with_bar(len, 3)("abc")
+        3
+    """
+    bar = tqdm(total=most, unit="asked", disable=None, leave=False)
+
+    def asked(*args: Asks.args, **kwargs: Asks.kwargs) -> Reply:
+        try:
+            return ask(*args, **kwargs)
+        finally:
+            bar.update()
+
+    return asked
 
 
 def budget_of(args: argparse.Namespace) -> Budget:

@@ -21,6 +21,7 @@ from rlhf_recipes.tools.feedback.asked import (
     cost_of,
     load_model,
     model_settings,
+    with_bar,
 )
 
 
@@ -60,7 +61,7 @@ def revise(args: argparse.Namespace) -> str:
     def ask(number: int) -> Revised:
         return revise_answer(write, prompts[number], principles, **options, seed=args.seed + number)
 
-    asked = ask_each(range(len(prompts)), ask, name="The model", workers=workers)
+    asked = ask_each(range(len(prompts)), with_bar(ask, len(prompts)), name="The model", workers=workers)
     done = [(number, revised) for number, revised in enumerate(asked.answers) if revised is not None]
     if not done:
         raise ValueError(f"No answer was revised. {_left_out(asked, 0)}")

@@ -52,9 +52,9 @@ def server(tmp_path_factory):
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=log, text=True, env=env)
         try:
-            said = [line.split()[1] for line in process.stdout if line.startswith("at ")][:1]
-            assert said, (folder / "log.txt").read_text()[-3000:]
-            yield f"{said[0]}/v1"
+            address = next((line.split()[1] for line in process.stdout if line.startswith("at ")), None)
+            assert address, (folder / "log.txt").read_text()[-3000:]
+            yield f"{address}/v1"
         finally:
             process.kill()
             process.wait()

@@ -222,6 +222,21 @@ class TestJudge:
         assert status == 2
         assert message in text
 
+    def test_answers_that_nobody_has_judged_become_all_pairs(self, run, tmp_path):
+        (tmp_path / "first.py").write_text("def first(prompt, first, second):\n    return 0.75\n")
+        rows = [
+            {"prompt": "p", "completions": ["a", "b", "c"]},
+            {"prompt": "q", "completions": ["d", "e"], "note": "n"},
+        ]
+        data = write_lines(tmp_path / "answers.jsonl", rows)
+        status, text = run("judge", "--data", data, "--output", "prefs.jsonl", "--function", "first.py:first")
+        assert status == 0, text
+        assert "people" not in text
+        written = read_lines(tmp_path / "prefs.jsonl")
+        assert [row["completions"] for row in written] == [["a", "b"], ["a", "c"], ["b", "c"], ["d", "e"]]
+        assert {(row["label"], row.get("human_label")) for row in written} == {(0.5, None)}
+        assert (written[3]["note"], written[3]["line"]) == ("n", 2)
+
     def test_a_local_model_judges_chats(self, run, tmp_path, tiny_model_path):
         chat = [{"role": "user", "content": "write about this film"}]
         row = {"prompt": chat, "response_a": "good film", "response_b": "bad film"}
