@@ -98,7 +98,9 @@ def test_reasons_and_grades(server):
     reasoned = LanguageJudge(model, soft=True, least_mass=0, reasoning_tokens=12)(PROMPTS[0], *PAIRS[0])
     assert 0 < reasoned < 1
     grades = GradeReward(model, "Is it polite?", least_mass=0.0)(PROMPTS, [first for first, _ in PAIRS])
-    assert all(1 <= grade <= 5 for grade in grades)
+    given = [grade for grade in grades if grade is not None]  # where one of the 20 likeliest tokens is a grade
+    assert given
+    assert all(1 <= grade <= 5 for grade in given)
     assert GradeReward(model, "Is it polite?", least_mass=0.9)(PROMPTS[:1], ["Hello."]) == [None]
 
 
