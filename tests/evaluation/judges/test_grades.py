@@ -66,6 +66,31 @@ def test_a_spent_budget_gives_no_reward():
         budget.begin()
 
 
+def test_ppo_pays_other_rewards_where_there_is_no_grade_and_stops_where_there_are_none(make_trainer):
+    class EverySecond:
+        """Grades every second completion that it is asked about with 5."""
+
+        asked = 0
+
+        def weigh(self, messages, options):
+            self.asked += 1
+            if self.asked % 2:
+                raise ValueError("junk")
+            return dict.fromkeys(options, 0.0) | {"5": 1.0}
+
+    def one(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(reward_funcs=[GradeReward(EverySecond(), "?"), one], max_steps=1)
+    trainer.train()
+    logged = next(row for row in trainer.state.log_history if "reward" in row)
+    assert (logged["rewards/grade/mean"], logged["rewards/one/mean"]) == (5.0, 1.0)
+    assert logged["reward"] == pytest.approx(1 + 5 / 2)
+    alone = make_trainer(reward_funcs=GradeReward(EverySecond(), "?"), max_steps=1)
+    with pytest.raises(ValueError, match=r"Every reward function \(grade\) returned None"):
+        alone.train()
+
+
 @given(st.dictionaries(st.sampled_from("12345"), st.floats(0, 0.2)), st.floats(0, 1))
 def test_a_grade_lies_on_its_scale(weights, least_mass):
     [grade] = call(GradeReward(Model(weights), "?", least_mass=least_mass), 1)
