@@ -1,0 +1,73 @@
+"""Configurations of the trainers that compare the completions of one prompt: TRL's, with what adapters need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import GRPOConfig, RLOOConfig
+
+from rlhf_recipes.config import ChosenDefaults, validate_fields
+
+
+@dataclass
+class AdapterSettings(ChosenDefaults):
+    """What `GRPOAdapterConfig` and `RLOOAdapterConfig` have beside TRL's fields, and where their defaults differ."""
+
+    adapter_tolerance: float = field(
+        default=0.5,
+        metadata={
+            "help": "How far an adapter may be from what it was where it was trained, on a base that is quantized in "
+            "another way or of another precision: a policy in nats per token, a reward in units of its spread."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Dropout off: old and new log-probabilities must come from one network."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values, before and as TRL does."""
+        validate_fields(self)
+        if not self.adapter_tolerance > 0:
+            raise ValueError(f"`adapter_tolerance` must be positive, got {self.adapter_tolerance}.")
+        super().__post_init__()
+
+    @property
+    def reward_placement(self) -> Literal["terminal"]:
+        """Where the score goes: an advantage is of a whole completion."""
+        return "terminal"
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Different prompts in one rollout, over all processes."""
+        config: Any = self
+        return int(config.generation_batch_size // config.num_generations)
+
+
+@dataclass
+class GRPOAdapterConfig(AdapterSettings, GRPOConfig):
+    """TRL's configuration of GRPO for `GRPOAdapterTrainer`. `num_generations` is the size of a group.
+
+    Raises:
+        ValueError: If a value has the wrong type or is out of range, or TRL refuses it.
+
+    Example:
+        >>> config = GRPOAdapterConfig("outputs/films/grpo", beta=0.04, use_cpu=True, bf16=False)
+        >>> config.num_generations, config.disable_dropout
+        (8, True)
+    """
+
+
+@dataclass
+class RLOOAdapterConfig(AdapterSettings, RLOOConfig):
+    """TRL's configuration of RLOO for `RLOOAdapterTrainer`. `num_generations` is the size of a group.
+
+    Raises:
+        ValueError: If a value has the wrong type or is out of range, or TRL refuses it.
+
+    Example:
+        >>> config = RLOOAdapterConfig("outputs/films/rloo", num_generations=4, use_cpu=True, bf16=False)
+        >>> config.beta, config.disable_dropout
+        (0.05, True)
+    """
