@@ -23,11 +23,14 @@ class TaskArguments:
         default='{"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}',
         metadata={"help": "Options of the task, as JSON."},
     )
-    prompt: str = field(default="{question}\n", metadata={"help": "Template of the prompts."})
+    prompt: str = field(
+        default="{question}\n",
+        metadata={"help": "Template of the prompts, with `{question}` or other texts of the task."},
+    )
     train_rows: int = field(default=3072, metadata={"help": "Questions to draw for the training."})
     test_rows: int = field(default=512, metadata={"help": "Questions to draw for the evaluation; none is trained on."})
     texts: int = field(default=0, metadata={"help": "Worked examples for a base of its own, of `chain_sum` only."})
-    slips: float = field(default=0.25, metadata={"help": "Share of the steps in those texts that are wrong by one."})
+    slips: float = field(default=0.2, metadata={"help": "Share of the steps in those texts that are wrong by one."})
     untagged: float = field(default=0.3, metadata={"help": "Share of those texts without the tags."})
     seed: int = field(default=0, metadata={"help": "Seed of the questions; those of the evaluation are far from it."})
 

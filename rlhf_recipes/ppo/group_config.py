@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trl import GRPOConfig, RLOOConfig
 
 from rlhf_recipes.config import ChosenDefaults, validate_fields
+
+if TYPE_CHECKING:
+    from rlhf_recipes.ppo.config import PPOConfig
 
 
 @dataclass
@@ -29,8 +32,11 @@ class AdapterSettings(ChosenDefaults):
     def __post_init__(self) -> None:
         """Check the values, before and as TRL does."""
         validate_fields(self)
+        config: Any = self
         if not self.adapter_tolerance > 0:
             raise ValueError(f"`adapter_tolerance` must be positive, got {self.adapter_tolerance}.")
+        if config.num_generations is None:
+            raise ValueError("`num_generations` is the size of a group, 2 or more, got null.")
         super().__post_init__()
 
     @property
@@ -71,3 +77,7 @@ class RLOOAdapterConfig(AdapterSettings, RLOOConfig):
         >>> config.beta, config.disable_dropout
         (0.05, True)
     """
+
+
+if TYPE_CHECKING:
+    Config = PPOConfig | GRPOAdapterConfig | RLOOAdapterConfig  # what shares a base asks for the same few fields

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_recipes.ppo.config import PPOConfig
-    from rlhf_recipes.ppo.setup import Config
+    from rlhf_recipes.ppo.group_config import Config
 
 
 @dataclass(frozen=True)

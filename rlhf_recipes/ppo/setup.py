@@ -49,9 +49,7 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
-    from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
-
-    Config = PPOConfig | GRPOAdapterConfig | RLOOAdapterConfig
+    from rlhf_recipes.ppo.group_config import Config
 
 
 PAPER = {  # for model cards

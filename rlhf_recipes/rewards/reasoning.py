@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_recipes.extras import from_extra
 
 _FORMAT = re.compile(r"\s*<think>(?P<thought>.+?)</think>\s*<answer>(?P<answer>.+?)</answer>\s*", re.DOTALL)
+_FIELD = re.compile(r"\{(\w+)\}")
 _TAG = re.compile(r"</?(?:think|answer)>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -100,7 +101,7 @@ def gym_rows(
         task: Name of the task.
         size: How many questions are drawn; those that occur twice, or are left out, are not made up for.
         seed: Seed. Question `i` is that of `seed + i`, so take seeds far apart for rows that must differ.
-        prompt: Template of the prompts.
+        prompt: Template of the prompts, with `{question}` or a text of the task's metadata, such as `{expression}`.
         without: Prompts that are left out, such as those held out.
         **options: Options of the task, such as `max_terms`.
 
@@ -109,18 +110,26 @@ def gym_rows(
 
     Raises:
         ModuleNotFoundError: If reasoning-gym is not installed.
-        ValueError: If it has no such task, or the template has no `{question}`.
+        ValueError: If it has no such task, or the template names no text of the task, or one that there is not.
     """
-    if "{question}" not in prompt:
-        raise ValueError(f"The template of a prompt must hold {{question}}, got {prompt!r}.")
     gym = _reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(f"reasoning-gym has no task {task!r}. It has {', '.join(sorted(gym.factory.DATASETS))}.")
     rows = {}
     for entry in gym.create_dataset(task, size=size, seed=seed, **options):
-        text = prompt.replace("{question}", entry["question"])
+        text = _filled(prompt, {"question": entry["question"], **entry["metadata"]})
         rows[text] = {"prompt": text, "answer": str(entry["answer"]), "metadata": json.dumps(entry["metadata"])}
     return [row for text, row in rows.items() if text not in set(without)]
+
+
+def _filled(template: str, known: dict[str, Any]) -> str:
+    """Fill in a template with the texts that are known."""
+    texts = {name: text for name, text in known.items() if isinstance(text, str)}
+    named = _FIELD.findall(template)
+    if not named or not texts.keys() >= set(named):
+        names = ", ".join(f"{{{name}}}" for name in texts)
+        raise ValueError(f"The template of a prompt must hold some of {names} and no others, got {template!r}.")
+    return _FIELD.sub(lambda found: texts[found[1]], template)
 
 
 def _text(completion: Any) -> str:

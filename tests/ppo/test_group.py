@@ -228,6 +228,8 @@ def test_bad_input_is_refused_with_the_fix(make, tmp_path, tiny_model_path, prom
         make("grpo", even, model=tiny_model_path, peft_config=config)
     with pytest.raises(ValueError, match="`adapter_tolerance` must be positive, got 0"):
         GRPOAdapterConfig(**settings(tmp_path, adapter_tolerance=0.0))
+    with pytest.raises(ValueError, match="`num_generations` is the size of a group, 2 or more, got null"):
+        RLOOAdapterConfig(**settings(tmp_path, num_generations=None))
     with pytest.raises(ValueError, match="`beta` must be a number, got 'much'"):
         RLOOAdapterConfig(**settings(tmp_path, beta="much"))
 

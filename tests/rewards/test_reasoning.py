@@ -78,8 +78,10 @@ def test_only_full_pay_counts(gym):
 def test_bad_input_is_named(gym, monkeypatch):
     with pytest.raises(ValueError, match="no task 'triples'. It has doubles, letters"):
         gym_rows("triples", 1, seed=0)
-    with pytest.raises(ValueError, match=r"must hold \{question\}, got 'Q:'"):
-        gym_rows("doubles", 1, 0, "Q:")
+    for template in ("Q:", "{question} {half}"):  # no text, and one that is a number
+        with pytest.raises(ValueError, match=r"must hold some of \{question\}, \{source_dataset\} and no others"):
+            gym_rows("doubles", 1, 0, template)
+    assert gym_rows("doubles", 1, 1, "{source_dataset}: {question}")[0]["prompt"] == "doubles: 1 + 1 ="
     with pytest.raises(ValueError, match="Row 0 is of the task 'sums', which reasoning-gym does not have"):
         gym_accuracy([RIGHT], ["4"], ['{"source_dataset": "sums"}'])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
