@@ -24,7 +24,7 @@ class TaskArguments:
         metadata={"help": "Options of the task, as JSON."},
     )
     prompt: str = field(
-        default="{question}\n",
+        default="{expression} =\n",
         metadata={"help": "Template of the prompts, with `{question}` or other texts of the task."},
     )
     train_rows: int = field(default=3072, metadata={"help": "Questions to draw for the training."})

@@ -62,7 +62,6 @@ class _AdapterTraining(QuietModelCard):
         check_given(None, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, _ = setup.build_policy(model, args, quantization_config, peft_config, with_reference=False)
-        _check_start(policy)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
         rules = prompt_rules(policy, tokenizer, args)
@@ -121,6 +120,7 @@ class _AdapterTraining(QuietModelCard):
                 "`LoraConfig(task_type='CAUSAL_LM')`, or train the whole model with TRL's own trainer, on rewards "
                 "with a base of their own; the hooks and `evaluate_policy` take that as well."
             )
+        _check_start(peft_config or (model.peft_config.get(POLICY) if isinstance(model, PeftModel) else None))
         return copy.copy(args) if args is not None else kind("output")
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -241,10 +241,9 @@ class RLOOAdapterTrainer(_AdapterTraining, RLOOTrainer):
     _config_class = RLOOAdapterConfig
 
 
-def _check_start(policy: Any) -> None:
+def _check_start(config: Any) -> None:
     """Refuse an adapter that takes a part of the base with it: TRL would copy it for the reference, and take more."""
-    config = policy.peft_config[POLICY]
-    if changes_base(config):
+    if config is not None and changes_base(config):
         raise ValueError(
             f"The adapter has `init_lora_weights: {config.init_lora_weights}`, which takes a part of the base out of "
             "it, that reference and rewards share. Start it with `init_lora_weights: true`, or use `PPOTrainer`."

@@ -28,6 +28,10 @@ class AdapterSettings(ChosenDefaults):
         default=True,
         metadata={"help": "Dropout off: old and new log-probabilities must come from one network."},
     )
+    num_completions_to_print: int | None = field(
+        default=2,
+        metadata={"help": "With `log_completions`: how many the console shows. None: all of a rollout."},
+    )
 
     def __post_init__(self) -> None:
         """Check the values, before and as TRL does."""
