@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
+    from rlhf_recipes.ppo.group_config import Config
 
 
 PAPER = {  # for model cards
@@ -65,7 +66,11 @@ PAPER = {  # for model cards
 
 
 def build_policy(
-    model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None, peft_config: PeftConfig | None
+    model: Any,
+    args: Config,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    with_reference: bool = True,
 ) -> tuple[PreTrainedModel | PeftModel, Roles, str | None]:
     """Load the base if needed, put the policy's adapter on it, and the reference beside it.
 
@@ -77,6 +82,7 @@ def build_policy(
         args: The configuration; `model_init_kwargs` are used when `model` is a path.
         quantization_config: Quantization of a base that is loaded here.
         peft_config: Configuration of a fresh adapter; `None` trains a model without adapter as a whole.
+        with_reference: Whether an adapter gets a reference; else the caller, or TRL, adds it.
 
     Returns:
         The policy, the roles, and the role of the reference: a frozen copy of a trained adapter, or `None` for the
@@ -104,14 +110,15 @@ def build_policy(
         complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
-        roles.add_copy(REFERENCE, source=POLICY)
+        if with_reference:
+            roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
     complete_arguments(model)
     pack(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config, model))
         roles = Roles(policy)
-        return policy, roles, _reference_of_fresh(roles, peft_config)
+        return policy, roles, _reference_of_fresh(roles, peft_config) if with_reference else None
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
@@ -211,14 +218,14 @@ def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
         policy.activation_checkpointing_enable(kwargs, **places)
 
 
-def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> PreTrainedTokenizerBase:
+def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: Config) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a policy's base, from the revision that the base was loaded from."""
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision") or "main"
     return load_tokenizer(base_name(policy), revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def _loading_options(model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+def _loading_options(model: Any, args: Config, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text in a YAML only
     options = {"model_init_kwargs": init_kwargs, "quantization_config": quantization_config}
     unread = [name for name, value in options.items() if value]
@@ -234,7 +241,7 @@ def build_rewards(
     reward_funcs: Any,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     tokenizers: list[PreTrainedTokenizerBase | None],
 ) -> tuple[list[Any], list[float]]:
     """Turn everything that can be a reward into what TRL's engine calls.
@@ -284,7 +291,7 @@ def _build(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     own: PreTrainedTokenizerBase | None,
 ) -> Any:
     if own is not None and isinstance(reward, EnsembleReward | ClassifierReward | RemoteReward):
@@ -314,7 +321,7 @@ def _reward_of_path(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> AdapterReward | ClassifierReward:
     if is_adapter(path) and not _has_other_architecture(path, roles, args.trust_remote_code):
@@ -337,7 +344,7 @@ def _reward_of_model(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> ClassifierReward:
     """A reward model that is loaded already, read as it would be if its folder were given.
@@ -374,7 +381,7 @@ def _adapter_reward(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reads: Literal["score", "redistributed", "attention"] = "score",
 ) -> AdapterReward:
     roles.add_scalar_role(role, path, args.adapter_tolerance)

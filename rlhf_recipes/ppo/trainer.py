@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
-from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
+from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -279,12 +279,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
-        more = zip(inputs, prompt_ids, ended, strict=True)
-        inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
-        texts = zip(prompts, completions, completion_ids_list, strict=True)
-        completions = [with_first_space(self.processing_class, *text) for text in texts]
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
