@@ -13,6 +13,10 @@ class PPOArguments:
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter to start from, which is also the reference. null: the bare base."}
     )
+    policy_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to go on from, of an earlier PPO run, while `sft_adapter` stays the reference."},
+    )
     reward_adapter: str | None = field(
         default=None, metadata={"help": "Reward model: an adapter trained on the same base, or any classifier."}
     )
@@ -33,7 +37,11 @@ class PPOArguments:
         metadata={"help": "Judge that PPO does not see: gold.json of the embedded task, or another reward model."},
     )
     critic_model: str | None = field(
-        default=None, metadata={"help": "With `critic: model`: the critic to start from, a sequence classifier."}
+        default=None,
+        metadata={
+            "help": "With `critic: model`: the critic to start from, a sequence classifier. Else the folder `critic` "
+            "of an earlier run, whose critic goes on."
+        },
     )
     ptx_dataset: str | None = field(
         default=None, metadata={"help": "With `ptx_coef`: pretraining texts, rows with a column `text`."}
@@ -53,6 +61,18 @@ class PPOArguments:
     alarm_kl_budget: float | None = field(
         default=None, metadata={"help": "KL to the reference, in nats per completion, that the alarm allows."}
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a start without its reference.
+
+        Raises:
+            ValueError: If `policy_adapter` is given without `sft_adapter`.
+        """
+        if self.policy_adapter is not None and self.sft_adapter is None:
+            raise ValueError(
+                "`policy_adapter` goes on from an earlier run, and `sft_adapter`, which is the reference, is missing. "
+                "Give both."
+            )
 
     def rewards(self) -> list[Any]:
         """List the rewards of `reward_adapter`, `reward_adapters` and `reward_url`, as `PPOTrainer` takes them.

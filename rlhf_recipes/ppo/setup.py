@@ -65,7 +65,11 @@ PAPER = {  # for model cards
 
 
 def build_policy(
-    model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None, peft_config: PeftConfig | None
+    model: Any,
+    args: PPOConfig,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    reference_adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Roles, str | None]:
     """Load the base if needed, put the policy's adapter on it, and the reference beside it.
 
@@ -77,14 +81,15 @@ def build_policy(
         args: The configuration; `model_init_kwargs` are used when `model` is a path.
         quantization_config: Quantization of a base that is loaded here.
         peft_config: Configuration of a fresh adapter; `None` trains a model without adapter as a whole.
+        reference_adapter: Folder of the reference's adapter, where it is not the policy's start.
 
     Returns:
         The policy, the roles, and the role of the reference: a frozen copy of a trained adapter, or `None` for the
         bare base.
 
     Raises:
-        ValueError: If `model` is a classifier, `model` and `peft_config` do not fit together, or 4-bit weights are
-            repacked.
+        ValueError: If `model` is a classifier, `model` and `peft_config` or `reference_adapter` do not fit together,
+            or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
     options = _loading_options(model, args, quantization_config)
@@ -104,8 +109,16 @@ def build_policy(
         complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
-        roles.add_copy(REFERENCE, source=POLICY)
+        if reference_adapter is None:
+            roles.add_copy(REFERENCE, source=POLICY)
+        else:
+            roles.add_policy(REFERENCE, reference_adapter, args.adapter_tolerance)
         return model, roles, REFERENCE
+    if reference_adapter is not None:
+        raise ValueError(
+            "`reference_adapter` is for a policy that goes on from a trained adapter, and `model` has none: its "
+            "reference is what it starts as. Remove `reference_adapter`, or give the policy's adapter."
+        )
     complete_arguments(model)
     pack(model)
     if peft_config is not None:
