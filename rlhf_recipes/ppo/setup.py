@@ -27,6 +27,7 @@ from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
+from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
@@ -188,6 +189,15 @@ def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:
             "The policy and the critic must be trained, each with parameters of its own. Trainable now: "
             f"{len(trained) - len(of_critic)} tensors of the policy and {len(of_critic)} of the critic."
         )
+
+
+def keep_average(trainer: Any, args: PPOConfig) -> PolicyAverage | None:
+    """Let a trainer average the policy's weights while it trains, if `ema_decay` asks for it."""
+    if args.ema_decay is None:
+        return None
+    average = PolicyAverage(trainer.model, args.ema_decay)
+    trainer.add_callback(average)
+    return average
 
 
 def separate_critic(optimizer: Any, policy: nn.Module, args: PPOConfig) -> None:

@@ -55,13 +55,14 @@ def run_sizes(
     critic, critic_network = _critic(training_args.critic, ppo_args.critic_model, like)
     weight_bytes = _bytes_of(model_args.dtype, config)
     bits: Literal[0, 4, 8] = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
-    reference = policy.parameters if ppo_args.sft_adapter is not None else 0
+    # Copies of the policy's adapter: the reference, and the average of its weights
+    copies = (ppo_args.sft_adapter is not None) + (training_args.ema_decay is not None)
     sizes = RunSizes(
         network=network,
         policy=policy,
         critic=critic,
         critic_network=critic_network,
-        frozen=reference + sum(reward.parameters for reward in rewards),
+        frozen=copies * policy.parameters + sum(reward.parameters for reward in rewards),
         others=others,
         heads=len(rewards) + 1,
         weight_bytes=weight_bytes,
