@@ -130,7 +130,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
@@ -158,11 +158,10 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         if self.trains_whole_model:
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
-        self.average = setup.keep_average(self, args)
         try_out(self, self.half_precision)
-        self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
+        self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
-        self.evaluated, self.last_rollout = EvaluatedRows(self.accelerator), dict[str, float]()
+        self.kept_pass, self.last_rollout, self.average = KeptPass(), dict[str, float](), setup.keep_average(self)
         self.kl_coef, self.kl_controller = args.kl_coef, setup.make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
         show_rollouts(self)

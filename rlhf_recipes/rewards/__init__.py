@@ -4,6 +4,7 @@ from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.rewards.checked import checked
 from rlhf_recipes.rewards.classifier import ClassifierReward
 from rlhf_recipes.rewards.ensemble import EnsembleReward
+from rlhf_recipes.rewards.gate import GatedReward, gate_scores
 from rlhf_recipes.rewards.math_answers import math_reward
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
 from rlhf_recipes.rewards.tokens import TokenClassifierReward, token_spans
@@ -14,12 +15,14 @@ __all__ = [
     "AdapterReward",
     "ClassifierReward",
     "EnsembleReward",
+    "GatedReward",
     "JudgeReward",
     "RemoteReward",
     "TokenClassifierReward",
     "TruncatedReward",
     "check_verifier",
     "checked",
+    "gate_scores",
     "math_reward",
     "refuse_if_bought",
     "token_spans",

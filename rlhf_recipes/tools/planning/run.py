@@ -131,7 +131,8 @@ def longest_prompt(
 
 def _rewards(ppo_args: PPOArguments, adapter: Any) -> tuple[list[AdapterSizes], int]:
     """Adapters on the base, and the bytes of reward models beside it."""
-    folders = [*([ppo_args.reward_adapter] if ppo_args.reward_adapter else []), *(ppo_args.reward_adapters or [])]
+    given = [ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
+    folders = [folder for folder in given if folder]
     adapters, others = [], 0
     for folder in folders:
         if (Path(folder) / "config.json").is_file():  # a whole classifier
