@@ -84,9 +84,29 @@ class PolicyArguments:
 class PPOArguments(PolicyArguments):
     """What PPO starts from, and how it is judged."""
 
+    policy_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to go on from, of an earlier PPO run, while `sft_adapter` stays the reference."},
+    )
     critic_model: str | None = field(
-        default=None, metadata={"help": "With `critic: model`: the critic to start from, a sequence classifier."}
+        default=None,
+        metadata={
+            "help": "With `critic: model`: the critic to start from, a sequence classifier. Else the folder `critic` "
+            "of an earlier run, whose critic goes on."
+        },
     )
     ptx_dataset: str | None = field(
         default=None, metadata={"help": "With `ptx_coef`: pretraining texts, rows with a column `text`."}
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a start without its reference.
+
+        Raises:
+            ValueError: If `policy_adapter` is given without `sft_adapter`.
+        """
+        if self.policy_adapter is not None and self.sft_adapter is None:
+            raise ValueError(
+                "`policy_adapter` goes on from an earlier run, and `sft_adapter`, which is the reference, is missing. "
+                "Give both."
+            )

@@ -71,6 +71,7 @@ def build_policy(
     quantization_config: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
     with_reference: bool = True,
+    reference_adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Roles, str | None]:
     """Load the base if needed, put the policy's adapter on it, and the reference beside it.
 
@@ -83,22 +84,18 @@ def build_policy(
         quantization_config: Quantization of a base that is loaded here.
         peft_config: Configuration of a fresh adapter; `None` trains a model without adapter as a whole.
         with_reference: Whether an adapter gets a reference; else the caller, or TRL, adds it.
+        reference_adapter: Folder of the reference's adapter, where it is not the policy's start.
 
     Returns:
         The policy, the roles, and the role of the reference: a frozen copy of a trained adapter, or `None` for the
         bare base.
 
     Raises:
-        ValueError: If `model` is a classifier, `model` and `peft_config` do not fit together, or 4-bit weights are
-            repacked.
+        ValueError: If `model` is a classifier, `model` and `peft_config` or `reference_adapter` do not fit together,
+            or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
-    options = _loading_options(model, args, quantization_config)
-    if isinstance(model, str | Path) and is_adapter(model):
-        model = load_policy(load_causal_lm(base_to_load(model), **options), model, args.adapter_tolerance)
-    elif isinstance(model, str | Path):
-        model = load_causal_lm(str(model), **options)
-
+    model = _loaded(model, args, _loading_options(model, args, quantization_config))
     check_policy(model)
     keep_4bit_differentiable(model)
     warn_of_ignored_settings(model)
@@ -110,9 +107,16 @@ def build_policy(
         complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
-        if with_reference:
+        if reference_adapter is not None:
+            roles.add_policy(REFERENCE, reference_adapter, args.adapter_tolerance)
+        elif with_reference:
             roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
+    if reference_adapter is not None:
+        raise ValueError(
+            "`reference_adapter` is for a policy that goes on from a trained adapter, and `model` has none: its "
+            "reference is what it starts as. Remove `reference_adapter`, or give the policy's adapter."
+        )
     complete_arguments(model)
     pack(model)
     if peft_config is not None:
@@ -128,6 +132,14 @@ def build_policy(
     frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None
+
+
+def _loaded(model: Any, args: Config, options: dict[str, Any]) -> Any:
+    if not isinstance(model, str | Path):
+        return model
+    if is_adapter(model):
+        return load_policy(load_causal_lm(base_to_load(model), **options), model, args.adapter_tolerance)
+    return load_causal_lm(str(model), **options)
 
 
 def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:

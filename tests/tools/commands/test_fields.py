@@ -19,7 +19,7 @@ from rlhf_recipes.tools.planning.report import ARGUMENTS as OF_THE_PLAN
 
 TOP = recipes_folder()
 PARSED = [path for path in sorted(TOP.rglob("*.py")) if "parse_stage(" in path.read_text()]
-COMMANDS = ["", "new", "report", "verifier", "rank", "rate", "label", *SCRIPTS]
+COMMANDS = ["", "new", "report", "verifier", "rank", "rate", "label", "judge", "revise", *SCRIPTS]
 
 CODE = """
 import sys, time
