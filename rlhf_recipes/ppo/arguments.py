@@ -42,9 +42,7 @@ class PolicyArguments:
     )
     gold_score: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge that the training does not see: gold.json of the embedded task, or another reward model."
-        },
+        metadata={"help": "Judge beside the reward, not in it: gold.json of the embedded task, or a reward model."},
     )
     prompt_words: int | None = field(
         default=None, metadata={"help": "Make prompts of the first words of `text` rows, this many."}

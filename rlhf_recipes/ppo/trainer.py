@@ -20,8 +20,7 @@ from trl import GRPOTrainer
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
-from rlhf_recipes.ppo import checkpoint, checks, setup
-from rlhf_recipes.ppo._trl import as_scored
+from rlhf_recipes.ppo import _trl, checkpoint, checks, setup
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -286,7 +285,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
+        inputs, completions = _trl.as_scored(self, inputs, prompts, completions, completion_ids_list)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
