@@ -7,11 +7,36 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
+from rlhf_recipes.rewards.encoding import which_ended
+
 
 def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
     """Token ids of prompts as a GRPO, RLOO or PPO trainer makes them, with its template, tools and their options."""
     prompt_ids, *_ = trainer._tokenize_prompts(prompts)
     return [list(ids) for ids in prompt_ids]
+
+
+def rows_for_rewards(
+    trainer: GRPOTrainer, rows: list[dict[str, Any]], prompts: list[Any], completion_ids: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Give rows what reward functions get besides: token ids of the prompts, and which completions ended.
+
+    Args:
+        trainer: A PPO trainer.
+        rows: Values by column.
+        prompts: Their prompts, as the policy reads them.
+        completion_ids: Token ids of their completions.
+
+    Returns:
+        The rows with `prompt_ids`, `finished` and, where they have a column `reward_prompt`, `reward_prompt_ids`.
+    """
+    ended = which_ended(len(rows), completion_ids, trainer.eos_token_ids, None)
+    columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
+    if REWARD_PROMPT in rows[0]:
+        columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])
+    more = zip(*columns.values(), strict=True)
+    return [{**row, **dict(zip(columns, values, strict=True))} for row, values in zip(rows, more, strict=True)]
 
 
 def rewards(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
+from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
 
 
@@ -30,12 +32,17 @@ class PromptRules:
         longest: Tokens that the context leaves for a prompt.
         embeddings: Tokens that the policy's embeddings know.
         template_kwargs: What chat templates get besides, `PPOConfig.chat_template_kwargs`.
+        for_rewards: Why rows must have a column `reward_prompt`, if they must.
+        reward_prompts_fit: Whether reward prompts must keep to these rules too, since an adapter on the policy's base
+            reads them.
     """
 
     tokenizer: PreTrainedTokenizerBase
     longest: int
     embeddings: int
     template_kwargs: dict[str, Any]
+    for_rewards: str | None = None
+    reward_prompts_fit: bool = False
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts, as the rollout makes them."""
@@ -95,6 +102,26 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfi
     return PromptRules(tokenizer, longest, embeddings, template)
 
 
+def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
+    """Add what holds for the column `reward_prompt`: rewards may need it, and all rows have it or none.
+
+    Args:
+        rules: The other rules.
+        rewards: What scores the completions.
+        train_dataset: The training data.
+        roles: The roles on the policy's base, of which reward adapters have heads.
+    """
+    reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
+    columns = getattr(train_dataset, "column_names", None) or ()
+    if reason is None and REWARD_PROMPT in columns:
+        reason = "the rows of `train_dataset` have it, and scores are compared"
+    return replace(rules, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
+
+
+def _needed(reward: Any) -> str:
+    return f"the reward model {reward.__name__!r} was trained on rows that have it"
+
+
 def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
     """Check the training data and their format, and make a stream endless.
 
@@ -151,9 +178,9 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
             "with a longer context."
         )
     if isinstance(dataset, IterableDataset):
-        _check_columns(next(iter(dataset), {}), name)
+        _check_columns(next(iter(dataset), {}), name, rules)
         return dataset.map(_stream_check(name, rules), with_indices=True, features=dataset.features)
-    _check_columns(dataset.column_names, name)
+    _check_columns(dataset.column_names, name, rules)
     if len(dataset) < needed:
         raise ValueError(
             f"One rollout takes {needed} different prompts, but the dataset has {len(dataset)} (`{name}`). Give more "
@@ -161,6 +188,12 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
             "`num_generations`."
         )
     _check_all(list(dataset["prompt"]), name, rules)
+    if REWARD_PROMPT in dataset.column_names:
+        rows = dataset.select_columns(["prompt", REWARD_PROMPT]).with_format(None)
+        problems = {index: problem for index, row in enumerate(rows) if (problem := _reward_problem(row, rules))}
+        if problems:
+            index, what = next(iter(problems.items()))
+            raise ValueError(f"`{name}`: {len(problems)} of {len(dataset)} rows cannot be used; row {index}: {what}.")
     return dataset
 
 
@@ -218,9 +251,24 @@ def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableD
     return IterableDataset.from_generator(passes, features=stream.features)
 
 
-def _check_columns(columns: Any, name: str) -> None:
+def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The dataset needs a column 'prompt'; it has {list(columns)} (`{name}`).")
+    if rules.for_rewards is not None and REWARD_PROMPT not in columns:
+        raise ValueError(
+            f"The dataset needs a column {REWARD_PROMPT!r}, because {rules.for_rewards}; it has {list(columns)} "
+            f"(`{name}`). It holds what rewards read in place of the prompt: prompt and facts."
+        )
+
+
+def _reward_problem(row: dict[str, Any], rules: PromptRules) -> str | None:
+    """Say what is wrong with the reward prompt of a row, and how to put it right."""
+    if problem := reward_prompt_problem(row):
+        return problem
+    if not rules.reward_prompts_fit:
+        return None  # read by other models, which say themselves what does not fit
+    found = rules.problem(rules.encode([row[REWARD_PROMPT]])[0])
+    return None if found is None else f"`{REWARD_PROMPT}` {found[0]}. {found[1]}"
 
 
 def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
@@ -234,11 +282,13 @@ def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
 
 def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-        _check_columns(row, name)
+        _check_columns(row, name, rules)
         reason = _wrong_kind(row["prompt"])
         problem = (reason, "Remove such rows") if reason else rules.problem(rules.encode([row["prompt"]])[0])
         if problem:
             raise ValueError(f"`{name}`: the prompt of row {index} {problem[0]}. {problem[1]}.")
+        if REWARD_PROMPT in row and (found := _reward_problem(row, rules)):
+            raise ValueError(f"`{name}`: row {index}: {found}.")
         return row
 
     return check

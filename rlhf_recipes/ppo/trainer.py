@@ -22,6 +22,7 @@ from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
+from rlhf_recipes.ppo._trl import rows_for_rewards
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -42,7 +43,7 @@ from rlhf_recipes.ppo.passes import (
     sample_completions,
 )
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_reward_prompts
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
@@ -79,7 +80,8 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             reward adapters trained on the same base, and sequence classification models or their paths. Their results
             are summed with `args.reward_weights`.
         args: The configuration.
-        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
+        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such. Where they
+            have a column `reward_prompt`, reward models read it in place of the prompt.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
         processing_class: The tokenizer, with a padding token; by default the base model's.
         reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.
@@ -133,6 +135,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         self.prompt_rules = prompt_rules(policy, tokenizer, args)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
+        self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
@@ -279,10 +282,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
-        more = zip(inputs, prompt_ids, ended, strict=True)
-        inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
+        inputs = rows_for_rewards(self, inputs, prompts, completion_ids_list)
         texts = zip(prompts, completions, completion_ids_list, strict=True)
         completions = [with_first_space(self.processing_class, *text) for text in texts]
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -94,6 +94,11 @@ class EnsembleReward:
         self.__name__ = name
         self.members, self.aggregation, self.k = list(members), aggregation, k
 
+    @property
+    def needs_reward_prompt(self) -> bool:
+        """Whether a member was trained on rows with a column `reward_prompt`."""
+        return any(getattr(member, "needs_reward_prompt", False) for member in self.members)
+
     def with_members(self, functions: Sequence[Callable[..., Any]]) -> EnsembleReward:
         """Copy the ensemble with functions in place of its folders."""
         return EnsembleReward(functions, self.aggregation, self.k, self.__name__)
