@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
-from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
 from rlhf_recipes.ppo._trl import rows_for_rewards
 from rlhf_recipes.ppo.checkpoint import continue_run
@@ -136,8 +136,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
-        reward_roles = [role for role in self.roles.heads if role != CRITIC]
-        self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
+        self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
