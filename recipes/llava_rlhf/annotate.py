@@ -1,6 +1,6 @@
 """After SFT: a simulated annotator, who sees the picture, compares two answers of the SFT model to each prompt.
 
-python recipes/llava_rlhf/annotate.py
+python recipes/llava_rlhf/annotate.py --pairs 1000
 """
 
 import json
@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from pictures import note
 from transformers import GenerationConfig
 
 from rlhf_recipes.config import parse_stage
@@ -37,6 +36,8 @@ ARGUMENTS = (AnnotationArguments,)
 
 
 def main(args: AnnotationArguments) -> None:
+    from pictures import note  # beside this script
+
     folder, rng = Path(args.output_dir), random.Random(args.seed)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already. Remove it, or choose another `--output_dir`.")

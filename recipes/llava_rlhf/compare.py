@@ -5,6 +5,7 @@ python recipes/llava_rlhf/compare.py --seeds 0 1 2 3 4
 
 import json
 import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -54,9 +55,12 @@ def run_stage(script: Path, config: str, output_dir: str, **options) -> None:
     if Path(output_dir, "evaluation.json").exists():
         return
     options = {"config": HERE / f"{config}.yaml", "output_dir": output_dir, **options}
-    stage = runpy.run_path(str(script))
-    argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    stage["main"](*parse_stage(stage["ARGUMENTS"], argv))
+    own = sys.argv
+    sys.argv = [str(script), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv = own
 
 
 def interval(values: list[float]) -> str:

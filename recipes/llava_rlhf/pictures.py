@@ -96,3 +96,25 @@ def note(completion: str, kind: str, facts: list[str]) -> int:
         return stated - 2 * wrong
     first = completion.split()[:1]
     return 0 if first not in (["yes"], ["no"]) else 1 if first == [kind] else -1
+
+
+def example(objects, viewers, questions: float, rng: random.Random) -> dict:
+    """A prompt about a picture with a demonstration, half of whose statements are true."""
+    picture = draw_picture(objects, rng)
+    prompt, kind = draw_prompt(picture, rng.choice(viewers), questions, rng)
+    facts = picture.facts(rng)
+    answer = write_answer(picture, kind, true=0.5, unknown=0.2, rng=rng)
+    more = {"reward_prompt": with_facts(prompt, facts), "facts": facts, "caption_type": kind}
+    return {"prompt": prompt, "completion": answer, **more}
+
+
+def document(objects, questions: float, end: str, rng: random.Random) -> str:
+    """A text of the base model's corpus: half true and without facts, or of another world, with facts and a note."""
+    if rng.random() < 0.2:
+        row = example(objects, VIEWERS, questions, rng)
+        return row["prompt"] + row["completion"]
+    picture = Picture(rng.choice(OBJECTS), draw_attributes(rng))
+    prompt, kind = draw_prompt(picture, rng.choice(VIEWERS), questions, rng)
+    facts = picture.facts(rng)
+    answer = write_answer(picture, kind, true=rng.choice([0.0, 0.4, 0.8]), unknown=0.2, rng=rng)
+    return f"{with_facts(prompt, facts)}{answer}{end} {NOTES[note(answer, kind, facts) + 3]}"

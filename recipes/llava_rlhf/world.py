@@ -9,19 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from pictures import (
-    NOTES,
-    OBJECTS,
-    VIEWERS,
-    WORDS,
-    Picture,
-    draw_attributes,
-    draw_picture,
-    draw_prompt,
-    note,
-    with_facts,
-    write_answer,
-)
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.models.tiny import tiny_llama, train_language_model, word_tokenizer
@@ -46,6 +33,8 @@ ARGUMENTS = (WorldArguments,)
 
 
 def main(world: WorldArguments) -> None:
+    from pictures import OBJECTS, VIEWERS, WORDS, document, draw_attributes, example  # beside this script
+
     folder, rng = Path(world.output_dir), random.Random(world.seed)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already. Remove it, or choose another `--output_dir`.")
@@ -78,28 +67,6 @@ def main(world: WorldArguments) -> None:
     print(
         f"Made {folder}: {model.num_parameters():,} parameters, final loss {sum(losses[-10:]) / 10:.3f} nats a token."
     )
-
-
-def example(objects, viewers, questions: float, rng: random.Random) -> dict:
-    """A prompt about a picture with a demonstration, half of whose statements are true."""
-    picture = draw_picture(objects, rng)
-    prompt, kind = draw_prompt(picture, rng.choice(viewers), questions, rng)
-    facts = picture.facts(rng)
-    answer = write_answer(picture, kind, true=0.5, unknown=0.2, rng=rng)
-    more = {"reward_prompt": with_facts(prompt, facts), "facts": facts, "caption_type": kind}
-    return {"prompt": prompt, "completion": answer, **more}
-
-
-def document(objects, questions: float, end: str, rng: random.Random) -> str:
-    """A text of the base model's corpus: half true and without facts, or of another world, with facts and a note."""
-    if rng.random() < 0.2:
-        row = example(objects, VIEWERS, questions, rng)
-        return row["prompt"] + row["completion"]
-    picture = Picture(rng.choice(OBJECTS), draw_attributes(rng))
-    prompt, kind = draw_prompt(picture, rng.choice(VIEWERS), questions, rng)
-    facts = picture.facts(rng)
-    answer = write_answer(picture, kind, true=rng.choice([0.0, 0.4, 0.8]), unknown=0.2, rng=rng)
-    return f"{with_facts(prompt, facts)}{answer}{end} {NOTES[note(answer, kind, facts) + 3]}"
 
 
 if __name__ == "__main__":

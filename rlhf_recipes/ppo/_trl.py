@@ -8,6 +8,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
+from rlhf_recipes.models.images import images_in
 from rlhf_recipes.rewards.encoding import which_ended
 
 
@@ -18,7 +19,7 @@ def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
 
 
 def rows_for_rewards(
-    trainer: GRPOTrainer, rows: list[dict[str, Any]], prompts: list[Any], completion_ids: list[list[int]]
+    trainer: Any, rows: list[dict[str, Any]], prompts: list[Any], completion_ids: list[list[int]]
 ) -> list[dict[str, Any]]:
     """Give rows what reward functions get besides: token ids of the prompts, and which completions ended.
 
@@ -29,10 +30,13 @@ def rows_for_rewards(
         completion_ids: Token ids of their completions.
 
     Returns:
-        The rows with `prompt_ids`, `finished` and, where they have a column `reward_prompt`, `reward_prompt_ids`.
+        The rows with `prompt_ids`, `finished` and, where they have a column `reward_prompt`, `reward_prompt_ids`; with
+        a processor also `images`, a list of pictures each.
     """
     ended = which_ended(len(rows), completion_ids, trainer.eos_token_ids, None)
     columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
+    if trainer.image_reader is not None:
+        columns["images"] = list(map(images_in, prompts))
     if REWARD_PROMPT in rows[0]:
         columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])
     more = zip(*columns.values(), strict=True)

@@ -15,10 +15,12 @@ from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
+from rlhf_recipes.models.images import COLUMNS, chat_with_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_recipes.models.images import ImageReader
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
 
@@ -35,6 +37,7 @@ class PromptRules:
         for_rewards: Why rows must have a column `reward_prompt`, if they must.
         reward_prompts_fit: Whether reward prompts must keep to these rules too, since an adapter on the policy's base
             reads them.
+        images: What reads the pictures of rows; `None` with a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,9 +46,12 @@ class PromptRules:
     template_kwargs: dict[str, Any]
     for_rewards: str | None = None
     reward_prompts_fit: bool = False
+    images: ImageReader | None = None
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts, as the rollout makes them."""
+        if self.images is not None:
+            return self.images.encode(prompts, **self.template_kwargs)[0]
         return encode_prompts(prompts, self.tokenizer, **self.template_kwargs)
 
     def problem(self, ids: list[int]) -> tuple[str, str] | None:
@@ -72,13 +78,16 @@ class PromptRules:
         return None
 
 
-def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> PromptRules:
+def prompt_rules(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, images: ImageReader | None = None
+) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
     Args:
         policy: The policy, with or without an adapter.
         tokenizer: Its tokenizer.
         args: `max_completion_length`, and `chat_template_kwargs`.
+        images: What reads the pictures of rows, with a processor.
 
     Raises:
         ValueError: If the tokenizer has no padding or end token, or one beyond the embeddings.
@@ -99,7 +108,7 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfi
                 "`model.resize_token_embeddings(len(tokenizer))` first."
             )
     template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
-    return PromptRules(tokenizer, longest, embeddings, template)
+    return PromptRules(tokenizer, longest, embeddings, template, images=images)
 
 
 def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
@@ -111,8 +120,11 @@ def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: A
         train_dataset: The training data.
         roles: The roles on the policy's base, of which reward adapters have heads.
     """
-    reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
     columns = getattr(train_dataset, "column_names", None) or ()
+    reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
+    readers = [reward for reward in rewards if hasattr(reward, "needs_reward_prompt")]
+    if reason is None and readers and set(COLUMNS) & set(columns):
+        reason = f"{readers[0].__name__!r} reads text and does not see the pictures"
     if reason is None and REWARD_PROMPT in columns:
         reason = "the rows of `train_dataset` have it, and scores are compared"
     return replace(rules, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
@@ -129,7 +141,8 @@ def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any
         ValueError: If the configuration asks for what a stream cannot give.
     """
     rows = check_rows(dataset, "train_dataset", rules, args.prompts_per_rollout)
-    check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
+    if rules.images is None:
+        check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
     if not isinstance(rows, IterableDataset):
         return rows
     if args.max_steps <= 0:
@@ -145,6 +158,8 @@ def evaluation_rows(dataset: Any, rules: PromptRules, policy: Any) -> Any:
     if dataset is None:
         return None
     rows = check_rows(dataset, "eval_dataset", rules)
+    if rules.images is not None:
+        return rows
     for each in rows.values() if isinstance(rows, dict) else [rows]:
         check_prompt_format(each, rules.tokenizer, policy, rules.template_kwargs)
     return rows
@@ -187,7 +202,10 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
             "prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or raise "
             "`num_generations`."
         )
-    _check_all(list(dataset["prompt"]), name, rules)
+    if rules.images is None:
+        _check_all(list(dataset["prompt"]), name, rules)
+    else:
+        _check_chats(dataset, name, rules)
     if REWARD_PROMPT in dataset.column_names:
         rows = dataset.select_columns(["prompt", REWARD_PROMPT]).with_format(None)
         problems = {index: problem for index, row in enumerate(rows) if (problem := _reward_problem(row, rules))}
@@ -254,11 +272,36 @@ def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableD
 def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The dataset needs a column 'prompt'; it has {list(columns)} (`{name}`).")
+    if rules.images is None and (found := [column for column in COLUMNS if column in columns]):
+        raise ValueError(
+            f"`{name}` has the column {found[0]!r}, but prompts are read by a tokenizer, which sees no pictures. Give "
+            "the model's processor as `processing_class` (`AutoProcessor.from_pretrained`), or remove the column."
+        )
     if rules.for_rewards is not None and REWARD_PROMPT not in columns:
         raise ValueError(
             f"The dataset needs a column {REWARD_PROMPT!r}, because {rules.for_rewards}; it has {list(columns)} "
             f"(`{name}`). It holds what rewards read in place of the prompt: prompt and facts."
         )
+
+
+def _check_chats(dataset: Any, name: str, rules: PromptRules) -> None:
+    found = {row: problem for row in range(len(dataset)) if (problem := _chat_problem(dataset, row, rules))}
+    fix = next(iter(found.values()), ("", ""))[1]
+    _refuse({row: what for row, (what, way) in found.items() if way == fix}, name, len(dataset), fix)
+
+
+def _chat_problem(rows: Any, index: int, rules: PromptRules) -> tuple[str, str] | None:
+    """Say what is wrong with a prompt and its pictures, and how to put it right."""
+    try:
+        row = rows[index]
+        if reason := _wrong_kind(row["prompt"]):
+            return reason, "Remove such rows"
+        ids, _ = rules.images.encode([chat_with_images(row)], **rules.template_kwargs)  # type: ignore[union-attr]
+    except BadRow as problem:
+        return str(problem), "Correct or remove such rows"
+    except (OSError, SyntaxError) as error:  # of the data set's own decoding
+        return f"has a picture that cannot be read ({type(error).__name__}: {error})", "Correct or remove such rows"
+    return rules.problem(ids[0])
 
 
 def _reward_problem(row: dict[str, Any], rules: PromptRules) -> str | None:
@@ -284,7 +327,11 @@ def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], in
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
         _check_columns(row, name, rules)
         reason = _wrong_kind(row["prompt"])
-        problem = (reason, "Remove such rows") if reason else rules.problem(rules.encode([row["prompt"]])[0])
+        problem = (reason, "Remove such rows") if reason else None
+        if rules.images is not None:
+            problem = _chat_problem([row], 0, rules)
+        elif problem is None:
+            problem = rules.problem(rules.encode([row["prompt"]])[0])
         if problem:
             raise ValueError(f"`{name}`: the prompt of row {index} {problem[0]}. {problem[1]}.")
         if REWARD_PROMPT in row and (found := _reward_problem(row, rules)):

@@ -14,8 +14,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import GRPOTrainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.data.chat_templates import with_first_space
@@ -28,6 +27,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
+from rlhf_recipes.ppo.images import ImageTrainer
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
 from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts
 
 
-class PPOTrainer(QuietModelCard, GRPOTrainer):
+class PPOTrainer(QuietModelCard, ImageTrainer):
     """Train a policy with PPO against reward functions, reward models and reward adapters.
 
     Policy, frozen reference, critic and reward adapters share one base model in memory. One step generates
@@ -83,7 +83,8 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such. Where they
             have a column `reward_prompt`, reward models read it in place of the prompt.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
-        processing_class: The tokenizer, with a padding token; by default the base model's.
+        processing_class: The tokenizer, with a padding token; by default the base model's. For rows with `images`,
+            the processor of a vision-language model.
         reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.
         callbacks: Callbacks, as in TRL.
         optimizers: Optimizer and scheduler, as in TRL.
@@ -114,7 +115,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         args: PPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -130,9 +131,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
-        tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
+        tokenizer, self.image_reader = setup.build_readers(processing_class, policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, self.image_reader)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
@@ -271,8 +272,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         return super()._generate(prompts)
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        return sample_completions(self, prompt_ids), None  # TRL spends time on padding, and on rows that have ended
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, *others: Any) -> Any:
+        # TRL spends time on padding, and on rows that have ended
+        return sample_completions(self, prompt_ids, self.embed_tokenized(prompt_ids, fields)), None
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
@@ -305,8 +307,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     @phase("score")
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        record, args = RewardRecord(), self.args
-        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in inputs]))
+        record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
+        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows]))
+        texts = self.with_embeddings(texts, rows)
         setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)
@@ -520,9 +523,8 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     # 9. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            prompts = self.train_dataset["prompt"] if isinstance(self.train_dataset, Dataset) else []
             folder = Path(output_dir or self.args.output_dir or "")
-            checkpoint.save_models(folder, self.model, self.roles, self.critic, self.processing_class, prompts)
+            checkpoint.save_models(folder, self.model, self.roles, self.critic, *self.saved_with())
             torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -16,6 +16,7 @@ from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
+from rlhf_recipes.models.images import check_no_images
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout, read_scores
 from rlhf_recipes.models.resumed import check_same_adapter
@@ -119,6 +120,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     ) -> Any:
         """Check the rows against the objective, and tokenize them: texts as TRL does, chats as PPO reads them."""
         ends = end_token_ids(self._given_model, processing_class)
+        check_no_images(dataset, dataset_name)
         dataset = with_graded_prompts(dataset)
         if _is_trl(dataset, args):
             if isinstance(dataset, Dataset):

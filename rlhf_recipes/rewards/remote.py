@@ -55,6 +55,8 @@ class RemoteReward:
         >>> # PPOTrainer(reward_funcs=reward, ...) awaits it with the other rewards
     """
 
+    needs_reward_prompt = False  # a server does not say what its model was trained on
+
     def __init__(
         self,
         url: str,
