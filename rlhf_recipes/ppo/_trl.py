@@ -1,4 +1,4 @@
-"""Prompts, rewards and the last rollout of a trainer's engine, for evaluations; calls what is inside TRL."""
+"""Prompts, rewards and the last rollout of a trainer's engine; calls what is inside TRL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
 from rlhf_recipes.models.images import images_in
 from rlhf_recipes.rewards.encoding import which_ended
@@ -18,29 +19,40 @@ def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
     return [list(ids) for ids in prompt_ids]
 
 
-def rows_for_rewards(
-    trainer: Any, rows: list[dict[str, Any]], prompts: list[Any], completion_ids: list[list[int]]
-) -> list[dict[str, Any]]:
-    """Give rows what reward functions get besides: token ids of the prompts, and which completions ended.
+def as_scored(
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Complete what reward functions get of a rollout.
 
     Args:
-        trainer: A PPO trainer.
-        rows: Values by column.
+        trainer: A GRPO, RLOO or PPO trainer.
+        rows: The rows of the prompts, `B` of them.
         prompts: Their prompts, as the policy reads them.
-        completion_ids: Token ids of their completions.
+        completions: The completions as TRL decodes them.
+        completion_ids: Their token ids.
 
     Returns:
-        The rows with `prompt_ids`, `finished` and, where they have a column `reward_prompt`, `reward_prompt_ids`; with
-        a processor also `images`, a list of pictures each.
+        The rows with `prompt_ids` and `finished` (an adapter scores the very tokens that were sampled, and shows a
+        model an end token only where there is one), with `reward_prompt_ids` where they have a column `reward_prompt`,
+        and with `images`, a list of pictures each, where there is a processor; and the completions as they go on from
+        their prompts.
     """
-    ended = which_ended(len(rows), completion_ids, trainer.eos_token_ids, None)
+    ended = which_ended(len(prompts), completion_ids, trainer.eos_token_ids, None)
     columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
-    if trainer.image_reader is not None:
-        columns["images"] = list(map(images_in, prompts))
     if REWARD_PROMPT in rows[0]:
         columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])
+    if getattr(trainer, "image_reader", None) is not None:
+        columns["images"] = list(map(images_in, prompts))
     more = zip(*columns.values(), strict=True)
-    return [{**row, **dict(zip(columns, values, strict=True))} for row, values in zip(rows, more, strict=True)]
+    texts = zip(prompts, completions, completion_ids, strict=True)
+    return (
+        [{**row, **dict(zip(columns, values, strict=True))} for row, values in zip(rows, more, strict=True)],
+        [with_first_space(trainer.processing_class, *text) for text in texts],
+    )
 
 
 def rewards(

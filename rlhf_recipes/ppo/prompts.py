@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.images import ImageReader
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.group_config import Config
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PromptRules:
 
 
 def prompt_rules(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, images: ImageReader | None = None
+    policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, images: ImageReader | None = None
 ) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
@@ -223,7 +224,7 @@ def check_is_dataset(dataset: Any, name: str) -> None:
         ValueError: If it is missing.
     """
     if dataset is None:
-        raise ValueError(f"`{name}` is missing: PPO needs rows with a column `prompt`.")
+        raise ValueError(f"`{name}` is missing: the training needs rows with a column `prompt`.")
     if isinstance(dataset, dict):
         raise TypeError(f"`{name}` is a {type(dataset).__name__}. Give one of its splits, {sorted(dataset)}.")
     if not isinstance(dataset, Dataset | IterableDataset):

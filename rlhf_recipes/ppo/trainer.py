@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 
 from rlhf_recipes.checkpoints import load_finished
-from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
-from rlhf_recipes.ppo._trl import rows_for_rewards
+from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -90,8 +89,11 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
         peft_config: LoRA configuration of a fresh adapter, when `model` is a base model.
+        reference_adapter: Folder of the reference's adapter, where the policy does not start as its reference but
+            goes on from an adapter that PPO has trained.
         critic_model: With `args.critic="model"`: a sequence classifier with one output, or its path; or a critic of
-            one's own (`rlhf_recipes.ppo.critics.Critic`).
+            one's own (`rlhf_recipes.ppo.critics.Critic`). Else the folder `critic` of an earlier run, whose critic of
+            the same kind goes on.
         placement: Callable from scores `(B,)` and mask `(B, T)` to token rewards `(B, T)`, in place of
             `args.reward_placement`.
         score_transforms: Score transforms (`rlhf_recipes.shaping`), after those of `args`.
@@ -121,6 +123,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        reference_adapter: str | None = None,
         critic_model: str | PreTrainedModel | Critic | None = None,
         placement: Placement | None = None,
         score_transforms: Sequence[ScoreTransform] = (),
@@ -130,7 +133,10 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         check_given(args, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
-        policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
+        self.starts_as_reference = reference_adapter is None
+        policy, self.roles, self.reference = setup.build_policy(
+            model, args, quantization_config, peft_config, reference_adapter=reference_adapter
+        )
         tokenizer, self.image_reader = setup.build_readers(processing_class, policy, args)
         args.model_init_kwargs = None  # used
         self.prompt_rules = prompt_rules(policy, tokenizer, args, self.image_reader)
@@ -138,21 +144,13 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
         self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
-        checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
+        checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         super().__init__(
-            model=policy,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            reward_processing_classes=tokenizers,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
@@ -283,9 +281,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        inputs = rows_for_rewards(self, inputs, prompts, completion_ids_list)
-        texts = zip(prompts, completions, completion_ids_list, strict=True)
-        completions = [with_first_space(self.processing_class, *text) for text in texts]
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
@@ -367,7 +363,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         old = self._old_policy(texts, batch_size)  # the last one, so that none runs beside what it keeps
         if critic is None:
             critic = CriticRollout(self.critic.read(old.kept) if exact else old.kept)
-        if training and self.state.global_step == self._step == 0:
+        if training and self.state.global_step == self._step == 0 and self.starts_as_reference:
             checks.check_reference(old.logps, ref.logps, mask, self.half_precision)
         if args.kl_estimator == "full":
             return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)

@@ -11,9 +11,11 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_recipes import GRPOAdapterConfig, GRPOAdapterTrainer
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
 from rlhf_recipes.evaluation.sampling import sample_rows
 from rlhf_recipes.models.readout import Readout
+from rlhf_recipes.ppo._trl import rewards as call_rewards
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer
 from rlhf_recipes.rewards import ClassifierReward, EnsembleReward, RemoteReward, TokenClassifierReward
 from rlhf_recipes.rewards.encoding import encode_rows
@@ -110,6 +112,27 @@ def test_an_ensemble_asks_for_what_a_member_needs(make_trainer, needy, reward_ad
     sequences = [a + b for a, b in scored_sequences(trainer, batch)]
     first, second = (trainer.roles.scores(f"reward_0_{member}", sequences, 0, 8) for member in (0, 1))
     assert_close(record.scores, (0.5 * first + 1.0 + second) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_grpo_on_shared_roles_reads_the_facts_too(tmp_path, sft_adapter, needy, facts, prompts):
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    options |= {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "save_strategy": "no",
+    }
+
+    def make(rows):
+        args = GRPOAdapterConfig(str(tmp_path / "grpo"), **options)
+        return GRPOAdapterTrainer(str(sft_adapter), str(needy), args=args, train_dataset=rows)
+
+    with pytest.raises(ValueError, match="needs a column 'reward_prompt', because the reward model 'needy'"):
+        make(prompts)
+    trainer = make(facts)
+    [score] = call_rewards(trainer, [facts[0]], ["good"], [[7, 1]])[0].tolist()
+    ids = trainer.processing_class(facts[0][REWARD_PROMPT])["input_ids"] + [7, 1]
+    assert score == pytest.approx(0.5 * trainer.roles.scores("reward_0", [ids], 0, 1).item() + 1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
