@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
+from transformers import ProcessorMixin, set_seed
 from trl import GRPOTrainer, RLOOTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
@@ -33,7 +33,7 @@ from rlhf_recipes.ppo.checks import check_rewards
 from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, with_reward_prompts
 from rlhf_recipes.tracking.console import QuietModelCard
 
 _LENGTH = "completions/mean_length"
@@ -60,13 +60,18 @@ class _AdapterTraining(QuietModelCard):
     ) -> None:
         args = self._checked_arguments(args, model, peft_config)
         check_given(None, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
+        if isinstance(processing_class, ProcessorMixin):
+            raise TypeError(
+                f"{type(self).__name__} reads text: give the processor's `tokenizer`, or use `PPOTrainer`."
+            )
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, _ = setup.build_policy(model, args, quantization_config, peft_config, with_reference=False)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        rules = prompt_rules(policy, tokenizer, args)
+        rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
+        rules = with_reward_prompts(rules, reward_funcs, train_dataset, self.roles)
         train_dataset = check_rows(train_dataset, "train_dataset", rules, args.prompts_per_rollout)
         check_prompt_format(train_dataset, tokenizer, policy, rules.template_kwargs)
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
@@ -189,7 +194,8 @@ class GRPOAdapterTrainer(_AdapterTraining, GRPOTrainer):
         reward_funcs: As for `PPOTrainer`: functions with TRL's reward signature (they also get `prompt_ids`), folders
             of reward adapters trained on the same base, ensembles, and sequence classification models or their paths.
         args: The configuration.
-        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
+        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such. Where they
+            have a column `reward_prompt`, reward models read it in place of the prompt.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
         processing_class: The tokenizer, with a padding token; by default the base model's.
         reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.

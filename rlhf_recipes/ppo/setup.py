@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    set_seed,
+)
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -19,6 +26,7 @@ from rlhf_recipes.models.adapters import POLICY, base_name, base_of, base_to_loa
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
+from rlhf_recipes.models.images import ImageReader, check_reads_images
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
@@ -239,6 +247,31 @@ def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
     places = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     if args.activation_checkpointing and places:
         policy.activation_checkpointing_enable(kwargs, **places)
+
+
+def build_readers(
+    processing_class: Any, policy: PreTrainedModel | PeftModel, args: PPOConfig
+) -> tuple[PreTrainedTokenizerBase, ImageReader | None]:
+    """The tokenizer, and with a processor what reads pictures.
+
+    Args:
+        processing_class: A tokenizer, a processor, or `None` for the base's tokenizer.
+        policy: The policy.
+        args: The configuration.
+
+    Raises:
+        ValueError: If the policy or the critic cannot read pictures.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class or load_base_tokenizer(policy, args), None
+    check_reads_images(policy)
+    if args.critic == "model" or args.critic_layers is not None:
+        raise ValueError(
+            "`critic: model` and `critic_layers` are for texts: with a processor, take `critic: adapter` or "
+            "`critic: head`, which see the pictures that the policy sees."
+        )
+    processor: Any = processing_class
+    return processor.tokenizer, ImageReader(processor, policy)
 
 
 def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: Config) -> PreTrainedTokenizerBase:
