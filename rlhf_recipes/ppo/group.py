@@ -29,7 +29,7 @@ from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo import setup
 from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import folder_of
-from rlhf_recipes.ppo.checks import check_rewards
+from rlhf_recipes.ppo.checks import check_not_sharded, check_rewards
 from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
@@ -88,10 +88,7 @@ class _AdapterTraining(QuietModelCard):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"{type(self).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported."
-            )
+        check_not_sharded(self)
         if REFERENCE not in policy.peft_config:  # TRL makes one where its loss needs it; evaluations always do
             self.roles.add_copy(REFERENCE)
         self.roles.set_trainable(POLICY)
@@ -109,8 +106,6 @@ class _AdapterTraining(QuietModelCard):
     reward_func_names: list[str]
     eos_token_ids: list[int]
     callback_handler: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
     _metrics: dict[str, Any]
     add_callback: Any
 

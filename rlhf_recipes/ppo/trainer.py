@@ -146,16 +146,15 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
-        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
+        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         super().__init__(
             policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
+        checks.check_not_sharded(self)
         if self.trains_whole_model:
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
