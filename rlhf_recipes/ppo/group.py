@@ -29,7 +29,7 @@ from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo import setup
 from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import folder_of
-from rlhf_recipes.ppo.checks import check_rewards
+from rlhf_recipes.ppo.checks import check_not_sharded, check_rewards
 from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
@@ -68,7 +68,7 @@ class _AdapterTraining(QuietModelCard):
         policy, self.roles, _ = setup.build_policy(model, args, quantization_config, peft_config, with_reference=False)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        rules = prompt_rules(policy, tokenizer, args)
+        rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         rules = with_reward_prompts(rules, reward_funcs, train_dataset, self.roles)
@@ -88,10 +88,7 @@ class _AdapterTraining(QuietModelCard):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"{type(self).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported."
-            )
+        check_not_sharded(self)
         if REFERENCE not in policy.peft_config:  # TRL makes one where its loss needs it; evaluations always do
             self.roles.add_copy(REFERENCE)
         self.roles.set_trainable(POLICY)
@@ -109,8 +106,6 @@ class _AdapterTraining(QuietModelCard):
     reward_func_names: list[str]
     eos_token_ids: list[int]
     callback_handler: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
     _metrics: dict[str, Any]
     add_callback: Any
 

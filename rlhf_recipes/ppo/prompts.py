@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 from rlhf_recipes.models.images import COLUMNS, chat_with_images
+from rlhf_recipes.rewards.gate import GatedReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class PromptRules:
         longest: Tokens that the context leaves for a prompt.
         embeddings: Tokens that the policy's embeddings know.
         template_kwargs: What chat templates get besides, `PPOConfig.chat_template_kwargs`.
+        columns: Columns that a reward cannot do without, each with the reward's name.
         for_rewards: Why rows must have a column `reward_prompt`, if they must.
         reward_prompts_fit: Whether reward prompts must keep to these rules too, since an adapter on the policy's base
             reads them.
@@ -45,6 +47,7 @@ class PromptRules:
     longest: int
     embeddings: int
     template_kwargs: dict[str, Any]
+    columns: dict[str, str] = field(default_factory=dict)
     for_rewards: str | None = None
     reward_prompts_fit: bool = False
     images: ImageReader | None = None
@@ -80,7 +83,11 @@ class PromptRules:
 
 
 def prompt_rules(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, images: ImageReader | None = None
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Config,
+    reward_funcs: Any = (),
+    images: ImageReader | None = None,
 ) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
@@ -88,6 +95,7 @@ def prompt_rules(
         policy: The policy, with or without an adapter.
         tokenizer: Its tokenizer.
         args: `max_completion_length`, and `chat_template_kwargs`.
+        reward_funcs: The rewards as the trainer gets them, of which a gate may read a column.
         images: What reads the pictures of rows, with a processor.
 
     Raises:
@@ -109,7 +117,9 @@ def prompt_rules(
                 "`model.resize_token_embeddings(len(tokenizer))` first."
             )
     template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
-    return PromptRules(tokenizer, longest, embeddings, template, images=images)
+    gates = [reward for reward in _listed(reward_funcs) if isinstance(reward, GatedReward)]
+    columns = {column: gate.__name__ for gate in gates for column in gate.columns}
+    return PromptRules(tokenizer, longest, embeddings, template, columns, images=images)
 
 
 def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
@@ -270,9 +280,19 @@ def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableD
     return IterableDataset.from_generator(passes, features=stream.features)
 
 
+def _listed(reward_funcs: Any) -> list[Any]:
+    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+
+
 def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The dataset needs a column 'prompt'; it has {list(columns)} (`{name}`).")
+    for column, reward in rules.columns.items():
+        if column not in columns:
+            raise ValueError(
+                f"The reward {reward!r} reads the column {column!r}, but `{name}` has {list(columns)}. Add it to the "
+                "rows, with true or false for each prompt, or build the gate without it."
+            )
     if rules.images is None and (found := [column for column in COLUMNS if column in columns]):
         raise ValueError(
             f"`{name}` has the column {found[0]!r}, but prompts are read by a tokenizer, which sees no pictures. Give "

@@ -139,30 +139,29 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         )
         tokenizer, self.image_reader = setup.build_readers(processing_class, policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args, self.image_reader)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs, self.image_reader)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
         self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
-        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
+        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         super().__init__(
             policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
+        checks.check_not_sharded(self)
         if self.trains_whole_model:
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
-        self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
+        self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
-        self.evaluated, self.last_rollout = EvaluatedRows(self.accelerator), dict[str, float]()
+        self.kept_pass, self.last_rollout, self.average = KeptPass(), dict[str, float](), setup.keep_average(self)
         self.kl_coef, self.kl_controller = args.kl_coef, setup.make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
         show_rollouts(self)
@@ -516,15 +515,13 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
                 metrics[name].append(value)
         super().log(logs, start_time)
 
-    # 9. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is.
+    # 9. Checkpoints: the policy in the folder itself, critic and average in `critic/` and `ema/`, and the run's state.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir or "")
-            checkpoint.save_models(folder, self.model, self.roles, self.critic, *self.saved_with())
-            torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
+            checkpoint.save_models(self, Path(output_dir or self.args.output_dir or ""), *self.saved_with())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_models(resume_from_checkpoint, self.model, self.roles, self.critic)
+        checkpoint.load_models(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
