@@ -111,3 +111,28 @@ def test_every_stage_runs(load, load_stage, repo_root, tmp_path, capsys):
             if means["stated"]:
                 rate = means["hallucinated"] / means["stated"]
                 assert evaluation[side]["hallucination_rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"captions": 64, "max_steps": 2, "evaluation_rows": 8}, id="two steps"),
+        pytest.param({}, id="whole", marks=pytest.mark.slow),
+    ],
+)
+def test_ppo_with_pictures(load, tmp_path, sizes):
+    script = load("vision")
+    image, colour, number = script.picture(random.Random(3))
+    assert len([pixel for pixel in image.get_flattened_data() if pixel != (255, 255, 255)]) == 100 * (
+        1 + script.NUMBERS.index(number)
+    )
+    said = [f"{number} squares , {colour} .", f"{colour} and {colour}", "three four .", ""]
+    scores = script.true_statements([[{"content": text}] for text in said], [colour] * 4, [number] * 4)
+    assert scores == [2.0, 1.0, 1.0 if number == "three" else -1.0, 0.0]
+    start(script, output_dir=tmp_path / "vision", **sizes)
+    evaluation = json.loads((tmp_path / "vision" / "evaluation.json").read_text())
+    gold = {side: evaluation[side]["gold_score"] for side in ("policy", "reference")}
+    assert -2.0 <= gold["reference"] <= 2.0
+    if not sizes:
+        assert gold["policy"] > gold["reference"] + 0.3
+    assert (tmp_path / "vision" / "processor_config.json").exists()
