@@ -58,6 +58,11 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
             raise TypeError(
                 f"`{name}` must be a function, got {function!r}. Words are for `PPOConfig.reward_placement`."
             )
+    if potential is not None and args.truncate_tokens is not None:
+        raise ValueError(
+            "A `potential` has a number for each token that was sampled, but `truncate_tokens` cuts what functions "
+            "read of a completion. Remove one of the two."
+        )
     bandit = args.advantage_estimator == "bandit"
     if bandit and (placement is not None or potential is not None):
         raise ValueError(
@@ -75,12 +80,17 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
         )
 
 
-def check_not_bandit(args: PPOConfig, name: str) -> None:
-    """Refuse rewards per token where a completion is one action.
+def check_per_token(args: PPOConfig, name: str) -> None:
+    """Refuse rewards per token where a completion is one action, or is judged without some of its tokens.
 
     Raises:
         ValueError: With the name of the reward function.
     """
+    if args.truncate_tokens is not None:
+        raise ValueError(
+            f"The reward function {name!r} returned rewards per token, but `truncate_tokens` cuts what it reads, so "
+            "they are not those of the tokens that were sampled. Return one number per completion, or remove it."
+        )
     if args.advantage_estimator == "bandit":
         raise ValueError(
             f"The reward function {name!r} returned rewards per token, but `advantage_estimator: bandit` takes a "

@@ -47,8 +47,8 @@ from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_step
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
-from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.rewards.record import COLUMN, RewardRecord
+from rlhf_recipes.rewards.truncation import Truncation
 from rlhf_recipes.shaping import Completions, ScoreTransform, kl_estimate, steered_kl
 from rlhf_recipes.tracking.console import QuietModelCard
 
@@ -152,6 +152,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
+        self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
@@ -219,7 +220,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         existing = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not existing:
-            setup.separate_critic(optimizer, self.model, self.args)
+            self.optimizer = optimizer = setup.configured_optimizer(optimizer, self.model, self.args)
         elif not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
             checks.check_optimizer(self.model, optimizer, self.args)
             self.optimizer_given = True
@@ -275,12 +276,12 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
 
-    # 4. Rewards: TRL calls the functions, which get the prompts' token ids besides, and fill in the record.
+    # 4. Rewards: TRL calls the functions, which get what is judged and the prompts' token ids, and fill in the record.
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
+        sampled_ids, prompt_ids = completion_ids_list, self._tokenize_prompts(prompts)[0]
+        completions, completion_ids_list, ended = self.truncation(completions, sampled_ids)
         more = zip(inputs, prompt_ids, ended, strict=True)
         inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
         texts = zip(prompts, completions, completion_ids_list, strict=True)
@@ -293,7 +294,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         start = self.accelerator.process_index * len(prompts)
         record.rewards = rewards_per_func[start : start + len(prompts)]  # TRL returns those of all processes
         record.scores = (record.rewards * self.reward_weights.to(record.rewards.device)).nansum(dim=1)
-        record.completion_ids = completion_ids_list
+        record.completion_ids, record.finished = sampled_ids, ended
         if self.potential is not None:
             columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", COLUMN)}
             record.potentials = self.potential(
@@ -319,7 +320,6 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         if args.whiten_rewards:
             token_rewards = self._whiten(token_rewards, mask, center=False)
         advantages, returns, value_mask = configured_advantages(args, token_rewards, critic.values, mask)
-        ends: Any = [*self.eos_token_ids, self.processing_class.pad_token_id]  # as TRL counts what is cut off
         facts = RolloutFacts(
             kl=kl,
             values=critic.values,
@@ -332,7 +332,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             moments=sampled_moments(self, texts)[None],
             rewards=record.rewards,
             lengths=mask.new_tensor([len(ids) for ids in record.completion_ids]),
-            ended=mask.new_tensor(which_ended(len(mask), record.completion_ids, ends, None)),
+            ended=mask.new_tensor(self.truncation.finished(record.completion_ids, as_trl_counts=True)),
         )
         self._log_rollout(facts, advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
         if args.whiten_advantages and self.model.training:  # over a rollout, and an evaluation has none
@@ -375,7 +375,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         """Rewards per token `(B, T)` without the KL, the transformed scores `(B,)`, and what each transform added."""
         completions = Completions(
             record.completion_ids,
-            finished=torch.tensor(which_ended(len(mask), record.completion_ids, self.eos_token_ids, None)),
+            finished=torch.tensor(record.finished),
             max_length=self.args.max_completion_length or 0,
             sum_over_processes=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
             training=self.model.training,
@@ -481,6 +481,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _log_rollout(self, facts: RolloutFacts, advantages: Tensor) -> None:
         facts = facts.gather(self.accelerator)
         if self.model.training:
+            self._metrics["train"]["completions/clipped_ratio"][-1:] = [(1 - facts.ended).float().mean().item()]
             means = facts.metrics(self.kl_controller.value)
             for name, mean in means.items():
                 self._metrics["train"][name].append(mean)
