@@ -13,7 +13,12 @@ from datasets import Dataset
 from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.evaluation.sampling import sample_rows
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.statistics.metrics import share_interval, win_outcomes
+from rlhf_recipes.statistics.metrics import (
+    length_controlled_interval,
+    length_controlled_win_rate,
+    share_interval,
+    win_outcomes,
+)
 from rlhf_recipes.tracking.console import table
 
 SAMPLES = 20  # kept in the files
@@ -45,7 +50,8 @@ def evaluate_policy(
     Returns:
         For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
         `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`,
-        `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
+        `win_rate_ci` [low, high], `win_rate_by`, `length_controlled_win_rate` (as it would be if both completions of a
+        prompt were of one length) with its `_ci`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
         side by side with their scores and `outcome`.
 
     Raises:
@@ -66,12 +72,15 @@ def evaluate_policy(
     judge = "reward_score" if gold is None else "gold_score"
     outcomes = win_outcomes([row[judge] for row in policy], [row[judge] for row in reference])
     low, high = share_interval(outcomes, indices, seed=seed)
+    longer = [ours["length"] - theirs["length"] for ours, theirs in zip(policy, reference, strict=True)]
     return {
         "policy": _means(policy),
         "reference": _means(reference),
         "win_rate": float(outcomes.mean()),
         "win_rate_ci": [low, high],
         "win_rate_by": judge,
+        "length_controlled_win_rate": length_controlled_win_rate(outcomes, longer),
+        "length_controlled_win_rate_ci": list(length_controlled_interval(outcomes, longer, indices, seed=seed)),
         "rows": rows,
         "prompts": len(set(indices)),
         "seed": seed,
@@ -114,10 +123,13 @@ def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
         values = [evaluation[side][name] for side in ("policy", "reference")]
         if None not in values:
             rows.append([title, *(format(value, spec) for value in values)])
-    low, high = evaluation["win_rate_ci"]
+    rates = {}
+    for name in ("win_rate", "length_controlled_win_rate"):
+        low, high = evaluation[f"{name}_ci"]
+        rates[name] = f"{evaluation[name]:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
     return (
-        f"\n{table(rows)}\n\nwin rate of the policy by {SUMMARY[evaluation['win_rate_by']][0]}: "
-        f"{evaluation['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]\n"
+        f"\n{table(rows)}\n\nwin rate of the policy by {SUMMARY[evaluation['win_rate_by']][0]}: {rates['win_rate']}\n"
+        f"if both sides wrote texts of equal length: {rates['length_controlled_win_rate']}\n"
         f"{evaluation['rows']:,} completions of {evaluation['prompts']:,} prompts on each side\n{path}"
     )
 

@@ -7,6 +7,7 @@ from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.preferences import (
     LLAMA2_LARGE_MARGINS,
     LLAMA2_SMALL_MARGINS,
+    from_confident_pairs,
     from_graded_pairs,
     from_labelled_pairs,
     from_pairs,
@@ -160,6 +161,21 @@ def test_unknown_grades_are_refused():
         from_graded_pairs([PAIR | {"strength": "much better"}])
     with pytest.raises(ValueError, match="The margin of 'better' must be at least 0, got -1"):
         from_graded_pairs([PAIR | {"strength": "better"}], margins={**LLAMA2_SMALL_MARGINS, "better": -1})
+
+
+def test_confidence_is_a_distance_from_the_middle():
+    pair = {"prompt": "Hi", "response_a": "a", "response_b": "b", "label": "b"}
+    table = from_confident_pairs([pair | {"confidence": value} for value in (1, 3, 5, 6, 9, None)])
+    assert table["margin"][:] == [1.0, 0.5, 0.0, 0.25, 1.0, None]
+    assert table["label"][:] == [0.0] * 6, "the confidence says nothing about the side"
+    assert from_confident_pairs([PAIR | {"confidence": 4}], scale=(1, 4))["margin"][:] == [1.0]
+    for value in (0, 10, 5.5, "sure", True):
+        with pytest.raises(ValueError, match="1 x `confidence` is not a whole number from 1 to 9"):
+            from_confident_pairs([PAIR | {"confidence": value}])
+    with pytest.raises(ValueError, match=r"`scale` must rise .* got \(9, 1\)"):
+        from_confident_pairs([PAIR | {"confidence": 4}], scale=(9, 1))
+    with pytest.raises(ValueError, match="Expected the columns .*`confidence`"):
+        from_confident_pairs([PAIR])
 
 
 def test_signed_strengths():
