@@ -120,55 +120,6 @@ def from_signed_pairs(
     return read_pairs(rows, convert, sides, needs=["preference_strength"], drop_bad_rows=drop_bad_rows, source=source)
 
 
-def from_confident_pairs(
-    rows: Rows, *, scale: tuple[int, int] = (1, 9), drop_bad_rows: bool = False, source: str | None = None
-) -> Dataset:
-    """Read pairs with a labeller's confidence, as in summarize-from-feedback (https://huggingface.co/papers/2009.01325).
-
-    The margin is the distance of the confidence from the middle of its scale, from 0 (undecided) to 1 (sure): with
-    `margin_use: scale` the weight of the pair, with `margin_use: ignore` nothing, as in the paper. Which one is better
-    is said by `label` alone.
-
-    Args:
-        rows: Rows with two completions (one of the pairs of columns in `SIDES`), `label` (as in
-            `from_labelled_pairs`; without it, `chosen` is better) and `confidence`, a whole number or null.
-        scale: The lowest and the highest confidence.
-        drop_bad_rows: Whether to leave out bad rows, instead of refusing them all.
-        source: Name of the source, for rows without a column `source`.
-
-    Returns:
-        A preference table with `label` and `margin`, null where there is no confidence.
-
-    Raises:
-        ValueError: If columns are missing, rows cannot be used (a confidence outside of its scale), none is left, or
-            the scale does not rise.
-
-    Example:
-        >>> pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}
-        >>> from_confident_pairs([pair | {"confidence": confidence} for confidence in (9, 6, 5)])["margin"][:]
-        [1.0, 0.25, 0.0]
-    """
-    low, high = scale
-    if not low < high:
-        raise ValueError(f"`scale` must rise from the lowest to the highest confidence, got {scale}.")
-    names = column_names(rows)
-    sides = find_sides(names)
-    needs = ("confidence",) if sides == SIDES[0] else ("confidence", "label")
-
-    def convert(row: Row) -> Row:
-        label = label_of(row["label"], LABEL_WORDS) if "label" in names else 1.0
-        confidence, margin = row["confidence"], None
-        if confidence is not None:
-            if not is_whole(confidence) or not low <= confidence <= high:
-                raise BadRow(f"`confidence` is not a whole number from {low} to {high}")
-            margin = abs(2 * confidence - low - high) / (high - low)
-        return two_completions(row, sides) | {"label": label, "margin": margin}
-
-    return read_pairs(
-        rows, convert, sides, needs=needs, may_have=["label"], drop_bad_rows=drop_bad_rows, source=source
-    )
-
-
 def from_helpsteer3(
     rows: Rows,
     *,
@@ -222,3 +173,30 @@ def _margin_of(value: Any, margins: Mapping[Any, float]) -> float:
     if not (math.isfinite(margin) and margin >= 0):
         raise ValueError(f"The margin of {grade!r} must be at least 0, got {margin}.")
     return margin
+
+
+def confidence_margin(confidence: int, low: int = 1, high: int = 9) -> float:
+    """Make a margin of a labeller's confidence: its distance from the middle of the scale, from 0 to 1.
+
+    With `margin_use: scale` it is the weight of a pair, with `margin_use: ignore` nothing, as in the paper.
+
+    Source: the scale is that of the comparisons of https://huggingface.co/papers/2009.01325.
+
+    Args:
+        confidence: A whole number on the scale; its middle says that the labeller was undecided.
+        low: Lowest confidence.
+        high: Highest one.
+
+    Returns:
+        The margin, in [0, 1].
+
+    Raises:
+        ValueError: If the confidence is not a whole number on the scale.
+
+    Example:
+        >>> [confidence_margin(confidence) for confidence in (1, 5, 6, 9)]
+        [1.0, 0.0, 0.25, 1.0]
+    """
+    if not is_whole(confidence) or not low <= confidence <= high:
+        raise ValueError(f"`confidence` must be a whole number from {low} to {high}, got {confidence!r}.")
+    return abs(2 * confidence - low - high) / (high - low)

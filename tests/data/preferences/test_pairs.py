@@ -7,7 +7,7 @@ from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.preferences import (
     LLAMA2_LARGE_MARGINS,
     LLAMA2_SMALL_MARGINS,
-    from_confident_pairs,
+    confidence_margin,
     from_graded_pairs,
     from_labelled_pairs,
     from_pairs,
@@ -164,18 +164,11 @@ def test_unknown_grades_are_refused():
 
 
 def test_confidence_is_a_distance_from_the_middle():
-    pair = {"prompt": "Hi", "response_a": "a", "response_b": "b", "label": "b"}
-    table = from_confident_pairs([pair | {"confidence": value} for value in (1, 3, 5, 6, 9, None)])
-    assert table["margin"][:] == [1.0, 0.5, 0.0, 0.25, 1.0, None]
-    assert table["label"][:] == [0.0] * 6, "the confidence says nothing about the side"
-    assert from_confident_pairs([PAIR | {"confidence": 4}], scale=(1, 4))["margin"][:] == [1.0]
-    for value in (0, 10, 5.5, "sure", True):
-        with pytest.raises(ValueError, match="1 x `confidence` is not a whole number from 1 to 9"):
-            from_confident_pairs([PAIR | {"confidence": value}])
-    with pytest.raises(ValueError, match=r"`scale` must rise .* got \(9, 1\)"):
-        from_confident_pairs([PAIR | {"confidence": 4}], scale=(9, 1))
-    with pytest.raises(ValueError, match="Expected the columns .*`confidence`"):
-        from_confident_pairs([PAIR])
+    assert [confidence_margin(value) for value in range(1, 10)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [confidence_margin(value, 0, 3) for value in range(4)] == pytest.approx([1.0, 1 / 3, 1 / 3, 1.0])
+    for value in (0, 10, 5.5, "sure", True, None):
+        with pytest.raises(ValueError, match="`confidence` must be a whole number from 1 to 9, got"):
+            confidence_margin(value)
 
 
 def test_signed_strengths():
