@@ -13,7 +13,8 @@ from rlhf_recipes.config import parse_stage
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "reward", "ppo")  # the other scripts, which train nothing, have tests of their own
 LIBRARIES = ("trl112", "verl", "openrlhf")  # several of one stage, named by whose settings they have
-CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if path.stem in (*STAGES, *LIBRARIES)]
+PAPERS = tuple(f"paper_{stage}" for stage in STAGES)  # with a paper's settings, beside those of a small twin
+CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if path.stem in (*STAGES, *LIBRARIES, *PAPERS)]
 RECIPES = sorted({path.parent for path in CONFIGS})
 WHOLE = [folder for folder in RECIPES if (folder / "sft.yaml").exists()]  # others start from another's stages
 PAGES = [folder / name for folder in RECIPES for name in ("run.sh", "README.md")]
@@ -64,7 +65,7 @@ def test_yaml_is_read_by_its_script(path, load_stage):
 def test_yaml_starts_with_its_command_and_has_four_blocks(path):
     lines = path.read_text().splitlines()
     own = script_of(path) == f"{path.parent.name}/train"
-    assert own or path.stem in (script_of(path), "encoder", "decoder", *LIBRARIES)
+    assert own or path.stem in (script_of(path), f"paper_{script_of(path)}", "encoder", "decoder", *LIBRARIES)
     assert lines[0].startswith(f"# accelerate launch recipes/{script_of(path)}.py --config {name_of(path)}")
     assert [line[:4] for line in lines if re.match(r"# \d\.", line)] == ["# 1.", "# 2.", "# 3.", "# 4."]
     assert len(lines) <= 45
