@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerBase, TrainerState
+    from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
@@ -176,7 +176,7 @@ class Run(Protocol):
     _train_sampler: Any
 
 
-def folder_of(resume_from_checkpoint: Any, args: PPOConfig) -> Any:
+def folder_of(resume_from_checkpoint: Any, args: TrainingArguments) -> Any:
     """The folder to resume from as text, of `True` the last one; `True` where there is none, for TRL to say so."""
     if resume_from_checkpoint is True:
         resume_from_checkpoint = get_last_checkpoint(str(args.output_dir)) or True

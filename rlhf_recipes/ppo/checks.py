@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.ppo.functional import masked_mean
 from rlhf_recipes.ppo.rollout import join
+from rlhf_recipes.rewards.record import COLUMN
 from rlhf_recipes.shaping import looks_like_per_token
 
 if TYPE_CHECKING:
-    from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ def check_optimizer(policy: nn.Module, optimizer: Any, args: PPOConfig) -> None:
         )
 
 
-def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset: Any, roles: Roles) -> None:
+def check_arguments(
+    args: PPOConfig, placement: Any, potential: Any, ptx_dataset: Any, reference_adapter: Any = None
+) -> None:
     """Check what the trainer gets beside the configuration against it.
 
     Raises:
@@ -78,6 +80,12 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
             f"`ptx_coef` is {args.ptx_coef}, and `ptx_dataset` is {'missing' if ptx_dataset is None else 'given'}. "
             "PPO-ptx needs both."
         )
+    if args.subtract_reference_mean and reference_adapter is not None:
+        raise ValueError(
+            "`subtract_reference_mean` takes the first rollout for the reference's, but the policy does not start as "
+            "its reference where `reference_adapter` (in a recipe: `policy_adapter`) is given. Remove one of the two, "
+            "or normalise the reward model itself (recipes/normalize_reward.py)."
+        )
 
 
 def check_per_token(args: PPOConfig, name: str) -> None:
@@ -96,6 +104,36 @@ def check_per_token(args: PPOConfig, name: str) -> None:
             f"The reward function {name!r} returned rewards per token, but `advantage_estimator: bandit` takes a "
             "completion as one action. Return one number per completion, or set the estimator to `gae`."
         )
+
+
+def potentials_of(
+    function: Callable[..., Any],
+    rows: list[dict[str, Any]],
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+) -> list[Any]:
+    """Call a potential function as reward functions are called, and check what it returns.
+
+    Args:
+        function: The function.
+        rows: The rows of the prompts, whose other columns it gets, too.
+        prompts: `B` prompts.
+        completions: Their completions.
+        completion_ids: The completions' token ids.
+
+    Returns:
+        For each completion one potential per token.
+
+    Raises:
+        ValueError: If it returned something else.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", COLUMN)}
+    potentials: list[Any] = function(
+        prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+    )
+    check_potentials(potentials, completion_ids)
+    return potentials
 
 
 def check_potentials(potentials: Any, completion_ids: Sequence[Sequence[int]]) -> None:
@@ -290,11 +328,10 @@ def check_critic(args: PPOConfig, reward_role: str | None, model: Any) -> None:
     Raises:
         ValueError: If it is missing, or something has no meaning.
     """
-    if (model is not None) != (args.critic == "model"):
-        raise ValueError(
-            f"`critic` is {args.critic!r}, and `critic_model` is {'missing' if model is None else 'given'}. Give it "
-            "with `critic: model`, and only then."
-        )
+    if model is None and args.critic == "model":
+        raise ValueError("`critic` is 'model', and `critic_model` is missing. Give it, or take another `critic`.")
+    if model is not None and args.critic != "model":
+        _check_goes_on(args, model)
     if args.critic_layers is not None and args.critic != "adapter":
         raise ValueError(f"`critic_layers` is about the critic's adapter, but `critic` is {args.critic!r}. Remove it.")
     if args.critic_init == "reward" and args.critic == "adapter" and reward_role is None:
@@ -302,6 +339,18 @@ def check_critic(args: PPOConfig, reward_role: str | None, model: Any) -> None:
             "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. Give "
             "the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts from the "
             "policy."
+        )
+
+
+def _check_goes_on(args: PPOConfig, folder: Any) -> None:
+    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+        raise ValueError(
+            f"With `critic: {args.critic}`, `critic_model` is the folder `critic` of an earlier PPO run, whose critic "
+            f"goes on; {folder!r} is no folder. Give one, remove it, or set `critic: model` for a model of its own."
+        )
+    if args.critic_init is not None:
+        raise ValueError(
+            f"`critic_init` is {args.critic_init!r}, and `critic_model` names a critic that goes on. Remove one."
         )
 
 

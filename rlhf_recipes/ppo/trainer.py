@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
-from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
+from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -87,8 +87,11 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
         peft_config: LoRA configuration of a fresh adapter, when `model` is a base model.
+        reference_adapter: Folder of the reference's adapter, where the policy does not start as its reference but
+            goes on from an adapter that PPO has trained.
         critic_model: With `args.critic="model"`: a sequence classifier with one output, or its path; or a critic of
-            one's own (`rlhf_recipes.ppo.critics.Critic`).
+            one's own (`rlhf_recipes.ppo.critics.Critic`). Else the folder `critic` of an earlier run, whose critic of
+            the same kind goes on.
         placement: Callable from scores `(B,)` and mask `(B, T)` to token rewards `(B, T)`, in place of
             `args.reward_placement`.
         score_transforms: Score transforms (`rlhf_recipes.shaping`), after those of `args`.
@@ -118,6 +121,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        reference_adapter: str | None = None,
         critic_model: str | PreTrainedModel | Critic | None = None,
         placement: Placement | None = None,
         score_transforms: Sequence[ScoreTransform] = (),
@@ -127,7 +131,10 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         check_given(args, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
-        policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
+        self.starts_as_reference = reference_adapter is None
+        policy, self.roles, self.reference = setup.build_policy(
+            model, args, quantization_config, peft_config, reference_adapter=reference_adapter
+        )
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
         self.prompt_rules = prompt_rules(policy, tokenizer, args)
@@ -135,7 +142,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
         self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
-        checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
+        checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
@@ -280,12 +287,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        sampled_ids, prompt_ids = completion_ids_list, self._tokenize_prompts(prompts)[0]
+        sampled_ids = completion_ids_list
         completions, completion_ids_list, ended = self.truncation(completions, sampled_ids)
-        more = zip(inputs, prompt_ids, ended, strict=True)
-        inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
-        texts = zip(prompts, completions, completion_ids_list, strict=True)
-        completions = [with_first_space(self.processing_class, *text) for text in texts]
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list, ended)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
@@ -296,11 +300,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         record.scores = (record.rewards * self.reward_weights.to(record.rewards.device)).nansum(dim=1)
         record.completion_ids, record.finished = sampled_ids, ended
         if self.potential is not None:
-            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", COLUMN)}
-            record.potentials = self.potential(
-                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
-            )
-            checks.check_potentials(record.potentials, completion_ids_list)
+            record.potentials = checks.potentials_of(self.potential, inputs, prompts, completions, completion_ids_list)
         return rewards_per_func
 
     # 5. The rollout: what the networks say of it, rewards of its tokens, and what PPO learns from them.
@@ -365,7 +365,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         old = self._old_policy(texts, batch_size)  # the last one, so that none runs beside what it keeps
         if critic is None:
             critic = CriticRollout(self.critic.read(old.kept) if exact else old.kept)
-        if training and self.state.global_step == self._step == 0:
+        if training and self.state.global_step == self._step == 0 and self.starts_as_reference:
             checks.check_reference(old.logps, ref.logps, mask, self.half_precision)
         if args.kl_estimator == "full":
             return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)

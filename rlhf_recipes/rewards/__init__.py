@@ -5,6 +5,7 @@ from rlhf_recipes.rewards.checked import checked
 from rlhf_recipes.rewards.classifier import ClassifierReward
 from rlhf_recipes.rewards.ensemble import EnsembleReward
 from rlhf_recipes.rewards.math_answers import math_reward
+from rlhf_recipes.rewards.reasoning import format_reward, gym_accuracy, gym_rows, tagged_answer
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
 from rlhf_recipes.rewards.tokens import TokenClassifierReward, token_spans
 from rlhf_recipes.rewards.truncation import Truncation, truncate
@@ -20,8 +21,12 @@ __all__ = [
     "Truncation",
     "check_verifier",
     "checked",
+    "format_reward",
+    "gym_accuracy",
+    "gym_rows",
     "math_reward",
     "refuse_if_bought",
+    "tagged_answer",
     "token_spans",
     "truncate",
 ]

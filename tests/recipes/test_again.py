@@ -62,7 +62,9 @@ def numbers(folder):
     return log, json.loads((folder / "evaluation.json").read_text()), plain
 
 
-@pytest.mark.parametrize("stage", OWN)
+@pytest.mark.parametrize(
+    "stage", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow), "ppo"]
+)
 def test_config_yaml_gives_the_run_again_and_its_adapters_load_anywhere(stage, place, load_stage):
     given = {"model_name_or_path": "base", "dataset_name": "rows.jsonl", "dataset_test_split": "train"}
     if stage == "ppo":

@@ -10,12 +10,12 @@ from rlhf_recipes.tracking.settings import write_settings
 from tests.tools.browser import check_page, chromium, measured, needs_chromium
 from tests.tools.runs import comparison, write_json, write_run
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 HOSTILE = "<script>window.hacked = true</script><img src=x onerror='window.hacked = true'>" + "longword" * 60
 PAGES = ("full/report.html", "several/report.html", "damaged/report.html")
 WIDTHS = (1280, 400)
-SECTIONS = ["Result", "Samples", "PPO", "Over-optimisation frontier", "Alarms", "Reward", "SFT"]
+SECTIONS = ["Result", "Samples", "Policy", "Over-optimisation frontier", "Alarms", "Reward", "SFT"]
 
 
 @pytest.fixture(scope="module")

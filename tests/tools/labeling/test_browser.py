@@ -15,10 +15,13 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="needs Chromium and its driver (Debian: apt-get install chromium chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="needs Chromium and its driver (Debian: apt-get install chromium chromium-driver)",
+    ),
+]
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 
 COMMAND = "from rlhf_recipes.tools.cli import main; raise SystemExit(main())"
@@ -284,7 +287,6 @@ def test_rankings_by_keys_by_buttons_and_by_dragging(served):
     assert [last.answer.ranks[index] for index in last.shown] == [1, 4, 2, 3]
 
 
-@pytest.mark.slow
 def test_thirty_pairs_by_two_at_once_with_a_reload_undo_and_a_killed_server(tmp_path):
     rows = [{"prompt": f"q{n}", "response_a": f"x{n}", "response_b": f"y{n}"} for n in range(30)]
     ranks = {"1": [1, 2], "2": [2, 1], "=": [1, 1]}

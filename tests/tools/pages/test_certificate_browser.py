@@ -5,7 +5,7 @@ import pytest
 from rlhf_recipes.tools.certificate import certify, write_certificate
 from tests.tools.browser import check_page, chromium, measured, needs_chromium
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 PAGES, WIDTHS = ("certificate/certificate.html",), (1280, 400)
 
