@@ -147,17 +147,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
-        super().__init__(
-            model=policy,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            reward_processing_classes=tokenizers,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        more: Any = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
+        more |= {"reward_processing_classes": tokenizers, "callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(model=policy, reward_funcs=reward_funcs, args=args, **more)
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
