@@ -46,7 +46,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     if (start := ppo_args.policy_adapter or ppo_args.sft_adapter) is not None:
         policy = load_policy(policy, start, training_args.adapter_tolerance)
 
-    # 2. Rewards: `reward_adapter`, `reward_adapters`, `reward_url`, and your own functions, in the order of
+    # 2. Rewards: `reward_adapter` (gated or not), `reward_adapters`, `reward_url`, your own functions, in the order of
     #    `reward_weights`. The judge has weight 0: it is logged beside the reward, and PPO does not see it.
     reward_funcs = ppo_args.rewards()
     # reward_funcs.append(brevity)  # yours: take away the first `#`
@@ -73,7 +73,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     )
     judge = None if ppo_args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], ppo_args, gold=judge)
-    parents = [start, ppo_args.reward_adapter, *(ppo_args.reward_adapters or [])]
+    parents = [start, ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
     python = [*reward_funcs, placement]
     run = start_stage("ppo", training_args, ppo_args, data_args, model_args, parents=parents, python=python)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -216,7 +216,7 @@ def test_every_logged_metric_is_explained_and_nothing_else(make_trainer, tiny_te
 def test_every_field_of_an_evaluation_is_explained(make_trainer, prompts):
     text = section(METRICS, "## evaluation.json")
     explained = {(row[0], name) for row in table_rows(text) for name in re.findall(r"`([^`]+)`", row[1])}
-    evaluation = evaluate_policy(make_trainer(), prompts, rows=4)
+    evaluation = evaluate_policy(make_trainer(ema_decay=0.5), prompts, rows=4)
     pairs = pairwise_evaluation(torch.tensor([1.0]), torch.tensor([0.0]))
     assert {name for stage, name in explained if stage == "PPO"} == set(evaluation)
     assert {name for stage, name in explained if stage == "reward"} == {*pairs, "baselines"}

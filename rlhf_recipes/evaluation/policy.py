@@ -37,7 +37,8 @@ def evaluate_policy(
 
     The sampling has its own seed, so that runs can be compared. The win rate counts ties as half and is judged by the
     gold score where there is one, otherwise by the reward that was maximised, which says less. Its 95 % interval is a
-    bootstrap over prompts, because completions of one prompt are not independent.
+    bootstrap over prompts, because completions of one prompt are not independent. With `ema_decay` the policy with the
+    average of its weights is a third side, `ema`, which draws with the policy's random numbers.
 
     Args:
         trainer: A PPO, GRPO or RLOO trainer, trained or not, with a reference in memory.
@@ -51,7 +52,8 @@ def evaluate_policy(
         `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`,
         `win_rate_ci` [low, high], `win_rate_by`, `length_controlled_win_rate` (as it would be if both completions of a
         prompt were of one length) with its `_ci`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
-        side by side with their scores and `outcome`.
+        side by side with their scores and `outcome`. With `ema_decay` also `ema`: the same means, with the `win_rate`
+        and `win_rate_ci` of the average over the reference.
 
     Raises:
         ValueError: If there is no reward function named `gold`, no prompt, or no reference.
@@ -66,22 +68,32 @@ def evaluate_policy(
             "of an adapter always has one."
         )
     indices = [row % len(dataset) for row in range(rows)]
+    judge = "reward_score" if gold is None else "gold_score"
+
+    def sample(of_reference: bool) -> list[dict[str, Any]]:
+        # Independent draws: with the same random numbers both would often say the same, and all would look like ties.
+        draws = 2 * seed + of_reference
+        return sample_rows(trainer, dataset, indices, of_reference=of_reference, gold=gold, seed=draws)
+
+    def wins(side: list[dict[str, Any]]) -> dict[str, Any]:
+        outcomes = win_outcomes([row[judge] for row in side], [row[judge] for row in reference])
+        return {"win_rate": float(outcomes.mean()), "win_rate_ci": [*share_interval(outcomes, indices, seed=seed)]}
+
     training = trainer.model.training
     trainer.model.eval()
-    # Independent draws: with the same random numbers both would often say the same, and all would look like ties.
-    policy = sample_rows(trainer, dataset, indices, of_reference=False, gold=gold, seed=2 * seed)
-    reference = sample_rows(trainer, dataset, indices, of_reference=True, gold=gold, seed=2 * seed + 1)
+    policy, reference = sample(of_reference=False), sample(of_reference=True)
+    evaluation = {"policy": _means(policy)}
+    if (average_of := getattr(trainer, "average", None)) is not None:  # PPO's alone
+        with average_of.in_place():
+            average = sample(of_reference=False)
+        evaluation["ema"] = {**_means(average), **wins(average)}
     trainer.model.train(training)
-
-    judge = "reward_score" if gold is None else "gold_score"
     outcomes = win_outcomes([row[judge] for row in policy], [row[judge] for row in reference])
-    low, high = share_interval(outcomes, indices, seed=seed)
     longer = [ours["length"] - theirs["length"] for ours, theirs in zip(policy, reference, strict=True)]
     return {
-        "policy": _means(policy),
+        **evaluation,
         "reference": _means(reference),
-        "win_rate": float(outcomes.mean()),
-        "win_rate_ci": [low, high],
+        **wins(policy),
         "win_rate_by": judge,
         "length_controlled_win_rate": length_controlled_win_rate(outcomes, longer),
         "length_controlled_win_rate_ci": list(length_controlled_interval(outcomes, longer, indices, seed=seed)),
@@ -122,20 +134,27 @@ def side_by_side(
 def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
     """Write `evaluation.json` into a run's folder and return the comparison as a small table of text."""
     path = save_evaluation(evaluation, folder)
-    rows = [["held-out prompts", "policy", "reference"]]
+    sides = [side for side in ("policy", "ema", "reference") if side in evaluation]
+    rows = [["held-out prompts", *sides]]
     for name, (title, spec) in SUMMARY.items():
-        values = [evaluation[side][name] for side in ("policy", "reference")]
+        values = [evaluation[side][name] for side in sides]
         if None not in values:
             rows.append([title, *(format(value, spec) for value in values)])
-    rates = {}
-    for name in ("win_rate", "length_controlled_win_rate"):
-        low, high = evaluation[f"{name}_ci"]
-        rates[name] = f"{evaluation[name]:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
+    by = SUMMARY[evaluation["win_rate_by"]][0]
+    rates = [f"win rate of the policy by {by}: {_rate(evaluation)}"]
+    fair = {name: evaluation[f"length_controlled_{name}"] for name in ("win_rate", "win_rate_ci")}
+    rates.append(f"if both sides wrote texts of equal length: {_rate(fair)}")
+    if "ema" in evaluation:
+        rates.append(f"with the average of its weights (ema): {_rate(evaluation['ema'])}")
     return (
-        f"\n{table(rows)}\n\nwin rate of the policy by {SUMMARY[evaluation['win_rate_by']][0]}: {rates['win_rate']}\n"
-        f"if both sides wrote texts of equal length: {rates['length_controlled_win_rate']}\n"
+        f"\n{table(rows)}\n\n" + "\n".join(rates) + "\n"
         f"{evaluation['rows']:,} completions of {evaluation['prompts']:,} prompts on each side\n{path}"
     )
+
+
+def _rate(side: dict[str, Any]) -> str:
+    low, high = side["win_rate_ci"]
+    return f"{side['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -25,14 +25,24 @@ class PolicyArguments:
     reward_ensemble_k: float = field(
         default=1.0, metadata={"help": "With `mean_minus_std`: how many standard deviations are taken off."}
     )
+    gate_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Safety model that gates `reward_adapter`: its score counts where a completion is unsafe."},
+    )
+    gate_threshold: float | None = field(
+        default=None,
+        metadata={"help": "With `gate_adapter`: sigmoid of its score below which a completion is unsafe, in (0, 1)."},
+    )
+    gate_column: str | None = field(
+        default=None,
+        metadata={"help": "With `gate_adapter`: column of the rows, true where a prompt asks for unsafe completions."},
+    )
     reward_url: str | None = field(
         default=None, metadata={"help": "Address of a reward server, such as recipes/serve_reward.py."}
     )
     gold_score: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge that the training does not see: gold.json of the embedded task, or another reward model."
-        },
+        metadata={"help": "Judge beside the reward, not in it: gold.json of the embedded task, or a reward model."},
     )
     prompt_words: int | None = field(
         default=None, metadata={"help": "Make prompts of the first words of `text` rows, this many."}
@@ -50,16 +60,36 @@ class PolicyArguments:
         default=None, metadata={"help": "KL to the reference, in nats per completion, that the alarm allows."}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse a gate that lacks a part."""
+        if self.gate_adapter is None:
+            if given := [name for name in ("gate_threshold", "gate_column") if getattr(self, name) is not None]:
+                raise ValueError(f"`{given[0]}` is of a gate, but there is none: set `gate_adapter`, or remove it.")
+            return
+        if self.reward_adapter is None:
+            raise ValueError(
+                "`gate_adapter` gates `reward_adapter`, which is not set: a gate chooses between two rewards. Set it, "
+                "or give the one reward as `reward_adapter`."
+            )
+        if self.gate_threshold is None or not 0.0 < self.gate_threshold < 1.0:
+            raise ValueError(
+                "`gate_adapter` needs `gate_threshold`, a probability between 0 and 1, both excluded, got "
+                f"{self.gate_threshold}: below it the score of safety counts. Llama 2's is 0.15."
+            )
+
     def rewards(self) -> list[Any]:
-        """List the rewards of `reward_adapter`, `reward_adapters` and `reward_url`, as the trainers take them.
+        """List the rewards of `reward_adapter` (gated or not), `reward_adapters` and `reward_url`, for the trainers.
 
         Example:
             >>> PolicyArguments(reward_adapter="outputs/quickstart/reward").rewards()
             ['outputs/quickstart/reward']
         """
-        from rlhf_recipes.rewards import EnsembleReward, RemoteReward  # slow to import: `--help` does without
+        # Slow to import: `--help` does without
+        from rlhf_recipes.rewards import EnsembleReward, GatedReward, RemoteReward
 
         rewards: list[Any] = [] if self.reward_adapter is None else [self.reward_adapter]
+        if self.reward_adapter is not None and self.gate_adapter is not None and self.gate_threshold is not None:
+            rewards = [GatedReward(self.reward_adapter, self.gate_adapter, self.gate_threshold, self.gate_column)]
         if self.reward_adapters is not None:
             rewards.append(EnsembleReward(self.reward_adapters, self.reward_ensemble, self.reward_ensemble_k))
         if self.reward_url is not None:
@@ -105,6 +135,7 @@ class PPOArguments(PolicyArguments):
         Raises:
             ValueError: If `policy_adapter` is given without `sft_adapter`.
         """
+        super().__post_init__()
         if self.policy_adapter is not None and self.sft_adapter is None:
             raise ValueError(
                 "`policy_adapter` goes on from an earlier run, and `sft_adapter`, which is the reference, is missing. "

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
+    from rlhf_recipes.ppo.ema import PolicyAverage
     from rlhf_recipes.ppo.token_rewards import TokenRewards
     from rlhf_recipes.ppo.updates import UpdateControl
     from rlhf_recipes.shaping import AdaptiveKLController, FixedKLController
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _STATE = "ppo_state.json"
 _OF_AN_ADAPTER = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 _OF_AN_ADAPTER |= {"modules_to_save"}
+EMA = "ema"  # folder of the policy with the average of its weights, beside the policy
 _NOT_POLICY = (FROZEN, CRITIC_MODEL)  # submodules of a policy that are other roles
 
 
@@ -115,45 +118,6 @@ def policy_alone(policy: Any) -> Any:
     return alone
 
 
-def save_models(
-    folder: Path,
-    policy: Any,
-    roles: Roles,
-    critic: Critic,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-) -> None:
-    """Save what was trained: the policy in the folder itself, and the critic in `critic/`.
-
-    Args:
-        folder: The folder.
-        policy: The policy.
-        roles: The roles.
-        critic: The critic.
-        tokenizer: The policy's tokenizer.
-        prompts: Prompts of the run, a few of which are kept with what the adapter says of them (`trained_on.json`).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if policy is not roles.model:
-        policy_alone(policy).save_pretrained(str(folder))
-    else:
-        roles.save_policy(folder)
-        if len(prompts):
-            save_trained_on(folder, policy, [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]], log_probs)
-    critic.save(folder / "critic")
-    tokenizer.save_pretrained(folder)
-
-
-def load_models(folder: str | Path, policy: Any, roles: Roles, critic: Critic) -> None:
-    """Read what `save_models` wrote."""
-    if policy is not roles.model:
-        saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
-        policy_alone(policy).load_state_dict(saved.state_dict())
-    else:
-        roles.load(folder, POLICY, POLICY)
-    critic.load(Path(folder) / "critic")
-
-
 class Run(Protocol):
     """What of a trainer a checkpoint holds, or is checked against."""
 
@@ -164,6 +128,8 @@ class Run(Protocol):
     roles: Roles
     critic: Critic
     reference: str | None
+    processing_class: Any
+    average: PolicyAverage | None
     token_rewards: TokenRewards
     updates: UpdateControl
     kl_controller: FixedKLController | AdaptiveKLController
@@ -174,6 +140,52 @@ class Run(Protocol):
     _step: int
     _buffered_inputs: Any
     _train_sampler: Any
+
+
+def save_models(run: Run, folder: Path, prompts: Sequence[Any]) -> None:
+    """Save what was trained: the policy in the folder itself, the critic in `critic/`, an average in `ema/`.
+
+    Args:
+        run: The trainer.
+        folder: The folder.
+        prompts: Prompts of the run, a few of which are kept with what the adapter says of them (`trained_on.json`).
+    """
+    _save_policy(run, folder, prompts)
+    run.critic.save(folder / "critic")
+    if run.average is not None:
+        with run.average.in_place():
+            _save_policy(run, folder / EMA, prompts)
+    torch.save(run.args, folder / "training_args.bin")  # Trainer compares it when it resumes
+
+
+def _save_policy(run: Run, folder: Path, prompts: Sequence[Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, tokenizer = run.model, run.processing_class
+    if policy is not run.roles.model:
+        policy_alone(policy).save_pretrained(str(folder))
+    else:
+        run.roles.save_policy(folder)
+        if len(prompts):
+            save_trained_on(folder, policy, [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]], log_probs)
+    tokenizer.save_pretrained(folder)
+
+
+def load_models(run: Run, folder: str | Path) -> None:
+    """Read what `save_models` wrote."""
+    _load_policy(run, folder)
+    run.critic.load(Path(folder) / "critic")
+    if run.average is not None:
+        with run.average.in_place():
+            _load_policy(run, Path(folder) / EMA)
+
+
+def _load_policy(run: Run, folder: str | Path) -> None:
+    policy = run.model
+    if policy is not run.roles.model:
+        saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
+        policy_alone(policy).load_state_dict(saved.state_dict())
+    else:
+        run.roles.load(folder, POLICY, POLICY)
 
 
 def folder_of(resume_from_checkpoint: Any, args: TrainingArguments) -> Any:
@@ -195,6 +207,11 @@ def check_run(run: Run, folder: str) -> None:
     check_settings(folder, state, rollout, settings_of(run.args, run.accelerator.num_processes), rank)
     check_same_adapter(folder, run.model, what="this run's policy")
     run.critic.check_saved(Path(folder) / "critic")
+    if run.average is not None and not (Path(folder) / EMA).is_dir():
+        raise ValueError(
+            f"`ema_decay` is {run.args.ema_decay}, but {folder!r} holds no average of weights ({EMA}/) to go on with: "
+            "its run had no `ema_decay`. Resume without it, or start a new run from its policy, which `model` takes."
+        )
     ours = reference_fingerprint(run.model, run.roles, run.reference)
     if state.get("reference", ours) != ours:  # a checkpoint of an earlier version says nothing of it
         raise ValueError(

@@ -203,6 +203,13 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
         default=None, metadata={"help": "Pretraining texts in a micro-batch; null: as many as completions."}
     )
     ptx_max_length: int = field(default=512, metadata={"help": "Tokens at which pretraining texts are cut off."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep an exponential moving average of the policy's weights too, with this decay per update, in "
+            "(0, 1); null: none."
+        },
+    )
     # 7. Critic
     critic: Literal["adapter", "head", "model"] = field(
         default="adapter",
@@ -392,6 +399,11 @@ def _check_ranges(config: PPOConfig) -> None:
         raise ValueError(
             f"`max_completion_length` must be at least 1, got {config.max_completion_length}: a completion that never "
             "ends has to be cut off."
+        )
+    if config.ema_decay is not None and not 0.0 < config.ema_decay < 1.0:
+        raise ValueError(
+            f"`ema_decay` must lie between 0 and 1, both excluded, got {config.ema_decay}: InstructGPT's is 0.992. "
+            "Leave it out to keep no average."
         )
     if config.placement_gamma > 1.0:
         raise ValueError(f"`placement_gamma` must lie in (0, 1], got {config.placement_gamma}.")

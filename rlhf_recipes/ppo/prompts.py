@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
+from rlhf_recipes.rewards.gate import GatedReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +32,14 @@ class PromptRules:
         longest: Tokens that the context leaves for a prompt.
         embeddings: Tokens that the policy's embeddings know.
         template_kwargs: What chat templates get besides, `PPOConfig.chat_template_kwargs`.
+        columns: Columns that a reward cannot do without, each with the reward's name.
     """
 
     tokenizer: PreTrainedTokenizerBase
     longest: int
     embeddings: int
     template_kwargs: dict[str, Any]
+    columns: dict[str, str] = field(default_factory=dict)
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts, as the rollout makes them."""
@@ -66,13 +69,14 @@ class PromptRules:
         return None
 
 
-def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config) -> PromptRules:
+def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, reward_funcs: Any = ()) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
     Args:
         policy: The policy, with or without an adapter.
         tokenizer: Its tokenizer.
         args: `max_completion_length`, and `chat_template_kwargs`.
+        reward_funcs: The rewards as the trainer gets them, of which a gate may read a column.
 
     Raises:
         ValueError: If the tokenizer has no padding or end token, or one beyond the embeddings.
@@ -93,7 +97,9 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config) 
                 "`model.resize_token_embeddings(len(tokenizer))` first."
             )
     template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
-    return PromptRules(tokenizer, longest, embeddings, template)
+    gates = [reward for reward in _listed(reward_funcs) if isinstance(reward, GatedReward)]
+    columns = {column: gate.__name__ for gate in gates for column in gate.columns}
+    return PromptRules(tokenizer, longest, embeddings, template, columns)
 
 
 def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
@@ -152,9 +158,9 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
             "with a longer context."
         )
     if isinstance(dataset, IterableDataset):
-        _check_columns(next(iter(dataset), {}), name)
+        _check_columns(next(iter(dataset), {}), name, rules)
         return dataset.map(_stream_check(name, rules), with_indices=True, features=dataset.features)
-    _check_columns(dataset.column_names, name)
+    _check_columns(dataset.column_names, name, rules)
     if len(dataset) < needed:
         raise ValueError(
             f"One rollout takes {needed} different prompts, but the dataset has {len(dataset)} (`{name}`). Give more "
@@ -219,9 +225,19 @@ def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableD
     return IterableDataset.from_generator(passes, features=stream.features)
 
 
-def _check_columns(columns: Any, name: str) -> None:
+def _listed(reward_funcs: Any) -> list[Any]:
+    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+
+
+def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The dataset needs a column 'prompt'; it has {list(columns)} (`{name}`).")
+    for column, reward in rules.columns.items():
+        if column not in columns:
+            raise ValueError(
+                f"The reward {reward!r} reads the column {column!r}, but `{name}` has {list(columns)}. Add it to the "
+                "rows, with true or false for each prompt, or build the gate without it."
+            )
 
 
 def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
@@ -235,7 +251,7 @@ def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
 
 def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-        _check_columns(row, name)
+        _check_columns(row, name, rules)
         reason = _wrong_kind(row["prompt"])
         problem = (reason, "Remove such rows") if reason else rules.problem(rules.encode([row["prompt"]])[0])
         if problem:

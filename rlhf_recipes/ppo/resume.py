@@ -59,7 +59,7 @@ _NEXT_STEP = (
         "entropy_coef_max",
     ),
     *("importance_sampling_level", "target_kl", "ratio_threshold", "vf_coef", "value_clip"),
-    *("ptx_coef", "ptx_batch_size", "ptx_max_length"),
+    *("ptx_coef", "ptx_batch_size", "ptx_max_length", "ema_decay"),
 )
 _AT_THE_START = ("critic_init", "critic_warmup_steps", "critic_warmup_explained_variance")
 _LENGTH = ("max_steps", "num_train_epochs")  # it is usual to go on for longer, so that nothing is said of it

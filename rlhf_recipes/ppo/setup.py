@@ -28,10 +28,12 @@ from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
 from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
+from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.ppo.resume import critic_rate
 from rlhf_recipes.ppo.tensorflow_adam import TensorFlowAdamW
-from rlhf_recipes.rewards import AdapterReward, ClassifierReward, EnsembleReward, RemoteReward, checked
+from rlhf_recipes.rewards import AdapterReward, ClassifierReward, RemoteReward, checked
+from rlhf_recipes.rewards.combined import CombinedReward
 from rlhf_recipes.shaping import (
     AdaptiveKLController,
     ClipScores,
@@ -211,6 +213,15 @@ def set_trainable(policy: nn.Module, roles: Roles, critic: Critic) -> None:
         )
 
 
+def keep_average(trainer: Any) -> PolicyAverage | None:
+    """Let a trainer average the policy's weights while it trains, if `ema_decay` asks for it."""
+    if trainer.args.ema_decay is None:
+        return None
+    average = PolicyAverage(trainer.model, trainer.args.ema_decay)
+    trainer.add_callback(average)
+    return average
+
+
 def separate_critic(optimizer: Any, policy: nn.Module, args: PPOConfig) -> None:
     """Give the critic's parameters groups of their own in an optimizer, with their own learning rate."""
     rate = critic_rate(args.critic_learning_rate, args.learning_rate)
@@ -267,7 +278,8 @@ def build_rewards(
     """Turn everything that can be a reward into what TRL's engine calls.
 
     Args:
-        reward_funcs: One or a list of functions, models, paths of models, folders of reward adapters, and ensembles.
+        reward_funcs: One or a list of functions, models, paths of models, folders of reward adapters,
+            ensembles and gates.
         roles: The roles; reward adapters are added to them.
         tokenizer: The policy's tokenizer.
         args: The configuration (`reward_weights`, `reward_placement`, `trust_remote_code`).
@@ -314,9 +326,9 @@ def _build(
     args: Config,
     own: PreTrainedTokenizerBase | None,
 ) -> Any:
-    if own is not None and isinstance(reward, EnsembleReward | ClassifierReward | RemoteReward):
+    if own is not None and isinstance(reward, CombinedReward | ClassifierReward | RemoteReward):
         raise unused_tokenizer(role, f"a {type(reward).__name__}, which has a tokenizer of its own")
-    if isinstance(reward, EnsembleReward):
+    if isinstance(reward, CombinedReward):
         members = [
             _adapter_reward(member, f"{role}_{number}", roles, tokenizer, args)
             if isinstance(member, str | Path)

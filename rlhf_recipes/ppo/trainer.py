@@ -20,8 +20,7 @@ from trl import GRPOTrainer
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
-from rlhf_recipes.ppo import checkpoint, checks, setup
-from rlhf_recipes.ppo._trl import as_scored
+from rlhf_recipes.ppo import _trl, checkpoint, checks, setup
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -137,7 +136,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         )
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         reward_roles = [role for role in self.roles.heads if role != CRITIC]
@@ -159,9 +158,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
-        self.updates, self.kept_pass = UpdateControl(args, self.accelerator), KeptPass()
+        self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
-        self.evaluated, self.last_rollout = EvaluatedRows(self.accelerator), dict[str, float]()
+        self.kept_pass, self.last_rollout, self.average = KeptPass(), dict[str, float](), setup.keep_average(self)
         self.kl_coef, self.kl_controller = args.kl_coef, setup.make_kl_controller(args)
         self.ptx_texts = None if ptx_dataset is None else PretrainingTexts(ptx_dataset, tokenizer, args)
         show_rollouts(self)
@@ -281,7 +280,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     ) -> Tensor:
         sampled_ids = completion_ids_list
         completions, completion_ids_list, ended = self.truncation(completions, sampled_ids)
-        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list, ended)
+        inputs, completions = _trl.as_scored(self, inputs, prompts, completions, completion_ids_list, ended)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
@@ -511,16 +510,14 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
                 metrics[name].append(value)
         super().log(logs, start_time)
 
-    # 9. Checkpoints: the policy in the folder itself, the critic in `critic/`, and where in a rollout the run is.
+    # 9. Checkpoints: the policy in the folder itself, critic and average in `critic/` and `ema/`, and the run's state.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             prompts = self.train_dataset["prompt"] if isinstance(self.train_dataset, Dataset) else []
-            folder = Path(output_dir or self.args.output_dir or "")
-            checkpoint.save_models(folder, self.model, self.roles, self.critic, self.processing_class, prompts)
-            torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
+            checkpoint.save_models(self, Path(output_dir or self.args.output_dir or ""), prompts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_models(resume_from_checkpoint, self.model, self.roles, self.critic)
+        checkpoint.load_models(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

@@ -4,6 +4,7 @@ from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.rewards.checked import checked
 from rlhf_recipes.rewards.classifier import ClassifierReward
 from rlhf_recipes.rewards.ensemble import EnsembleReward
+from rlhf_recipes.rewards.gate import GatedReward, gate_scores
 from rlhf_recipes.rewards.math_answers import math_reward
 from rlhf_recipes.rewards.reasoning import format_reward, gym_accuracy, gym_rows, tagged_answer
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterReward",
     "ClassifierReward",
     "EnsembleReward",
+    "GatedReward",
     "JudgeReward",
     "RemoteReward",
     "TokenClassifierReward",
@@ -22,6 +24,7 @@ __all__ = [
     "check_verifier",
     "checked",
     "format_reward",
+    "gate_scores",
     "gym_accuracy",
     "gym_rows",
     "math_reward",

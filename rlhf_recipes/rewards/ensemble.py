@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
-from trl.trainer.utils import is_async_callable
+
+from rlhf_recipes.rewards.combined import CombinedReward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +34,7 @@ def aggregate_scores(scores: Tensor, aggregation: Aggregation, k: float = 1.0) -
         ValueError: If `scores` is not `(M, B)` with `M` of at least 2.
 
     Example:
+        >>> import torch
         >>> rewards, disagreement = aggregate_scores(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), "mean_minus_std", k=0.5)
         >>> rewards, disagreement
         (tensor([1.5000, 2.0000]), tensor([1., 0.]))
@@ -47,7 +48,7 @@ def aggregate_scores(scores: Tensor, aggregation: Aggregation, k: float = 1.0) -
     return scores.mean(dim=0) - penalty, disagreement
 
 
-class EnsembleReward:
+class EnsembleReward(CombinedReward):
     """Score with several reward adapters on the policy's base, and log how much they disagree.
 
     `PPOTrainer(reward_funcs=EnsembleReward([...]))` puts the adapters on the base that is in memory. Each is read in
@@ -72,6 +73,8 @@ class EnsembleReward:
         [-3.0, -1.0]
     """
 
+    kind: ClassVar[str] = "ensemble"
+
     def __init__(
         self,
         members: Sequence[str | Path | Callable[..., Any]],
@@ -81,38 +84,18 @@ class EnsembleReward:
     ) -> None:
         if isinstance(members, str | Path) or len(members) < 2:
             raise ValueError(f"An ensemble needs a list of two or more members, got {members!r}.")
-        paths = [str(Path(member).resolve()) for member in members if isinstance(member, str | Path)]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]!r} is in the ensemble twice: the same model cannot disagree with itself.")
         if aggregation not in get_args(Aggregation):
             raise ValueError(f"`aggregation` must be one of {get_args(Aggregation)}, got {aggregation!r}.")
         if not 0.0 <= k < math.inf:
             raise ValueError(f"`k` must be a number from 0 upwards, got {k}.")
-        if any(callable(member) and is_async_callable(member) for member in members):
-            raise ValueError("An async function cannot be a member of an ensemble. Give it beside the ensemble.")
-        self.__name__ = name
-        self.members, self.aggregation, self.k = list(members), aggregation, k
-
-    def with_members(self, functions: Sequence[Callable[..., Any]]) -> EnsembleReward:
-        """Copy the ensemble with functions in place of its folders."""
-        return EnsembleReward(functions, self.aggregation, self.k, self.__name__)
+        super().__init__(members, name)
+        self.aggregation, self.k = aggregation, k
 
     def __call__(
         self, log_metric: Callable[[str, float], None] | None = None, reward_record: Any = None, **kwargs: Any
     ) -> list[float]:
         """Return one reward per completion. Members that reward tokens leave no trace in `reward_record`."""
-        scores = torch.tensor([self._scores(member, kwargs) for member in self.members], dtype=torch.float64)
-        rewards, disagreement = aggregate_scores(scores, self.aggregation, self.k)
+        rewards, disagreement = aggregate_scores(self.member_scores(kwargs), self.aggregation, self.k)
         if log_metric is not None:
             log_metric(f"rewards/{self.__name__}/disagreement", disagreement.mean().item())
         return rewards.tolist()
-
-    def _scores(self, member: Any, kwargs: dict[str, Any]) -> list[float]:
-        if not callable(member):
-            raise TypeError(f"The ensemble's member {member!r} is not loaded. Give the ensemble to `PPOTrainer`.")
-        scores = [math.nan if score is None else score for score in member(**kwargs)]
-        if not all(map(math.isfinite, scores)):
-            name = getattr(member, "__name__", member)
-            raise ValueError(f"The ensemble's member {name!r} gives {scores}; every completion needs a finite score.")
-        return scores

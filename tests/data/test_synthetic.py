@@ -156,6 +156,37 @@ def test_differences_that_are_not_noticed_are_ties():
     assert choices("the sauce was lovely .", "the sauce was plain .", n=50, lapse=0.0, temperature=0.0)["first"] == 1.0
 
 
+REVIEWS = [Completion(f"the sauce was {word} .") for word in ("plain", "lovely", "awful")]
+
+
+def rankings(n=4000, **settings):
+    annotator = Annotator(GOLD, **{"tie_margin": 0.0, **settings})
+    return [annotator.rank(PROMPT, REVIEWS) for _ in range(n)]
+
+
+def test_any_two_of_a_ranking_stand_in_bradley_terry_order():
+    step = 3 * math.tanh(1 / 3)
+    differences = {(1, 0): step, (0, 2): step, (1, 2): 2 * step}  # lovely, plain, awful
+    for lapse in (0.0, 0.2):
+        found = rankings(temperature=1.5, lapse=lapse)
+        assert all(sorted(ranks) == [1, 2, 3] for ranks in found)
+        for (better, worse), difference in differences.items():
+            expected = lapse / 2 + (1 - lapse) / (1 + math.exp(-difference / 1.5))
+            share = sum(ranks[better] < ranks[worse] for ranks in found) / len(found)
+            assert share == pytest.approx(expected, abs=0.025)
+
+
+def test_a_ranking_without_noise_is_the_order_and_what_is_alike_shares_a_rank():
+    calm = {"temperature": 0.0, "lapse": 0.0}
+    assert rankings(n=3, **calm) == [[2, 1, 3]] * 3
+    alike = 3 * math.tanh(1 / 3) + 0.1
+    assert rankings(n=1, **calm, tie_margin=alike) == [[1, 1, 2]], "a rank holds what is near to its best one"
+    assert rankings(n=1, **calm, tie_margin=10.0) == [[1, 1, 1]]
+    assert len({tuple(ranks) for ranks in rankings(n=200, temperature=0.0, lapse=1.0)}) == 6
+    with pytest.raises(ValueError, match="compares two or more completions, got 1"):
+        Annotator(GOLD).rank(PROMPT, REVIEWS[:1])
+
+
 def test_the_annotator_refuses_impossible_noise():
     for settings in ({"temperature": -1.0}, {"lapse": 1.5}, {"tie_margin": -0.1}):
         with pytest.raises(ValueError, match="must not be negative"):

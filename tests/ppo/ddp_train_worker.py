@@ -41,6 +41,9 @@ def main() -> None:
         without_chance(trainer)  # each process has random numbers of its own
     trainer.train(resume_from_checkpoint=resume)
     weights = trained(trainer)
+    if trainer.average is not None:
+        with trainer.average.in_place():
+            weights |= {f"ema.{name}": weight for name, weight in trained(trainer).items()}
     flat = torch.cat([weight.flatten() for weight in weights.values()])
     spread = (trainer.accelerator.gather(flat[None]) - flat).abs().max().item()
     if trainer.accelerator.is_main_process:

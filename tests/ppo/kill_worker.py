@@ -42,6 +42,7 @@ def config(folder, resume):
         kl_target=0.01,
         kl_horizon=16,
         score_scaling="running",
+        ema_decay=0.9,
         save_strategy="steps",
         save_steps=1,
         save_total_limit=2,

@@ -92,6 +92,7 @@ CONTROLS = {
     "kl_target": 0.01,
     "kl_horizon": 16,
     "target_kl": 0.0095,
+    "ema_decay": 0.8,
 }
 OTHERS = {
     "max_steps": 4,
@@ -139,6 +140,7 @@ def test_two_processes_resume_exactly(sft_adapter, reward_adapter, tmp_path, rep
     fields = {
         "max_steps": 5,
         "num_iterations": 2,
+        "ema_decay": 0.8,
         "steps_per_generation": 4,
         "save_strategy": "steps",
         "save_steps": 1,

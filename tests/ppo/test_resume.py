@@ -172,8 +172,9 @@ def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(sft_adapter, r
     process.join(300)
     assert process.exitcode == 0
     assert lines(journal, "stepped")[-1] == kill_worker.STEPS
-    for file in ("adapter_model.safetensors", "critic/adapter_model.safetensors"):
-        expected, found = load_file(calm / "final" / file), load_file(run / "final" / file)
+    for folder in (".", "critic", "ema"):
+        file = f"final/{folder}/adapter_model.safetensors"
+        expected, found = load_file(calm / file), load_file(run / file)
         for name, weight in expected.items():
             assert torch.equal(found[name], weight), name
     states = [

@@ -76,6 +76,30 @@ def run_stage(load_stage, tiny_model_path, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="session")
+def small_world(repo_root, tmp_path_factory):
+    """Folder of the quickstart's world, with a base of one layer that has read little."""
+    spec = importlib.util.spec_from_file_location("recipes_world", repo_root / "recipes" / "quickstart" / "world.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = tmp_path_factory.mktemp("small") / "world"
+    script.main(script.WorldArguments(str(folder), corpus_size=640, sft_size=80, hidden_size=64, layers=1, heads=2))
+    return folder
+
+
+@pytest.fixture
+def run_script(load_stage):
+    """Run a script beside the stages: `run_script("instructgpt/rank", prompts=8)`."""
+
+    def run(name, **options):
+        script = load_stage(name)
+        words = {f"--{option}": value if isinstance(value, list) else [value] for option, value in options.items()}
+        argv = [str(word) for name, values in words.items() for word in (name, *values)]
+        script.main(*parse_stage(script.ARGUMENTS, argv))
+
+    return run
+
+
 @pytest.fixture
 def write_rows(tmp_path):
     """Write rows as a jsonl file and return its path."""

@@ -13,6 +13,7 @@ from rlhf_recipes.config import parse_stage
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "reward", "ppo", "grpo", "rloo")  # the other scripts, which train nothing, have tests of their own
 LIBRARIES = ("trl112", "verl", "openrlhf")  # several of one stage, named by whose settings they have
+MORE = ("safety", "rejection", "winners")  # a second reward model, the best of K completions, SFT on them
 
 
 def stage_of(path):
@@ -20,7 +21,8 @@ def stage_of(path):
     return path.stem.removeprefix("paper_")
 
 
-CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if stage_of(path) in (*STAGES, *LIBRARIES)]
+NAMES = {*STAGES, *LIBRARIES, *MORE}
+CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if stage_of(path) in NAMES]
 RECIPES = sorted({path.parent for path in CONFIGS})
 WHOLE = [folder for folder in RECIPES if (folder / "sft.yaml").exists()]  # others start from another's stages
 PAGES = [folder / name for folder in RECIPES for name in ("run.sh", "README.md")]
@@ -71,7 +73,7 @@ def test_yaml_is_read_by_its_script(path, load_stage):
 def test_yaml_starts_with_its_command_and_has_four_blocks(path):
     lines = path.read_text().splitlines()
     own = script_of(path) == f"{path.parent.name}/train"
-    assert own or stage_of(path) in (script_of(path), "encoder", "decoder", *LIBRARIES)
+    assert own or stage_of(path) in (script_of(path), "encoder", "decoder", *LIBRARIES, *MORE)
     assert lines[0].startswith(f"# accelerate launch recipes/{script_of(path)}.py --config {name_of(path)}")
     assert [line[:4] for line in lines if re.match(r"# \d\.", line)] == ["# 1.", "# 2.", "# 3.", "# 4."]
     assert len(lines) <= 45
@@ -81,7 +83,9 @@ def test_yaml_starts_with_its_command_and_has_four_blocks(path):
 def test_stages_of_a_recipe_fit_together(folder):
     sft, reward, ppo = (yaml.safe_load((folder / f"{stage}.yaml").read_text()) for stage in ("sft", "reward", "ppo"))
     assert sft["model_name_or_path"] == reward["model_name_or_path"] == ppo["model_name_or_path"]
-    assert ppo["sft_adapter"] == sft["output_dir"]
+    last = folder / "winners.yaml" if (folder / "winners.yaml").exists() else folder / "sft.yaml"
+    assert ppo["sft_adapter"] == yaml.safe_load(last.read_text())["output_dir"]
+    assert sft["output_dir"] == f"outputs/{folder.name}/sft"
     assert ppo["reward_adapter"] == reward["output_dir"]
 
 
@@ -100,10 +104,8 @@ def test_commands_are_read_by_the_scripts_that_they_name(page, load_stage):
 def test_run_sh_runs_every_stage_in_order(folder):
     run = commands(folder / "run.sh")
     configs = [argv[argv.index("--config") + 1] for _, argv in run if "--config" in argv]
-    stages = [
-        folder / f"{stage}.yaml"
-        for stage in ("sft", "reward", "encoder", "decoder", "minilm", *STAGES[2:], *LIBRARIES)
-    ]
+    order = ("sft", "reward", *MORE, "encoder", "decoder", "minilm", *STAGES[2:], *LIBRARIES)
+    stages = [folder / f"{stage}.yaml" for stage in order]
     assert list(dict.fromkeys(configs)) == [name_of(stage) for stage in stages if stage.exists()]
     assert (folder / "run.sh").stat().st_mode & 0o100, "run.sh must be executable"
 

@@ -88,7 +88,7 @@ def test_async_members_are_refused():
     async def far(prompts, **kwargs):
         return [0.0] * len(prompts)
 
-    with pytest.raises(ValueError, match="async function cannot be a member"):
+    with pytest.raises(ValueError, match="async function cannot be a member of the ensemble"):
         EnsembleReward([member([1.0]), far])
 
 

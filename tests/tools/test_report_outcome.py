@@ -10,6 +10,7 @@ from rlhf_recipes.tools.pages.colours import CRITIC, GOLD, KL, POLICY, POLICY_LO
 from rlhf_recipes.tools.report import outcome, write_report
 from rlhf_recipes.tools.report.drawing import plot_win_rates, run_looks
 from rlhf_recipes.tools.report.frontiers import frontiers
+from rlhf_recipes.tools.report.outcome import comparison as table_of
 from rlhf_recipes.tools.report.outcome import numbers
 from rlhf_recipes.tools.report.reading import Stage, gold_metric, read_runs
 from rlhf_recipes.tools.report.samples import all_samples
@@ -184,6 +185,16 @@ def test_the_numbers_of_a_verdict(tmp_path):
     cut = stage_of(tmp_path)
     assert numbers(cut) == "Last logged: gold score 0.600 at step 120, reward 1.200 at step 120, KL 3.600 at step 120."
     assert numbers(Stage("ppo", tmp_path, "ppo")) == ""
+
+
+def test_the_average_of_a_policys_weights_has_a_row_of_its_own(tmp_path):
+    evaluation = comparison()
+    ema = {**evaluation["policy"], "gold_score": 1.25, "win_rate": 0.625, "win_rate_ci": [0.5, 0.75]}
+    assert "average of its weights" not in table_of([stage_of(tmp_path / "a", evaluation=evaluation)], {})
+    text = table_of([stage_of(tmp_path / "b", evaluation={**evaluation, "ema": ema})], {})
+    (row,) = [line for line in text.split("<tr>") if "average of its weights" in line]
+    assert "0.625 [0.500, 0.750]" in row
+    assert "1.250" in row
 
 
 def test_gold_is_what_the_frontier_was_made_of(tmp_path):

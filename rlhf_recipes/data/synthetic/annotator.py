@@ -1,4 +1,4 @@
-"""A simulated annotator, who prefers the completion with the higher gold score, with the noise of a real one."""
+"""A simulated annotator, who prefers completions with higher gold scores, with the noise of a real one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Completion(NamedTuple):
 
 
 class Annotator:
-    """Chooses between two completions, or the best of several, like a noisy human.
+    """Chooses between two completions, picks the best of several or ranks them, like a noisy human.
 
     With probability `lapse` the choice is a coin flip. Otherwise scores closer than `tie_margin` are a tie, and
     else `first` wins with the Bradley-Terry probability `sigmoid((gold_first - gold_second) / temperature)`.
@@ -69,7 +69,7 @@ class Annotator:
         """Choose the better completion; the choice depends only on the arguments and the state of its randomness."""
         if self._rng.random() < self.lapse:
             return "first" if self._rng.random() < 0.5 else "second"
-        scores = [sum(self.gold.parts(prompt, text, finished).values()) for text, finished in (first, second)]
+        scores = self._scores(prompt, (first, second))
         difference = scores[0] - scores[1]
         if abs(difference) < self.tie_margin:
             return "tie"
@@ -104,6 +104,51 @@ class Annotator:
             return self._rng.choice([index for index, score in enumerate(scores) if score == best])
         weights = [math.exp((score - best) / self.temperature) for score in scores]
         return self._rng.choices(range(len(scores)), weights)[0]
+
+    def rank(self, prompt: str, completions: Sequence[Completion]) -> list[int]:
+        """Rank completions: 1 is the best, and those whose difference from a better one is not noticed share its rank.
+
+        Each completion is perceived at its gold score plus `temperature` times Gumbel noise of its own. Without ties
+        and lapses any two of them then stand in the order that `choose` would give them, with its probability, and
+        the whole is a Plackett-Luce ranking. A lapse is a random order.
+
+        Source: J. I. Yellott, "The Relationship between Luce's Choice Axiom, Thurstone's Theory of Comparative
+        Judgment, and the Double Exponential Distribution", 1977.
+
+        Args:
+            prompt: What they answer.
+            completions: Two or more of them.
+
+        Returns:
+            For each completion its rank.
+
+        Raises:
+            ValueError: If there are fewer than two.
+
+        Example:
+            >>> annotator = Annotator(GoldScore.of_grammar(eos_token_id=1), temperature=0.0, lapse=0.0)
+            >>> reviews = ["the sauce was awful .", "the sauce was great .", "the sauce was plain ."]
+            >>> annotator.rank("we tried the soup at the inn :", [Completion(review) for review in reviews])
+            [3, 1, 2]
+        """
+        if len(completions) < 2:
+            raise ValueError(f"A ranking compares two or more completions, got {len(completions)}.")
+        if self._rng.random() < self.lapse:
+            return self._rng.sample(range(1, len(completions) + 1), k=len(completions))
+        noise = [-math.log(self._rng.expovariate(1.0)) for _ in completions]  # Gumbel's
+        perceived = [
+            score + self.temperature * shift
+            for score, shift in zip(self._scores(prompt, completions), noise, strict=True)
+        ]
+        ranks, rank, best = [0] * len(completions), 0, math.inf
+        for index in sorted(range(len(completions)), key=lambda index: -perceived[index]):
+            if best - perceived[index] >= self.tie_margin:
+                rank, best = rank + 1, perceived[index]
+            ranks[index] = rank
+        return ranks
+
+    def _scores(self, prompt: str, completions: Sequence[Completion]) -> list[float]:
+        return [sum(self.gold.parts(prompt, text, finished).values()) for text, finished in completions]
 
     def _probability(self, difference: float) -> float:
         if self.temperature == 0.0:

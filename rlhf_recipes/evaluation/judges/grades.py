@@ -17,8 +17,7 @@ class GradeReward:
     A completion that gets no grade (the model fails, or has something else to say) has no reward of this function,
     `None`. PPO then pays what other functions say of it, and stops where none says anything.
 
-    Source: https://huggingface.co/papers/2309.00267, direct RLAIF, which also scales grades to [-1, 1]; here they stay
-    grades.
+    Source: https://huggingface.co/papers/2309.00267, direct RLAIF (not checked against the paper's text).
 
     Args:
         model: The model: a `LocalModel` or an `EndpointModel`.

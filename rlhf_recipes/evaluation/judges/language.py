@@ -350,22 +350,31 @@ class EndpointModel:
         import httpx
 
         end = time.monotonic() + self._timeout
+        content = bytearray()
         with self._client.stream("POST", self._url, json=body) as response:
-            response.raise_for_status()
-            content = bytearray()
             for part in response.iter_bytes():
                 content += part
                 if len(content) > _LARGEST_ANSWER:
                     raise self._unusable(f"it is longer than {_LARGEST_ANSWER} bytes", "")
                 if time.monotonic() > end:  # httpx's own limits one read, not the whole
                     raise httpx.ReadTimeout(f"no whole answer in {self._timeout:g} seconds", request=response.request)
+        if not response.is_success:
+            said = self._shown(content.decode(errors="replace"))
+            raise httpx.HTTPStatusError(
+                f"{self._url} answered with the status {response.status_code}: {said}",
+                request=response.request,
+                response=response,
+            )
         return bytes(content)
+
+    def _shown(self, text: str) -> str:
+        if self._key:  # a server may repeat what it was sent
+            text = text.replace(self._key, "***")
+        return repr(text[:200])
 
     def _unusable(self, fault: str, answer: Any) -> ValueError:
         text = answer if isinstance(answer, str) else json.dumps(answer)
-        if self._key:  # a server may repeat what it was sent
-            text = text.replace(self._key, "***")
-        return ValueError(f"{self._url} answered no chat completion: {fault}: {text[:200]!r}")
+        return ValueError(f"{self._url} answered no chat completion: {fault}: {self._shown(text)}")
 
 
 def _at(value: Any, *path: str | int) -> Any:

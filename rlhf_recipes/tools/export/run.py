@@ -12,6 +12,7 @@ from peft import PeftConfig
 from rlhf_recipes.models.adapters import WEIGHTS, base_to_load, is_adapter
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.trained_on import TrainedOn, read_trained_on
+from rlhf_recipes.ppo.checkpoint import EMA
 from rlhf_recipes.tracking import read_run, read_settings
 
 STAGES = {
@@ -66,7 +67,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished stage.
 
     Args:
-        folder: The output folder of an SFT or reward stage, or of one that trained on rewards.
+        folder: The output folder of an SFT or reward stage, or of one that trained on rewards, or `ema/` in one.
 
     Returns:
         The run.
@@ -84,7 +85,8 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give the output folder of a stage.")
-    record = read_run(folder)
+    run = folder.parent if folder.name == EMA else folder  # the average of a policy's weights lies in its run
+    record = read_run(run)
     stage = record.get("stage") if isinstance(record, dict) else None
     if record is None or stage not in STAGES:
         inside = sorted(str(path.parent) for path in folder.glob("*/run.json"))
@@ -93,7 +95,9 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
         raise ValueError(f"{folder} cannot be exported: {what}. Give one of {places}.")
     adapted = is_adapter(folder)
     weights = folder / WEIGHTS if adapted else next(folder.glob("model*.safetensors"), folder / "model.safetensors")
-    evaluation = _evaluation(folder)
+    evaluation = _evaluation(run)
+    if run is not folder and isinstance(evaluation.get("ema"), dict):
+        evaluation |= {"policy": evaluation["ema"], **evaluation["ema"]}
     if adapted and not evaluation:
         raise ValueError(
             f"The run in {folder} is not finished: it has no evaluation.json, which a stage writes last. Resume it "
@@ -101,7 +105,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
         )
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no {weights.name}. Only weights in safetensors files are exported.")
-    settings = read_settings(folder)
+    settings = read_settings(run)
     adapter = PeftConfig.from_pretrained(str(folder)) if adapted else None
     revision = (settings or {}).get("model_revision") or getattr(adapter, "revision", None) or "main"
     return FinishedRun(

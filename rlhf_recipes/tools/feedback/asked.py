@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,29 +20,31 @@ Asks = ParamSpec("Asks")
 Reply = TypeVar("Reply")
 
 
-def with_bar(ask: Callable[Asks, Reply], most: int) -> Callable[Asks, Reply]:
+@contextmanager
+def progress(ask: Callable[Asks, Reply], most: int) -> Iterator[Callable[Asks, Reply]]:
     """Show on a terminal how often a function was called.
 
     Args:
         ask: The function.
         most: How often it is called at most.
 
-    Returns:
+    Yields:
         The same function, with a bar.
 
     Example:
-        >>> with_bar(len, 3)("abc")
+        >>> with progress(len, 3) as measure:
+        ...     measure("abc")
         3
     """
-    bar = tqdm(total=most, unit="asked", disable=None, leave=False)
+    with tqdm(total=most, unit="asked", disable=None, leave=False) as bar:
 
-    def asked(*args: Asks.args, **kwargs: Asks.kwargs) -> Reply:
-        try:
-            return ask(*args, **kwargs)
-        finally:
-            bar.update()
+        def asked(*args: Asks.args, **kwargs: Asks.kwargs) -> Reply:
+            try:
+                return ask(*args, **kwargs)
+            finally:
+                bar.update()
 
-    return asked
+        yield asked
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
@@ -124,25 +127,35 @@ class OutputFiles:
         self.output, self._settings = output, json.loads(json.dumps(settings))
         self.summary = output.with_suffix(".summary.json")
         self.cache = cache or output.with_suffix(".cache.jsonl")
+        self._before = self._written()
         there = [path for path in (output, self.summary, *others) if path is not None and path.exists()]
-        if there and self._written_with() != self._settings:
+        if there and self._before.get("settings") != self._settings:
             raise FileExistsError(
                 f"{there[0]} is there already, and other settings or rows wrote it. Name another file, or remove it."
             )
 
-    def _written_with(self) -> Any:
+    def _written(self) -> Row:
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
 
     def write(self, rows: Mapping[Path, Iterable[Row]], summary: Mapping[str, Any]) -> None:
         """Write all files, each whole or not at all.
 
         Args:
             rows: Rows by file.
-            summary: What the summary says beside the settings.
+            summary: What the summary says beside the settings: `rows` is their number.
+
+        Raises:
+            FileExistsError: If there would be fewer rows than before.
         """
+        if self.output.exists() and summary["rows"] < self._before.get("rows", 0):
+            raise FileExistsError(
+                f"{self.output} holds {self._before['rows']} rows, and this call got {summary['rows']}: the answers "
+                f"of before are not in {self.cache}. Nothing was written. Ask for the rest, or name another file."
+            )
         told = none_for_nonfinite({"settings": self._settings, **summary})
         _replace(self.summary, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
         for path, lines in rows.items():

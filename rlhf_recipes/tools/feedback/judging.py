@@ -33,7 +33,7 @@ from rlhf_recipes.tools.feedback.asked import (
     cost_of,
     load_model,
     model_settings,
-    with_bar,
+    progress,
 )
 from rlhf_recipes.tools.functions import named_function
 
@@ -68,7 +68,8 @@ def judge(args: argparse.Namespace) -> str:
     asked, workers = _judge(args, principles, budget)
     prompts, answers = [row["prompt"] for row in pairs], [tuple(row["completions"]) for row in pairs]
     name = f"{_shown(args)} ({key_of(named)[:16]})"
-    verdicts = PairJudge(with_bar(asked, 2 * len(pairs)), name, files.cache, workers).compare(prompts, answers)
+    with progress(asked, 2 * len(pairs)) as ask:
+        verdicts = PairJudge(ask, name, files.cache, workers).compare(prompts, answers)
     if verdicts.judgement is None:
         raise ValueError(f"No pair got a label. {_left_out(verdicts)}")
     labels = [clamped(label, bounds) for label in verdicts.judgement.labels]

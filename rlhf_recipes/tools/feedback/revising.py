@@ -21,8 +21,10 @@ from rlhf_recipes.tools.feedback.asked import (
     cost_of,
     load_model,
     model_settings,
-    with_bar,
+    progress,
 )
+
+_NUMBER = "number_of_the_row"
 
 
 def revise(args: argparse.Namespace) -> str:
@@ -47,7 +49,8 @@ def revise(args: argparse.Namespace) -> str:
         )
     principles = read_principles(args.principles)
     rows = load_rows(args.data, split=args.split)
-    prompts = to_prompts(rows, drop_bad_rows=args.drop_bad_rows)["prompt"][:]
+    rows = to_prompts(rows.add_column(_NUMBER, list(range(len(rows)))), drop_bad_rows=args.drop_bad_rows)
+    prompts, numbers = rows["prompt"][:], rows[_NUMBER][:]
     named = model_settings(args) | {"temperature": args.temperature, "seed": args.seed}
     texts = {"principles": principles, "rounds": args.rounds, "max_new_tokens": args.max_new_tokens}
     settings = {"model": named, **texts, "data": args.data, "split": args.split, "rows": key_of(prompts)}
@@ -59,15 +62,16 @@ def revise(args: argparse.Namespace) -> str:
     options: dict[str, Any] = {"rounds": args.rounds, "max_tokens": args.max_new_tokens}
 
     def ask(number: int) -> Revised:
-        return revise_answer(write, prompts[number], principles, **options, seed=args.seed + number)
+        return revise_answer(write, prompts[number], principles, **options, seed=args.seed + numbers[number])
 
-    asked = ask_each(range(len(prompts)), with_bar(ask, len(prompts)), name="The model", workers=workers)
+    with progress(ask, len(prompts)) as answer:
+        asked = ask_each(range(len(prompts)), answer, name="The model", workers=workers)
     done = [(number, revised) for number, revised in enumerate(asked.answers) if revised is not None]
     if not done:
         raise ValueError(f"No answer was revised. {_left_out(asked, 0)}")
     origin = {"model": args.local or args.model, "seed": args.seed, "source": args.data}
-    written = {files.output: [_row(prompts[number], revised, number, origin) for number, revised in done]}
-    pairs = [row for number, revised in done if (row := _pair(prompts[number], revised, number, origin))]
+    written = {files.output: [_row(prompts[number], revised, numbers[number], origin) for number, revised in done]}
+    pairs = [row for number, revised in done if (row := _pair(prompts[number], revised, numbers[number], origin))]
     if args.pairs is not None:
         written[args.pairs] = pairs
     summary: Row = {

@@ -56,13 +56,14 @@ def run_sizes(
     critic, critic_network = _critic(training_args.critic, ppo_args.critic_model, like)
     weight_bytes = _bytes_of(model_args.dtype, config)
     bits: Literal[0, 4, 8] = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
-    reference = policy.parameters if ppo_args.sft_adapter is not None else 0
+    # Copies of the policy's adapter: the reference, and the average of its weights
+    copies = (ppo_args.sft_adapter is not None) + (training_args.ema_decay is not None)
     sizes = RunSizes(
         network=network,
         policy=policy,
         critic=critic,
         critic_network=critic_network,
-        frozen=reference + sum(reward.parameters for reward in rewards),
+        frozen=copies * policy.parameters + sum(reward.parameters for reward in rewards),
         others=others,
         heads=len(rewards) + 1,
         weight_bytes=weight_bytes,
@@ -131,7 +132,8 @@ def longest_prompt(
 
 def _rewards(ppo_args: PPOArguments, adapter: Any) -> tuple[list[AdapterSizes], int]:
     """Adapters on the base, and the bytes of reward models beside it."""
-    folders = [*([ppo_args.reward_adapter] if ppo_args.reward_adapter else []), *(ppo_args.reward_adapters or [])]
+    given = [ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
+    folders = [folder for folder in given if folder]
     adapters, others = [], 0
     for folder in folders:
         if (Path(folder) / "config.json").is_file():  # a whole classifier

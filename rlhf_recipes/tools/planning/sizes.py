@@ -68,7 +68,7 @@ class RunSizes:
         critic: The critic's adapter; `None` for a head on the policy's trunk. A critic of its own counts as an adapter
             of all of its weights.
         critic_network: The network of a critic of its own; `None`: the shared one.
-        frozen: Parameters of the adapters that are not trained: the reference's and the rewards'.
+        frozen: Parameters of the adapters that are not trained: the reference's, the average's and the rewards'.
         others: Bytes of models beside the base (a reward model with another base).
         heads: Roles with a head of `H` numbers, the critic's included.
         weight_bytes: Bytes of a weight that is not quantized: 4 or 2.

@@ -161,6 +161,10 @@ def comparison(policies: Sequence[Stage], looks: Looks) -> str:
         counts = (shown(record.get("rows")), shown(record.get("prompts")), judge)
         name = named(stage.name, looks.get(stage.name, POLICY_LOOK))
         rows.append((name, rate, fair, *_measures(stage, "policy"), *counts))
+        if ema := _side(record, "ema"):
+            name = named(f"{stage.name}, average of its weights", None)
+            rate = shown(ema.get("win_rate"), ema.get("win_rate_ci"))
+            rows.append((name, rate, "", *_measures(stage, "ema"), *counts))
     if known:
         shared = all(own == known[0] for own in known)
         names = (

@@ -77,8 +77,9 @@ def reward_run(make_run):
 
 @pytest.fixture(scope="session")
 def ppo_run(make_run, sft_run, reward_run):
-    """A PPO run on the base in 4 bits."""
+    """A PPO run on the base in 4 bits, with an average of its weights."""
     options = {"max_completion_length": 6, "steps_per_generation": 1, "evaluation_rows": 8, "test_size": 0.25}
+    options["ema_decay"] = 0.5
     adapters = {"sft_adapter": sft_run, "reward_adapter": reward_run, "load_in_4bit": True, "adapter_tolerance": 9}
     return make_run("ppo", "ppo", **options, **adapters)
 

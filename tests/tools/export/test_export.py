@@ -155,6 +155,18 @@ def test_the_card_says_what_was_trained_and_how_well(ppo_run, reward_run, run_ex
     assert "reward-model" in front_matter(reward)["tags"]
 
 
+def test_the_average_of_a_policys_weights_is_exported_with_its_own_results(ppo_run, run_export):
+    output, _ = run_export(ppo_run / "ema", name="ema")
+    weights = "adapter_model.safetensors"
+    assert (output / weights).read_bytes() == (ppo_run / "ema" / weights).read_bytes()
+    assert (output / weights).read_bytes() != (ppo_run / weights).read_bytes()
+    evaluation = json.loads((ppo_run / "evaluation.json").read_text())
+    low, high = evaluation["ema"]["win_rate_ci"]
+    card = (output / "README.md").read_text()
+    assert f"| win rate over the reference | {evaluation['ema']['win_rate']:.3f} [{low:.3f}, {high:.3f}] |" in card
+    assert "| `max_completion_length` | 6 |" in card
+
+
 EVIL = "x](javascript:1)\n# <script>alert(1)</script> | `a` --- http://evil.example @someone\n---\nlicense: mit"
 
 

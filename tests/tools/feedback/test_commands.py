@@ -128,6 +128,11 @@ class TestJudge:
         assert run(*words)[0] == 0
         assert len(asked) == 6
         assert len(read_lines(tmp_path / "prefs.jsonl")) == 3
+        (tmp_path / "prefs.cache.jsonl").unlink()
+        status, text = run(*words, "--max_calls", 2)
+        assert status == 2
+        assert "holds 3 rows, and this call got 1" in text
+        assert len(read_lines(tmp_path / "prefs.jsonl")) == 3
 
     def test_labels_of_people_are_compared_and_never_shown(self, run, tmp_path):
         (tmp_path / "longer.py").write_text(
@@ -169,7 +174,7 @@ class TestJudge:
     @pytest.mark.parametrize(
         ("answer", "said"),
         [
-            (lambda body: httpx.Response(500), "Server error '500"),
+            (lambda body: httpx.Response(500, text="down"), "answered with the status 500: 'down'"),
             (lambda body: httpx.Response(200, text="<h1>Hi</h1>"), "it is no JSON"),
             (lambda body: httpx.Response(200, json={"choices": [{"message": {"content": "A"}}]}), "no `top_logprobs`"),
         ],
@@ -297,14 +302,25 @@ class TestRevise:
                 return httpx.Response(200, json={"choices": [{"message": {"content": " "}}]})
             return self.served_texts(body)
 
-        prompts = [[{"role": "user", "content": text}] for text in ("Hi", "Odd")]
+        prompts = [[{"role": "user", "content": text}] for text in ("", "Hi", "Odd")]
         data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
         (tmp_path / "principles.txt").write_text("Be kind.\n")
         served(sometimes)
-        status, text = run("revise", "--data", data, "--output", "sft.jsonl", *URL, "--principles", "principles.txt")
+        status, text = run(
+            "revise",
+            "--data",
+            data,
+            "--output",
+            "sft.jsonl",
+            *URL,
+            "--principles",
+            "principles.txt",
+            "--drop_bad_rows",
+        )
         assert status == 0, text
         [row] = read_lines(tmp_path / "sft.jsonl")
         assert row["completion"] == [{"role": "assistant", "content": "Better."}]
+        assert row["row"] == 1, "of the file, in which a row could not be used"
         assert "1 prompts failed" in text
         assert "the model wrote nothing" in text
 

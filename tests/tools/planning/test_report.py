@@ -67,6 +67,17 @@ def test_longer_completions_take_more(plan):
     assert after["generate"] > before["generate"]
 
 
+def test_an_average_of_the_weights_is_one_more_copy_of_the_policys_adapter(tiny_model_path, sft_adapter, make_config):
+    def sizes(**fields):
+        ppo_args, model_args = PPOArguments(sft_adapter=str(sft_adapter)), ModelConfig(tiny_model_path)
+        return run_sizes(ppo_args, make_config(**fields), model_args, prompt_length=8, device="cpu")[0]
+
+    without, averaged = sizes(), sizes(ema_decay=0.992)
+    assert averaged.frozen - without.frozen == without.policy.parameters > 0
+    for phase, memory in ppo_memory(without).items():
+        assert ppo_memory(averaged)[phase].adapters - memory.adapters == 4 * without.policy.parameters
+
+
 def test_stages_that_have_not_run_are_assumed(plan):
     text = plan(reward_adapter="outputs/nowhere/reward")
     assert "Note: reward adapter 'outputs/nowhere/reward' is not there yet" in text
