@@ -22,6 +22,7 @@ from rlhf_recipes.reward_modeling import (
     check_score_head,
     evaluate_pairs,
     load_reward_rows,
+    normalize_score_head,
     pair_baselines,
     pairs_table,
 )
@@ -64,6 +65,8 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         start_from(trainer.model, model_args.start_adapter)
     check_score_head(trainer)
     check_tokenized(trainer, given=rows)
+    if training_args.normalize_head and checkpoint is None:
+        normalize_score_head(trainer)
 
     # 3. Train.
     parents = [model_args.start_adapter or model_args.model_name_or_path, data_args.dataset_name]

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 [ -e outputs/quickstart/reward/evaluation.json ] || bash recipes/quickstart/run.sh
 
-accelerate launch --config_file recipes/accelerate/single_process.yaml recipes/textbook_ppo/train.py --config recipes/textbook_ppo/ppo.yaml
+accelerate launch --config_file recipes/accelerate/single_process.yaml recipes/ppo.py --config recipes/textbook_ppo/ppo.yaml

@@ -2,6 +2,7 @@
 
 from rlhf_recipes.data.chat_templates import check_completions, end_token_ids
 from rlhf_recipes.data.context import context_length
+from rlhf_recipes.data.cuts import fit_paragraphs, single_token_id, to_sentence_prompts
 from rlhf_recipes.data.formats import (
     check_prompt_lengths,
     split_by_prompt,
@@ -20,11 +21,14 @@ __all__ = [
     "check_tokenized",
     "context_length",
     "end_token_ids",
+    "fit_paragraphs",
     "load_rows",
     "load_splits",
+    "single_token_id",
     "split_by_prompt",
     "to_completions",
     "to_preferences",
     "to_prompts",
+    "to_sentence_prompts",
     "with_graded_prompts",
 ]

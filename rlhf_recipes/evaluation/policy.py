@@ -12,7 +12,12 @@ from datasets import Dataset
 
 from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.evaluation.sampling import has_reference, sample_rows
-from rlhf_recipes.statistics.metrics import share_interval, win_outcomes
+from rlhf_recipes.statistics.metrics import (
+    length_controlled_interval,
+    length_controlled_win_rate,
+    share_interval,
+    win_outcomes,
+)
 from rlhf_recipes.tracking.console import table
 
 SAMPLES = 20  # kept in the files
@@ -45,7 +50,8 @@ def evaluate_policy(
     Returns:
         For `policy` and `reference` the means of `gold_score` (or `None`), `reward_score`, `kl` (nats per completion),
         `length` (tokens), `eos_rate` and, in `rewards`, of every reward function by its name; `win_rate`,
-        `win_rate_ci` [low, high], `win_rate_by`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
+        `win_rate_ci` [low, high], `win_rate_by`, `length_controlled_win_rate` (as it would be if both completions of a
+        prompt were of one length) with its `_ci`, `rows`, `prompts`, `seed`, and `samples`, some completions of both
         side by side with their scores and `outcome`. With `ema_decay` also `ema`: the same means, with the `win_rate`
         and `win_rate_ci` of the average over the reference.
 
@@ -82,11 +88,15 @@ def evaluate_policy(
             average = sample(of_reference=False)
         evaluation["ema"] = {**_means(average), **wins(average)}
     trainer.model.train(training)
+    outcomes = win_outcomes([row[judge] for row in policy], [row[judge] for row in reference])
+    longer = [ours["length"] - theirs["length"] for ours, theirs in zip(policy, reference, strict=True)]
     return {
         **evaluation,
         "reference": _means(reference),
         **wins(policy),
         "win_rate_by": judge,
+        "length_controlled_win_rate": length_controlled_win_rate(outcomes, longer),
+        "length_controlled_win_rate_ci": list(length_controlled_interval(outcomes, longer, indices, seed=seed)),
         "rows": rows,
         "prompts": len(set(indices)),
         "seed": seed,
@@ -132,6 +142,8 @@ def write_evaluation(evaluation: dict[str, Any], folder: str | Path) -> str:
             rows.append([title, *(format(value, spec) for value in values)])
     by = SUMMARY[evaluation["win_rate_by"]][0]
     rates = [f"win rate of the policy by {by}: {_rate(evaluation)}"]
+    fair = {name: evaluation[f"length_controlled_{name}"] for name in ("win_rate", "win_rate_ci")}
+    rates.append(f"if both sides wrote texts of equal length: {_rate(fair)}")
     if "ema" in evaluation:
         rates.append(f"with the average of its weights (ema): {_rate(evaluation['ema'])}")
     return (

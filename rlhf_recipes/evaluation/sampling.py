@@ -33,6 +33,7 @@ from rlhf_recipes.models.states import completion_logps
 from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
 from rlhf_recipes.ppo.passes import policy_pass, sample_from
 from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.rewards.encoding import which_ended
 
 Row = dict[str, Any]
 
@@ -209,6 +210,11 @@ def _sample_batch(
     completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational({"prompt": rows[0]["prompt"]}):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
+    finished = (
+        trainer.truncation.finished(completion_ids)
+        if isinstance(trainer, PPOTrainer)
+        else which_ended(len(rows), completion_ids, ends, None)
+    )
     scores, sums = _scores(trainer, rows, completions, completion_ids, gold), entropies.sum(dim=1).tolist()
     return [
         {
@@ -217,7 +223,7 @@ def _sample_batch(
             "kl": kl[i],
             "entropy": sums[i],
             "length": len(ids),
-            "eos_rate": float(bool(ids) and ids[-1] in ends),
+            "eos_rate": float(finished[i]),
             **scores[i],
         }
         for i, ids in enumerate(completion_ids)

@@ -10,7 +10,6 @@ from trl import GRPOTrainer
 from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
 from rlhf_recipes.models.images import images_in
-from rlhf_recipes.rewards.encoding import which_ended
 
 
 def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
@@ -25,6 +24,7 @@ def as_scored(
     prompts: list[Any],
     completions: list[Any],
     completion_ids: list[list[int]],
+    ended: list[bool],
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Complete what reward functions get of a rollout.
 
@@ -34,6 +34,7 @@ def as_scored(
         prompts: Their prompts, as the policy reads them.
         completions: The completions as TRL decodes them.
         completion_ids: Their token ids.
+        ended: Whether each counts as finished.
 
     Returns:
         The rows with `prompt_ids` and `finished` (an adapter scores the very tokens that were sampled, and shows a
@@ -41,7 +42,6 @@ def as_scored(
         and with `images`, a list of pictures each, where there is a processor; and the completions as they go on from
         their prompts.
     """
-    ended = which_ended(len(prompts), completion_ids, trainer.eos_token_ids, None)
     columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
     if REWARD_PROMPT in rows[0]:
         columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])

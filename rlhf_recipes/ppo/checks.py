@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_recipes.models.adapters import base_name
 from rlhf_recipes.ppo.functional import masked_mean
 from rlhf_recipes.ppo.rollout import join
+from rlhf_recipes.rewards.record import COLUMN
 from rlhf_recipes.shaping import looks_like_per_token
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def check_arguments(
             raise TypeError(
                 f"`{name}` must be a function, got {function!r}. Words are for `PPOConfig.reward_placement`."
             )
+    if potential is not None and args.truncate_tokens is not None:
+        raise ValueError(
+            "A `potential` has a number for each token that was sampled, but `truncate_tokens` cuts what functions "
+            "read of a completion. Remove one of the two."
+        )
     bandit = args.advantage_estimator == "bandit"
     if bandit and (placement is not None or potential is not None):
         raise ValueError(
@@ -94,17 +100,52 @@ def check_not_sharded(trainer: Any) -> None:
         )
 
 
-def check_not_bandit(args: PPOConfig, name: str) -> None:
-    """Refuse rewards per token where a completion is one action.
+def check_per_token(args: PPOConfig, name: str) -> None:
+    """Refuse rewards per token where a completion is one action, or is judged without some of its tokens.
 
     Raises:
         ValueError: With the name of the reward function.
     """
+    if args.truncate_tokens is not None:
+        raise ValueError(
+            f"The reward function {name!r} returned rewards per token, but `truncate_tokens` cuts what it reads, so "
+            "they are not those of the tokens that were sampled. Return one number per completion, or remove it."
+        )
     if args.advantage_estimator == "bandit":
         raise ValueError(
             f"The reward function {name!r} returned rewards per token, but `advantage_estimator: bandit` takes a "
             "completion as one action. Return one number per completion, or set the estimator to `gae`."
         )
+
+
+def potentials_of(
+    function: Callable[..., Any],
+    rows: list[dict[str, Any]],
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+) -> list[Any]:
+    """Call a potential function as reward functions are called, and check what it returns.
+
+    Args:
+        function: The function.
+        rows: The rows of the prompts, whose other columns it gets, too.
+        prompts: `B` prompts.
+        completions: Their completions.
+        completion_ids: The completions' token ids.
+
+    Returns:
+        For each completion one potential per token.
+
+    Raises:
+        ValueError: If it returned something else.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", COLUMN)}
+    potentials: list[Any] = function(
+        prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+    )
+    check_potentials(potentials, completion_ids)
+    return potentials
 
 
 def check_potentials(potentials: Any, completion_ids: Sequence[Sequence[int]]) -> None:

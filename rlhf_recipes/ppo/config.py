@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _SHARES = ("gamma", "gae_lambda", "critic_lambda", "attention_weight")  # in [0, 1]
 _NOT_NEGATIVE = (
     *("kl_coef", "vf_coef", "ptx_coef", "critic_warmup_steps"),
-    *("missing_eos_penalty", "length_penalty", "overlong_penalty", "ngram_penalty"),
+    *("missing_eos_penalty", "length_penalty", "overlong_penalty", "ngram_penalty", "truncate_after"),
 )
 _POSITIVE = (
     "temperature",
@@ -59,7 +59,18 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
         (1, 0.95)
     """
 
-    # 1. Scores of the completions, transformed in this order before they are placed
+    # 1. What is judged of a completion
+    truncate_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, such as '.', at the first of which a completion is cut before it is judged; without one "
+            "it counts as cut off. The policy is trained on all its tokens."
+        },
+    )
+    truncate_after: int = field(
+        default=0, metadata={"help": "First position in a completion, from 0, at which `truncate_tokens` count."}
+    )
+    # 2. Scores of the completions, transformed in this order before they are placed
     score_scaling: Literal["none", "batch", "running"] = field(
         default="none",
         metadata={"help": "Scores to mean 0 and variance 1: over each rollout, or over all rollouts so far."},
@@ -89,7 +100,7 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
     ngram_penalty: float | None = field(
         default=None, metadata={"help": "Times the share of a completion's trigrams that occurred before in it."}
     )
-    # 2. Token rewards
+    # 3. Token rewards
     reward_placement: RewardPlacement = field(
         default="terminal",
         metadata={
@@ -104,7 +115,7 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
     attention_weight: float = field(
         default=0.8, metadata={"help": "For `attention`: share that goes by attention; the rest is terminal."}
     )
-    # 3. KL
+    # 4. KL
     kl_coef: float = field(
         default=0.05,
         metadata={"help": "Weight of the per-token KL penalty, in reward units per nat. 0 turns it off."},
@@ -136,7 +147,7 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
     kl_horizon: int = field(
         default=10_000, metadata={"help": "For `adaptive`: completions over which `kl_coef` adapts."}
     )
-    # 4. Advantages
+    # 5. Advantages
     advantage_estimator: AdvantageEstimator = field(
         default="gae",
         metadata={"help": "GAE over tokens, or a whole completion as one action: its reward minus V(prompt)."},
@@ -161,7 +172,7 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
     whiten_unbiased: bool = field(
         default=False, metadata={"help": "Whether both take n - 1 tokens in their variance, as TRL 1.12 and verl do."}
     )
-    # 5. Losses
+    # 6. Losses
     importance_sampling_level: Literal["token", "sequence", "sequence_product"] = field(
         default="token",
         metadata={
@@ -199,7 +210,7 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
             "(0, 1); null: none."
         },
     )
-    # 6. Critic
+    # 7. Critic
     critic: Literal["adapter", "head", "model"] = field(
         default="adapter",
         metadata={
@@ -240,13 +251,17 @@ class PPOConfig(ChosenDefaults, GRPOConfig):
         metadata={"help": "Range in which the value loss lets a value move from its old one. None: no clipping."},
     )
 
-    # 7. Adapters
+    # 8. Adapters
     adapter_tolerance: float = field(
         default=0.5,
         metadata={
             "help": "How far an adapter may be from what it was where it was trained, on a base that is quantized in "
             "another way or of another precision: a policy in nats per token, a reward in units of its spread."
         },
+    )
+
+    tensorflow_adam: bool = field(
+        default=False, metadata={"help": "AdamW with TensorFlow's epsilon, as in OpenAI's first RLHF code."}
     )
 
     # Changed defaults of TRL's fields
@@ -407,7 +422,12 @@ def _check_contradictions(config: PPOConfig) -> None:
 
 def contradictions(config: PPOConfig) -> dict[str, bool]:
     """All messages about contradictions, each with whether it holds."""
-    return _kl_contradictions(config) | _bandit_contradictions(config) | _other_contradictions(config)
+    return (
+        _kl_contradictions(config)
+        | _bandit_contradictions(config)
+        | _truncation_contradictions(config)
+        | _other_contradictions(config)
+    )
 
 
 def _kl_contradictions(config: PPOConfig) -> dict[str, bool]:
@@ -468,6 +488,23 @@ def _bandit_contradictions(config: PPOConfig) -> dict[str, bool]:
     }
 
 
+def _truncation_contradictions(config: PPOConfig) -> dict[str, bool]:
+    longest, cuts = config.max_completion_length or 0, config.truncate_tokens is not None
+    return {
+        "`truncate_tokens` is an empty list. Name a token, such as '.', or remove it": config.truncate_tokens == [],
+        f"`truncate_after` is {config.truncate_after}, but `truncate_tokens` names no token to look for from there. "
+        "Set it, or remove `truncate_after`": config.truncate_after > 0 and not cuts,
+        f"`truncate_after` is {config.truncate_after}, but the last position of a completion is "
+        f"`max_completion_length` - 1 = {longest - 1}: no token could count. Lower it": (
+            cuts and config.truncate_after >= longest
+        ),
+        f"`truncate_tokens` hides tokens from the reward model, which `reward_placement: {config.reward_placement}` "
+        "reads token by token. Choose another placement": (
+            cuts and config.reward_placement in ("redistributed", "attention")
+        ),
+    }
+
+
 def _other_contradictions(config: PPOConfig) -> dict[str, bool]:
     longest = config.max_completion_length or 0
     return {
@@ -495,6 +532,9 @@ def _other_contradictions(config: PPOConfig) -> dict[str, bool]:
         <= _longest_warmup(config),
         "`delta` must be larger than 1 + `epsilon_high` (or `epsilon`), or it clips before they do": (
             config.delta is not None and config.delta <= 1.0 + (config.epsilon_high or config.epsilon)
+        ),
+        "`tensorflow_adam` takes the place of `optim`, which is set too. Remove one of the two": (
+            config.tensorflow_adam and config.optim != PPOConfig.__dataclass_fields__["optim"].default
         ),
         "`ptx_batch_size` is set, but `ptx_coef` is 0. Set `ptx_coef`, or remove `ptx_batch_size`": (
             config.ptx_batch_size is not None and config.ptx_coef == 0.0

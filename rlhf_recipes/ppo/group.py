@@ -34,6 +34,7 @@ from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, with_reward_prompts
+from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.tracking.console import QuietModelCard
 
 _LENGTH = "completions/mean_length"
@@ -136,7 +137,8 @@ class _AdapterTraining(QuietModelCard):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
+        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list, ended)
         trainer: Any = super()
         rewards_per_func: Tensor = trainer._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_rewards(rewards_per_func, self.reward_func_names)

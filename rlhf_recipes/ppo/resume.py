@@ -31,7 +31,7 @@ _MOMENTS = "the checkpoint holds the moments of other scores"
 _REFUSED = {
     "seed": _ORDER,
     "shuffle_dataset": _ORDER,
-    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), _OPTIMIZER),
+    **dict.fromkeys(("optim", "optim_args", "optim_target_modules", "tensorflow_adam"), _OPTIMIZER),
     **dict.fromkeys(("critic", "critic_layers"), _CRITIC),
     **dict.fromkeys(("score_scaling", "subtract_reference_mean"), _MOMENTS),
 }
@@ -41,7 +41,7 @@ _OF_A_ROLLOUT = ("kl_placement", "kl_estimator", "kl_anchor", "loss_aggregation"
 _NEXT_ROLLOUT = (
     *("temperature", "max_completion_length", "mask_truncated_completions", "generation_kwargs"),
     *("chat_template_kwargs", "reward_weights", "reward_placement", "placement_gamma", "attention_weight"),
-    *("score_clip", "missing_eos_penalty", "missing_eos_mode"),
+    *("truncate_tokens", "truncate_after", "score_clip", "missing_eos_penalty", "missing_eos_mode"),
     *("length_penalty", "overlong_buffer", "overlong_penalty", "ngram_penalty", "gamma", "gae_lambda"),
     *("gae_lambda_alpha", "critic_lambda", "whiten_rewards", "whiten_advantages"),
     *("whiten_unbiased", "kl_coef", "kl_controller", "kl_target", "kl_target_per", "kl_horizon"),

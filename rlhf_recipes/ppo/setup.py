@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.optim import Optimizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -38,6 +39,7 @@ from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.ppo.resume import critic_rate
+from rlhf_recipes.ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.rewards import AdapterReward, ClassifierReward, RemoteReward, checked
 from rlhf_recipes.rewards.combined import CombinedReward
 from rlhf_recipes.shaping import (
@@ -238,6 +240,12 @@ def separate_critic(optimizer: Any, policy: nn.Module, args: PPOConfig) -> None:
             members = [p for p in group["params"] if is_critic_parameter(names[p]) == critic]
             groups.append({**group, "params": members, "lr": rate if critic else group["lr"]})
     optimizer.param_groups[:] = [group for group in groups if group["params"]]
+
+
+def configured_optimizer(optimizer: Optimizer, policy: nn.Module, args: PPOConfig) -> Optimizer:
+    """Make of TRL's optimizer the one that the configuration asks for, with groups of its own for the critic."""
+    separate_critic(optimizer, policy, args)
+    return TensorFlowAdamW(optimizer.param_groups) if args.tensorflow_adam else optimizer
 
 
 def restore_checkpointing(policy: Any, args: PPOConfig) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.checks import check_not_bandit, check_on_tokens
+from rlhf_recipes.ppo.checks import check_on_tokens, check_per_token
 from rlhf_recipes.ppo.functional import estimate_advantages, length_adaptive_lambda
 from rlhf_recipes.ppo.setup import configured_transforms
 from rlhf_recipes.shaping import (
@@ -57,11 +57,11 @@ class Scored:
             args: The configuration.
 
         Raises:
-            ValueError: If rewards were given per token, and the advantages are about whole completions.
+            ValueError: If rewards were given per token, and completions are taken as a whole or cut.
         """
         token_rewards = None
         for name, rows in record.token_rewards.items():
-            check_not_bandit(args, name)
+            check_per_token(args, name)
             weighted = weights[name] * pad_rows(rows, mask)
             token_rewards = weighted if token_rewards is None else token_rewards + weighted
         attention, potentials = (

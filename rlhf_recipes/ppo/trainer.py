@@ -47,8 +47,8 @@ from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_step
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
-from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.rewards.record import COLUMN, RewardRecord
+from rlhf_recipes.rewards.truncation import Truncation
 from rlhf_recipes.shaping import Completions, ScoreTransform, kl_estimate, steered_kl
 from rlhf_recipes.tracking.console import QuietModelCard
 
@@ -153,6 +153,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
             policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
+        self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
         checks.check_not_sharded(self)
         if self.trains_whole_model:
@@ -219,7 +220,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         existing = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not existing:
-            setup.separate_critic(optimizer, self.model, self.args)
+            self.optimizer = optimizer = setup.configured_optimizer(optimizer, self.model, self.args)
         elif not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
             checks.check_optimizer(self.model, optimizer, self.args)
             self.optimizer_given = True
@@ -276,11 +277,13 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
 
-    # 4. Rewards: TRL calls the functions, which get the prompts' token ids besides, and fill in the record.
+    # 4. Rewards: TRL calls the functions, which get what is judged and the prompts' token ids, and fill in the record.
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
+        sampled_ids = completion_ids_list
+        completions, completion_ids_list, ended = self.truncation(completions, sampled_ids)
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list, ended)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
@@ -289,13 +292,9 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         start = self.accelerator.process_index * len(prompts)
         record.rewards = rewards_per_func[start : start + len(prompts)]  # TRL returns those of all processes
         record.scores = (record.rewards * self.reward_weights.to(record.rewards.device)).nansum(dim=1)
-        record.completion_ids = completion_ids_list
+        record.completion_ids, record.finished = sampled_ids, ended
         if self.potential is not None:
-            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", COLUMN)}
-            record.potentials = self.potential(
-                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
-            )
-            checks.check_potentials(record.potentials, completion_ids_list)
+            record.potentials = checks.potentials_of(self.potential, inputs, prompts, completions, completion_ids_list)
         return rewards_per_func
 
     # 5. The rollout: what the networks say of it, rewards of its tokens, and what PPO learns from them.
@@ -316,7 +315,6 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         if args.whiten_rewards:
             token_rewards = self._whiten(token_rewards, mask, center=False)
         advantages, returns, value_mask = configured_advantages(args, token_rewards, critic.values, mask)
-        ends: Any = [*self.eos_token_ids, self.processing_class.pad_token_id]  # as TRL counts what is cut off
         facts = RolloutFacts(
             kl=kl,
             values=critic.values,
@@ -329,7 +327,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
             moments=sampled_moments(self, texts)[None],
             rewards=record.rewards,
             lengths=mask.new_tensor([len(ids) for ids in record.completion_ids]),
-            ended=mask.new_tensor(which_ended(len(mask), record.completion_ids, ends, None)),
+            ended=mask.new_tensor(self.truncation.finished(record.completion_ids, as_trl_counts=True)),
         )
         self._log_rollout(facts, advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
         if args.whiten_advantages and self.model.training:  # over a rollout, and an evaluation has none
@@ -372,7 +370,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         """Rewards per token `(B, T)` without the KL, the transformed scores `(B,)`, and what each transform added."""
         completions = Completions(
             record.completion_ids,
-            finished=torch.tensor(which_ended(len(mask), record.completion_ids, self.eos_token_ids, None)),
+            finished=torch.tensor(record.finished),
             max_length=self.args.max_completion_length or 0,
             sum_over_processes=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
             training=self.model.training,
@@ -478,6 +476,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     def _log_rollout(self, facts: RolloutFacts, advantages: Tensor) -> None:
         facts = facts.gather(self.accelerator)
         if self.model.training:
+            self._metrics["train"]["completions/clipped_ratio"][-1:] = [(1 - facts.ended).float().mean().item()]
             means = facts.metrics(self.kl_controller.value)
             for name, mean in means.items():
                 self._metrics["train"][name].append(mean)

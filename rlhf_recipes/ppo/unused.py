@@ -83,7 +83,7 @@ _FIELDS_OF_GENERATION = {
     "max_length": "use `max_completion_length`",
     "max_new_tokens": "use `max_completion_length`",
     "num_return_sequences": "use `num_generations`",
-    "stop_strings": "completions end at end tokens; `TruncatedReward` judges a completion up to another token",
+    "stop_strings": "completions end at end tokens; with `truncate_tokens` they are judged up to another token",
     "temperature": "use the field `temperature`, which the log-probabilities follow",
 }
 

@@ -87,6 +87,11 @@ class PreferenceConfig(ChosenDefaults, RewardConfig):
         default="mse", metadata={"help": "Loss of `objective: token`: squared error, or cross-entropy of a sigmoid."}
     )
 
+    normalize_head: bool = field(
+        default=False,
+        metadata={"help": "Scale the new head so that the scores before training have a standard deviation of 1."},
+    )
+
     def __post_init__(self) -> None:
         """Check the fields that TRL does not have."""
         validate_fields(self)
@@ -99,12 +104,17 @@ class PreferenceConfig(ChosenDefaults, RewardConfig):
             raise ValueError(
                 f"`center_rewards_coefficient` must not be negative, got {self.center_rewards_coefficient}."
             )
+        if self.normalize_head and self.readout != "last":
+            raise ValueError(
+                f"`normalize_head` measures scores at the last token, but `readout` is {self.readout!r}. Remove one."
+            )
         changed = {
             "label_noise": (self.label_noise > 0, ("pairwise", "ranking")),
             "ties": (self.ties == "drop", ("pairwise", "ranking")),
             "margin_use": (self.margin_use != "margin", ("pairwise",)),
             "token_loss": (self.token_loss != "mse", ("token",)),
             "center_rewards_coefficient": (bool(self.center_rewards_coefficient), _COMPARISONS),
+            "normalize_head": (self.normalize_head, _COMPARISONS),
         }
         for name, (is_set, objectives) in changed.items():
             if is_set and self.objective not in objectives:

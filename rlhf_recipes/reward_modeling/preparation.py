@@ -19,7 +19,9 @@ from rlhf_recipes.data.chat_templates import (
 from rlhf_recipes.data.dialogues import split_dialogue
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 from rlhf_recipes.models.loading import padding_tokens
+from rlhf_recipes.models.readout import fit_normalization
 from rlhf_recipes.reward_modeling.collator import sequences_of
+from rlhf_recipes.reward_modeling.evaluation import score_sequences
 from rlhf_recipes.rewards.encoding import is_encoder
 
 if TYPE_CHECKING:
@@ -64,6 +66,43 @@ def check_score_head(trainer: RewardTrainer) -> None:
             f"The base model computes in {model.dtype} (`dtype`), which the float32 score head can read only "
             "in mixed precision. Set `bf16: true`, or `dtype: float32`."
         )
+
+
+@torch.no_grad()
+def normalize_score_head(trainer: RewardTrainer, samples: int = 256) -> float:
+    """Scale a new score head so that scores of training completions have a standard deviation of 1.
+
+    A random head gives scores of any size, and the softmax over them choices of any certainty. A shift is not needed:
+    a comparison does not see it.
+
+    Source: https://huggingface.co/papers/1909.08593, section 2.2, whose code normalises reward models before the
+    training too (`normalize_before` in lm_human_preferences/train_reward.py of openai/lm-human-preferences), there on
+    samples of the policy, with a gain beside the head.
+
+    Args:
+        trainer: A trainer that has not started.
+        samples: Completions of the first training rows that are scored, at most.
+
+    Returns:
+        The factor of the head's weights.
+
+    Raises:
+        ValueError: If the head is not one linear layer, or the scores do not vary.
+    """
+    model: Any = trainer.model
+    heads = [weight for name, weight in model.named_parameters() if weight.requires_grad and ".score." in f".{name}"]
+    if len(heads) != 1:
+        raise ValueError(
+            f"`normalize_head` scales a head of one linear layer, but {len(heads)} trained weights are named `score`. "
+            "Use a decoder, or remove the setting."
+        )
+    rows: Any = trainer.train_dataset
+    sequences = [ids for row in islice(rows, samples) for ids in sequences_of(row)][:samples]
+    with trainer.accelerator.autocast():
+        scores = score_sequences(model, sequences, trainer.args.per_device_eval_batch_size)
+    gain, _ = fit_normalization(scores)
+    heads[0].mul_(gain)
+    return gain
 
 
 def _first_rows(trainer: RewardTrainer) -> list[dict[str, Any]]:

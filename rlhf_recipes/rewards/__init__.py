@@ -9,7 +9,7 @@ from rlhf_recipes.rewards.math_answers import math_reward
 from rlhf_recipes.rewards.reasoning import format_reward, gym_accuracy, gym_rows, tagged_answer
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
 from rlhf_recipes.rewards.tokens import TokenClassifierReward, token_spans
-from rlhf_recipes.rewards.truncation import TruncatedReward, truncate
+from rlhf_recipes.rewards.truncation import Truncation, truncate
 from rlhf_recipes.rewards.verifier import check_verifier, refuse_if_bought
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "JudgeReward",
     "RemoteReward",
     "TokenClassifierReward",
-    "TruncatedReward",
+    "Truncation",
     "check_verifier",
     "checked",
     "format_reward",

@@ -7,11 +7,11 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import binomtest
 
 _MOST_DRAWS = 10_000_000
+_MOST_STEPS = 200  # of Newton's method, each at most 1 long
 
 
 def win_outcomes(policy_scores: ArrayLike, reference_scores: ArrayLike) -> NDArray[np.float64]:
@@ -234,17 +234,94 @@ def length_controlled_win_rate(outcomes: ArrayLike, length_differences: ArrayLik
         >>> round(length_controlled_win_rate(outcomes, differences), 6)
         0.5
     """
-    wins, differences = _check_pair("outcomes", outcomes, "length_differences", length_differences)
+    wins, feature = _length_feature(outcomes, length_differences)
+    return float(_at_equal_length(wins, feature, np.ones((1, len(wins))))[0])
+
+
+def length_controlled_interval(
+    outcomes: ArrayLike,
+    length_differences: ArrayLike,
+    clusters: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Confidence interval of the length-controlled win rate, whose rows come in clusters.
+
+    Whole clusters are drawn with replacement, the regression is fitted to each sample, and the interval is cut from
+    the percentiles of its results. It is wider than that of the win rate: where one side is longer almost everywhere,
+    little is known of pairs of equal length.
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), section 7.2.
+
+    Args:
+        outcomes: As of `length_controlled_win_rate`, shape `(N,)`.
+        length_differences: As there, shape `(N,)`.
+        clusters: The cluster of each row, such as its prompt, shape `(N,)`: numbers or strings.
+        level: Probability that the interval is to cover the true value, in (0, 1).
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
+
+    Returns:
+        `(low, high)`, within [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ, a number is nan, an outcome is not in [0, 1], there are fewer than two
+            clusters, or `level` is not in (0, 1).
+
+    Example:
+        >>> wins, longer = [1, 1, 0, 1, 0, 0, 1, 0] * 20, [9, 5, 9, -5, -9, -9, 5, -5] * 20
+        >>> low, high = length_controlled_interval(wins, longer, clusters=range(160))
+        >>> low < length_controlled_win_rate(wins, longer) < high
+        True
+    """
+    wins, feature = _length_feature(outcomes, length_differences)
+    labels = np.asarray(clusters)
+    if labels.shape != wins.shape:
+        raise ValueError(f"`clusters` has shape {labels.shape}, but there are {len(wins)} outcomes. Give one per row.")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+    _, index = np.unique(labels, return_inverse=True)
+    count = int(index.max()) + 1
+    if count < 2:
+        raise ValueError("All rows are in one cluster, which says nothing about others. Give at least two clusters.")
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _MOST_DRAWS // len(wins))
+    rates = []
+    for start in range(0, resamples, at_once):
+        draws = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, resamples - start))
+        rates.append(_at_equal_length(wins, feature, draws[:, index].astype(np.float64)))
+    low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _length_feature(outcomes: ArrayLike, differences: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Checked outcomes, and `tanh` of the differences in length in their standard deviations."""
+    wins, lengths = _check_pair("outcomes", outcomes, "length_differences", differences)
     if (wins < 0).any() or (wins > 1).any():
         raise ValueError(f"`outcomes` must lie in [0, 1], got {wins.min():g} to {wins.max():g}.")
-    features = np.stack([np.ones_like(wins), np.tanh(differences / (differences.std() or 1.0))])
+    return wins, np.tanh(lengths / (lengths.std() or 1.0))
 
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        logits = weights @ features
-        value = (np.logaddexp(0.0, logits) - wins * logits).sum() + weights @ weights / 200
-        return value, features @ (expit(logits) - wins) + weights / 100
 
-    return float(expit(minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", tol=1e-12).x[0]))
+def _at_equal_length(
+    wins: NDArray[np.float64], feature: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Fit the regression to `R` weightings of the rows, `(R, N)`, by Newton's method: win rates at length 0."""
+    theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(_MOST_STEPS):
+        chance = expit(theta[:, None] + phi[:, None] * feature)
+        wrong, curve = weights * (chance - wins), weights * chance * (1 - chance)
+        slopes = wrong.sum(axis=1) + theta / 100, wrong @ feature + phi / 100
+        both, square = curve @ feature, curve @ feature**2 + 0.01
+        alone = curve.sum(axis=1) + 0.01
+        determinant = alone * square - both**2
+        steps = np.stack([square * slopes[0] - both * slopes[1], alone * slopes[1] - both * slopes[0]]) / determinant
+        steps /= np.maximum(1.0, np.abs(steps).max(axis=0))  # where one side wins always, a step would go too far
+        theta, phi = theta - steps[0], phi - steps[1]
+        if np.abs(steps).max() < 1e-10:
+            break
+    rates: NDArray[np.float64] = expit(theta)
+    return rates
 
 
 def length_controlled_reward(

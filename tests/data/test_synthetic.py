@@ -191,3 +191,27 @@ def test_the_annotator_refuses_impossible_noise():
     for settings in ({"temperature": -1.0}, {"lapse": 1.5}, {"tie_margin": -0.1}):
         with pytest.raises(ValueError, match="must not be negative"):
             Annotator(GOLD, **settings)
+
+
+def test_the_best_of_several_is_chosen_by_luces_rule_and_lapses():
+    moods = ["was plain", "was lovely", "was really gorgeous", "was awful"]
+    reviews = [f"the sauce {mood} ." for mood in moods]
+    scores = [sum(GOLD.parts(PROMPT, review).values()) for review in reviews]
+    weights = [math.exp(score / 0.9) for score in scores]
+    annotator = Annotator(GOLD, temperature=0.9, lapse=0.2)
+    found = [annotator.choose_best(PROMPT, [Completion(review) for review in reviews]) for _ in range(4000)]
+    for index, weight in enumerate(weights):
+        expected = 0.2 / 4 + 0.8 * weight / sum(weights)
+        assert found.count(index) / 4000 == pytest.approx(expected, abs=0.025)
+    sure = Annotator(GOLD, temperature=0.0, lapse=0.0)
+    twice = [Completion(reviews[index]) for index in (0, 2, 2)]
+    assert {sure.choose_best(PROMPT, twice) for _ in range(50)} == {1, 2}
+    with pytest.raises(ValueError, match="at least two completions, got 1"):
+        sure.choose_best(PROMPT, [Completion("the sauce was plain .")])
+
+
+def test_a_prompt_without_a_thing_has_the_topic_of_most_of_its_aspects():
+    prompt = "the sauce was plain . the spice was plain . the bed was awful ."
+    assert GOLD.parts(prompt, "the crust was plain .")["off_topic"] == 0.0
+    assert GOLD.parts(prompt, "the bed was plain .")["off_topic"] < 0.0
+    assert GOLD.parts("we tried the tent . the sauce was plain .", "the bed was plain .")["off_topic"] == 0.0

@@ -115,6 +115,9 @@ def test_the_file_holds_the_evaluation_and_the_table_its_numbers(trainer, prompt
     low, high = evaluation["win_rate_ci"]
     win = f"win rate of the policy by gold score: {evaluation['win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
     assert win in table.splitlines()
+    low, high = evaluation["length_controlled_win_rate_ci"]
+    fair = f"{evaluation['length_controlled_win_rate']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]"
+    assert f"if both sides wrote texts of equal length: {fair}" in table.splitlines()
     cells = {row[0]: row[1:] for row in (re.split(" {2,}", line) for line in table.splitlines())}
     means = {side: evaluation[side] for side in ("policy", "reference")}
     assert cells["held-out prompts"] == list(means)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from recipes.textbook_ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.models import load_causal_lm, load_policy
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.models.top_layers import decoder_layers
 from rlhf_recipes.ppo.rollout import texts_of
+from rlhf_recipes.ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.shaping import transforms_state
 from tests.ppo.support import logged, rollout, slow_but, trained, without_chance
 

@@ -73,6 +73,19 @@ CONTRADICTIONS = [
         ["whiten_unbiased", "whiten_advantages", "whiten_rewards"],
         "Remove it",
     ),
+    ({"truncate_tokens": []}, ["truncate_tokens"], "Name a token"),
+    ({"truncate_after": 2}, ["truncate_after", "truncate_tokens"], "remove `truncate_after`"),
+    (
+        {"truncate_tokens": ["."], "truncate_after": 8},
+        ["truncate_after", "max_completion_length"],
+        "the last position of a completion is `max_completion_length` - 1 = 7",
+    ),
+    (
+        {"truncate_tokens": ["."], "reward_placement": "attention"},
+        ["truncate_tokens", "reward_placement: attention"],
+        "Choose another placement",
+    ),
+    ({"tensorflow_adam": True, "optim": "adafactor"}, ["tensorflow_adam", "optim"], "Remove one of the two"),
     ({"ptx_batch_size": 2}, ["ptx_batch_size", "ptx_coef"], "remove `ptx_batch_size`"),
 ]
 
@@ -109,6 +122,8 @@ def test_no_contradiction_is_forgotten_here(make_config):
         {"missing_eos_mode": "replace", "missing_eos_penalty": 1.0},
         {"critic_warmup_explained_variance": 0.3, "critic_warmup_steps": 1},
         {"ptx_batch_size": 2, "ptx_coef": 0.1},
+        {"truncate_tokens": ["."], "truncate_after": 7},
+        {"tensorflow_adam": True},
     ):
         make_config(**fields)
 

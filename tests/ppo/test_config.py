@@ -157,7 +157,7 @@ def test_reentrant_checkpointing_is_refused(make_config):
         ("a_setting_of_a_later_version", 1, "sampled from the policy itself"),
         ("num_return_sequences", 2, "`num_generations`"),
         ("max_new_tokens", 5, "`max_completion_length`"),
-        ("stop_strings", ["."], "`TruncatedReward`"),
+        ("stop_strings", ["."], "`truncate_tokens`"),
         ("eos_token_id", 7, "generation_config.json"),
         ("cache_implementation", "static", "the field `cache_implementation`"),
     ],

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_recipes.evaluation.policy import evaluate_policy
-from rlhf_recipes.rewards import ClassifierReward, RemoteReward, TruncatedReward
+from rlhf_recipes.rewards import ClassifierReward, RemoteReward
 from rlhf_recipes.rewards.encoding import which_ended
 from tests.ppo.support import rollout_and_record, without_chance
 
@@ -107,9 +107,3 @@ def test_a_remote_reward_hears_from_the_trainer_which_ended():
     asyncio.run(Recorded("http://127.0.0.1:9/score")(**rows))
     assert seen == [True, True, False, False, True, False, False, False, True, True, True, True]
     assert which_ended(2, None, {EOS}, None) == [True, True]
-
-
-def test_a_truncated_completion_is_a_whole_text(tiny_tokenizer):
-    reward = TruncatedReward(finished, tiny_tokenizer, stop_token_ids=[9])
-    found = reward(completions=["x"] * 2, completion_ids=[ROWS[2], ROWS[0]], finished=[False, True])
-    assert found == [1.0, -1.0]

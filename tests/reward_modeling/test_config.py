@@ -12,7 +12,7 @@ def make(**fields):
 
 def test_the_defaults_are_those_of_trl():
     assert make().is_plain
-    own = {"objective", "readout", "ties", "label_noise", "margin_use", "token_loss"}
+    own = {"objective", "readout", "ties", "label_noise", "margin_use", "token_loss", "normalize_head"}
     ours, theirs = make().to_dict(), RewardConfig(use_cpu=True, bf16=False).to_dict()
     changed = {name for name in theirs if ours[name] != theirs[name]} - {"output_dir", "logging_dir", "run_name"}
     assert (ours.keys() - theirs.keys(), changed) == (own, set())
@@ -55,6 +55,8 @@ def test_what_fits_together_passes(fields):
         ({"token_loss": "bce"}, "`token_loss` is for `objective: token`, but `objective` is 'pairwise'"),
         ({"objective": "regression", "center_rewards_coefficient": 0.1}, "`center_rewards_coefficient` is for"),
         ({"objective": "token", "center_rewards_coefficient": 0.1}, "`center_rewards_coefficient` is for"),
+        ({"objective": "regression", "normalize_head": True}, "`normalize_head` is for"),
+        ({"readout": "mean", "normalize_head": True}, "`normalize_head` measures scores at the last token, but"),
     ],
 )
 def test_contradictions_are_refused(fields, message):

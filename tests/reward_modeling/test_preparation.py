@@ -6,8 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
 
-from rlhf_recipes.reward_modeling import check_score_head
+from rlhf_recipes.data.preferences import to_preference_table
+from rlhf_recipes.models import load_sequence_classifier
+from rlhf_recipes.reward_modeling import (
+    PreferenceConfig,
+    PreferenceTrainer,
+    check_score_head,
+    normalize_score_head,
+    score_sequences,
+)
 from rlhf_recipes.reward_modeling.preparation import cut_after_eos
 
 
@@ -63,3 +73,36 @@ def test_half_precision_without_autocast_is_refused(tiny_tokenizer, dtype):
 )
 def test_texts_end_at_their_last_end_token(ids, expected):
     assert cut_after_eos(ids, eos_token_id=1) == expected
+
+
+def test_scores_vary_by_one_before_the_training(tiny_model_path, tiny_texts, tmp_path):
+    """A choice among four: after the scaling, transformers' own scores of the first completions vary by one."""
+    rows = [
+        {"prompt": text, "completions": [" good", " dull", " slow", " funny"], "best": index % 4}
+        for index, text in enumerate(tiny_texts)
+    ]
+    trainer = PreferenceTrainer(
+        model=load_sequence_classifier(tiny_model_path),
+        args=PreferenceConfig(str(tmp_path), objective="best_of_k", report_to="none", use_cpu=True, bf16=False),
+        train_dataset=to_preference_table(Dataset.from_list(rows)),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"),
+    )
+    sequences = [ids for row in trainer.train_dataset for ids in row["completion_ids"]][:24]
+    before = score_sequences(trainer.model, sequences)
+    gain = normalize_score_head(trainer, samples=24)
+    after = score_sequences(trainer.model, sequences)
+    assert after.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(after, gain * before, rtol=1e-4, atol=1e-5)
+    assert abs(gain - 1.0) > 0.05
+    for name, weight in trainer.model.named_parameters():
+        if "score" in name:
+            torch.nn.init.zeros_(weight.data)
+    with pytest.raises(ValueError, match="All 24 reference samples score 0"):
+        normalize_score_head(trainer, samples=24)
+
+
+def test_a_head_of_several_layers_is_not_scaled():
+    model = torch.nn.ModuleDict({"classifier": torch.nn.Linear(2, 1)})
+    with pytest.raises(ValueError, match="one linear layer, but 0 trained weights are named `score`"):
+        normalize_score_head(SimpleNamespace(model=model))

@@ -11,6 +11,7 @@ from scipy import stats
 
 from rlhf_recipes.statistics.metrics import (
     bootstrap_interval,
+    length_controlled_interval,
     length_controlled_reward,
     length_controlled_win_rate,
     proportion_interval,
@@ -240,6 +241,56 @@ class TestLengthControlledWinRate:
             length_controlled_win_rate([1.0, 0.0], [3.0])
         with pytest.raises(ValueError, match=r"`outcomes` must lie in \[0, 1\]"):
             length_controlled_win_rate([2.0], [3.0])
+
+
+class TestLengthControlledInterval:
+    def sample(self, seed, rows=240):
+        """Outcomes of which the logarithm of the odds is 0.4 at equal length, and grows with the length."""
+        generator = np.random.default_rng(seed)
+        differences = generator.normal(6.0, 10.0, rows)
+        chance = 1 / (1 + np.exp(-0.4 - 0.8 * np.tanh(differences / 10.0)))
+        return (generator.random(rows) < chance).astype(float), differences
+
+    def test_its_width_is_the_spread_of_repeated_experiments(self):
+        rates = [length_controlled_win_rate(*self.sample(seed)) for seed in range(300)]
+        widths = [np.subtract(*length_controlled_interval(*self.sample(seed), range(240))[::-1]) for seed in range(5)]
+        assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(rates), rel=0.12)
+        assert np.mean(rates) == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.01)
+
+    def test_equals_a_bootstrap_of_rows_with_scikit_learn(self):
+        from sklearn.linear_model import LogisticRegression
+
+        wins, differences = self.sample(0, rows=90)
+        clusters = np.arange(90) // 3
+        feature = np.tanh(differences / differences.std())
+        generator, rates = np.random.default_rng(3), []
+        for _ in range(400):
+            drawn = np.concatenate([np.flatnonzero(clusters == c) for c in generator.integers(0, 30, 30)])
+            features = np.stack([np.ones(len(drawn)), feature[drawn]], axis=1)
+            fit = LogisticRegression(C=100.0, fit_intercept=False).fit(features, wins[drawn])
+            rates.append(1 / (1 + np.exp(-fit.coef_[0, 0])))
+        low, high = length_controlled_interval(wins, differences, clusters)
+        assert (low, high) == pytest.approx(np.quantile(rates, [0.025, 0.975]), abs=0.025)
+
+    def test_copies_of_a_row_in_its_cluster_add_nothing(self):
+        wins, differences = self.sample(1, rows=60)
+        once = length_controlled_interval(wins, differences, range(60))
+        four = length_controlled_interval(np.repeat(wins, 4), np.repeat(differences, 4), np.repeat(range(60), 4))
+        assert four == pytest.approx(once, abs=2e-3)  # the penalty of the fit weighs a quarter
+
+    def test_one_side_wins_always(self):
+        low, high = length_controlled_interval([1.0] * 30, range(30), range(30))
+        assert 0.5 < low <= high <= 1.0
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"`clusters` has shape \(1,\), but there are 2 outcomes"):
+            length_controlled_interval([1.0, 0.0], [1.0, 2.0], [0])
+        with pytest.raises(ValueError, match="All rows are in one cluster"):
+            length_controlled_interval([1.0, 0.0], [1.0, 2.0], [0, 0])
+        with pytest.raises(ValueError, match="`level` must lie between 0 and 1, got 95"):
+            length_controlled_interval([1.0, 0.0], [1.0, 2.0], [0, 1], level=95)
+        with pytest.raises(ValueError, match="`outcomes` must lie in"):
+            length_controlled_interval([2.0, 0.0], [1.0, 2.0], [0, 1])
 
 
 class TestLengthControlledReward:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from rlhf_recipes.tools.pages.colours import CRITIC, GOLD, KL, POLICY, POLICY_LOOK, REFERENCE, REWARD
-from rlhf_recipes.tools.report import write_report
+from rlhf_recipes.tools.report import outcome, write_report
 from rlhf_recipes.tools.report.drawing import plot_win_rates, run_looks
 from rlhf_recipes.tools.report.frontiers import frontiers
 from rlhf_recipes.tools.report.outcome import comparison as table_of
@@ -266,3 +266,30 @@ def test_the_law_is_explained_and_marked_where_it_is_a_guess(fit, caution, tmp_p
     assert [term for term, _ in terms] == ["start", "alpha", "beta", "peak at d", "furthest d", "residual"]
     assert "score(d) = start + d (alpha - beta ln d)" in html
     assert "Do not trust a fit that the last column marks." in html
+
+
+def test_policies_of_several_runs_are_points_beside_their_reference(tmp_path, monkeypatch):
+    drawn = {}
+
+    def plot(axes, curves, looks):
+        drawn[len(drawn)] = [(name, curve["points"][0]) for name, curve in curves]
+
+    monkeypatch.setattr("rlhf_recipes.tools.report.frontiers.plot_frontier", plot)
+    stages = []
+    expected = [(1.0, (1.0, 1.5)), (2.0, (2.0, 3.0)), (4.0, (0.5, 4.0))]
+    for number, (distance, (gold, reward)) in enumerate(expected):
+        record = comparison(gold=(gold, -0.5), reward=(reward, 0.5))
+        record["policy"]["kl"] = distance**2
+        stages.append(stage_of(tmp_path / str(number), evaluation=record))
+    html = frontiers(stages, tmp_path, {})
+    assert "The policies at their ends" in html
+    points = [(name, point["distance"], point["gold"], point["reward"]) for name, point in drawn[len(drawn) - 1]]
+    assert points == [("reference", 0.0, -0.5, 0.5), *(("ppo", d, *scores) for d, scores in expected)]
+    assert "The policies at their ends" not in frontiers(stages[:1], tmp_path, {})
+
+
+def test_the_win_rate_at_equal_length_stands_beside_the_other(tmp_path):
+    record = comparison() | {"length_controlled_win_rate": 0.61, "length_controlled_win_rate_ci": [0.52, 0.7]}
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", outcome.comparison([stage_of(tmp_path, evaluation=record)], {}))
+    assert cells[1:3] == ["win rate [95 % interval]", "at equal length"]
+    assert any("0.610" in cell and "0.520" in cell for cell in cells)

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_recipes.data.dialogues import BadRow, Row
+from rlhf_recipes.data.preferences.checks import is_whole
 from rlhf_recipes.data.preferences.pairs import (
     LABEL_WORDS,
     SIDES,
@@ -172,3 +173,30 @@ def _margin_of(value: Any, margins: Mapping[Any, float]) -> float:
     if not (math.isfinite(margin) and margin >= 0):
         raise ValueError(f"The margin of {grade!r} must be at least 0, got {margin}.")
     return margin
+
+
+def confidence_margin(confidence: int, low: int = 1, high: int = 9) -> float:
+    """Make a margin of a labeller's confidence: its distance from the middle of the scale, from 0 to 1.
+
+    With `margin_use: scale` it is the weight of a pair, with `margin_use: ignore` nothing, as in the paper.
+
+    Source: the scale is that of the comparisons of https://huggingface.co/papers/2009.01325.
+
+    Args:
+        confidence: A whole number on the scale; its middle says that the labeller was undecided.
+        low: Lowest confidence.
+        high: Highest one.
+
+    Returns:
+        The margin, in [0, 1].
+
+    Raises:
+        ValueError: If the confidence is not a whole number on the scale.
+
+    Example:
+        >>> [confidence_margin(confidence) for confidence in (1, 5, 6, 9)]
+        [1.0, 0.0, 0.25, 1.0]
+    """
+    if not is_whole(confidence) or not low <= confidence <= high:
+        raise ValueError(f"`confidence` must be a whole number from {low} to {high}, got {confidence!r}.")
+    return abs(2 * confidence - low - high) / (high - low)

@@ -20,13 +20,14 @@ class Completion(NamedTuple):
 
 
 class Annotator:
-    """Chooses between two completions, or ranks several, like a noisy human.
+    """Chooses between two completions, picks the best of several or ranks them, like a noisy human.
 
     With probability `lapse` the choice is a coin flip. Otherwise scores closer than `tie_margin` are a tie, and
     else `first` wins with the Bradley-Terry probability `sigmoid((gold_first - gold_second) / temperature)`.
 
-    Source: R. A. Bradley and M. E. Terry, "Rank Analysis of Incomplete Block Designs", 1952, with the constant error
-    rate of https://huggingface.co/papers/1706.03741, section 2.2.3.
+    Source: R. A. Bradley and M. E. Terry, "Rank Analysis of Incomplete Block Designs", 1952, and for several
+    R. D. Luce, "Individual Choice Behavior", 1959, with the constant error rate of
+    https://huggingface.co/papers/1706.03741, section 2.2.3.
 
     Args:
         gold: The score that it perceives.
@@ -73,6 +74,36 @@ class Annotator:
         if abs(difference) < self.tie_margin:
             return "tie"
         return "first" if self._rng.random() < self._probability(difference) else "second"
+
+    def choose_best(self, prompt: str, completions: Sequence[Completion]) -> int:
+        """Choose the best of several completions: each with a probability in proportion to `exp(gold / temperature)`.
+
+        Args:
+            prompt: What they go on from.
+            completions: `K` completions; no two of them tie.
+
+        Returns:
+            Index of the chosen one, from 0.
+
+        Raises:
+            ValueError: If there are fewer than two.
+
+        Example:
+            >>> annotator = Annotator(GoldScore.of_grammar(eos_token_id=1), temperature=0.0)
+            >>> reviews = [Completion(f"the sauce was {word} .") for word in ("awful", "great", "plain")]
+            >>> annotator.choose_best("we tried the soup at the inn :", reviews)
+            1
+        """
+        if len(completions) < 2:
+            raise ValueError(f"A choice needs at least two completions, got {len(completions)}.")
+        if self._rng.random() < self.lapse:
+            return self._rng.randrange(len(completions))
+        scores = [sum(self.gold.parts(prompt, *completion).values()) for completion in completions]
+        best = max(scores)
+        if self.temperature == 0.0:
+            return self._rng.choice([index for index, score in enumerate(scores) if score == best])
+        weights = [math.exp((score - best) / self.temperature) for score in scores]
+        return self._rng.choices(range(len(scores)), weights)[0]
 
     def rank(self, prompt: str, completions: Sequence[Completion]) -> list[int]:
         """Rank completions: 1 is the best, and those whose difference from a better one is not noticed share its rank.

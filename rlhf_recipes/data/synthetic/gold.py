@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -134,7 +135,7 @@ class GoldScore:
     def parts(self, prompt: str, completion: str, finished: bool = True) -> dict[str, float]:
         """Return the parts of the score: signed gold points by quality; their sum is the score."""
         words, weights = completion.split(), self.weights
-        topic = next((self._topic_of_thing[word] for word in prompt.split() if word in self._topic_of_thing), None)
+        topic = self._topic(prompt.split())
         distinct = set(words)
         mood = len(distinct & self._positive) - len(distinct & self._negative)
         on_topic = sum(self._topic_of_aspect.get(word) == topic for word in distinct) if topic else 0
@@ -148,6 +149,12 @@ class GoldScore:
             "unfinished": 0.0 if finished else weights.unfinished,
             "overlong": weights.overlong * max(0, len(words) - weights.free_words),
         }
+
+    def _topic(self, words: list[str]) -> str | None:
+        """The topic of the first thing that a prompt names; without one, that of most of its aspects."""
+        things = [self._topic_of_thing[word] for word in words if word in self._topic_of_thing]
+        aspects = Counter(self._topic_of_aspect[word] for word in words if word in self._topic_of_aspect)
+        return next(iter(things), None) or next((topic for topic, _ in aspects.most_common(1)), None)
 
     def _repetitions(self, words: list[str]) -> int:
         content = [word for word in words if self._class_of.get(word) in ("aspect", "adjective", "verb")]

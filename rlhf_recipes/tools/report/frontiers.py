@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.statistics.frontier import frontier
+from rlhf_recipes.tools.pages.colours import REFERENCE_LOOK
 from rlhf_recipes.tools.pages.drawing import draw
 from rlhf_recipes.tools.pages.html import Html, clean, figure, grid, note, table
 from rlhf_recipes.tools.report.drawing import Looks, named, plot_frontier
@@ -30,6 +31,10 @@ _NUMBERS = {
     "furthest d": "the largest distance of the points.",
     "residual": "how far the points lie from the curve, root mean square, in units of the score.",
 }
+_ENDS = (
+    "A point for each run, and the reference at 0: what a KL penalty, or another setting, buys. Where reward rises "
+    "and gold falls, the policy is over-optimised. The runs must have the same reward model, judge and prompts."
+)
 _DISTRUST = (
     "Do not trust a fit that the last column marks. Nor one with few points, or whose points lie close together in d: "
     "many pairs of alpha and beta then fit as well, so compare peaks rather than these two. The points are steps of "
@@ -67,9 +72,25 @@ def frontiers(stages: Sequence[Stage], folder: Path, looks: Looks) -> str:
             for name, curve in curves
             for score, fit in curve["fits"].items()
         ]
+    if len(ends := _ends(stages)) > 2:
+        alt = "Reward and gold score of the policies against the square root of their KL to the reference."
+        plot = partial(plot_frontier, curves=ends, looks={**looks, "reference": REFERENCE_LOOK})
+        svg = draw("frontier-ends", alt, plot, folder / "frontier-ends.png")
+        figures.append(figure("The policies at their ends", svg, _ENDS))
     if not figures:
         return note("There is no frontier: no KL was logged beside a score.")
     return grid(figures) + (_explained(rows) if rows else "")
+
+
+def _ends(stages: Sequence[Stage]) -> list[tuple[str, dict[str, Any]]]:
+    """The policies of several runs on held-out prompts, a point for each, and their reference at the distance 0."""
+    sides: list[tuple[str, Any]] = [(stage.name, stage.record("evaluation").get("policy")) for stage in stages]
+    references = [stage.record("evaluation").get("reference") for stage in stages]
+    sides = [("reference", {**side, "kl": 0.0}) for side in references[:1] if isinstance(side, dict)] + sides
+    points = [(name, {**side, "step": 0}) for name, side in sides if isinstance(side, dict)]
+    scores = {"reward": "reward_score", "gold": "gold_score"}
+    curves = [(name, frontier([point], "kl", scores)) for name, point in points]
+    return [(name, curve) for name, curve in curves if curve["points"]]
 
 
 def _row(fit: Mapping[str, Any], score: str, points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ _MEASURES = {
     "length": "length, tokens",
     "eos_rate": "ended, share",
 }
+_WIN_RATES = ("win_rate", "length_controlled_win_rate")
 _WORDS = {
     "policy": "the language model that PPO trains.",
     "reference": "the same model before PPO, usually after SFT. It stays as it is.",
@@ -29,6 +30,8 @@ _WORDS = {
     "win rate": "share of the held-out prompts where the policy's completion has the higher score; ties count half. "
     "0.5 is no better than the reference. The interval is a bootstrap over prompts: repeated, 95 % of such intervals "
     "hold the true rate.",
+    "at equal length": "what a logistic regression makes of the win rate if both completions of each prompt had the "
+    "same length (AlpacaEval 2's). Far below the win rate: the policy wins by length.",
     "KL": "how far the policy has moved from the reference, in nats per completion. More of it buys more reward, and "
     "takes the policy to texts that the reward model has never seen.",
 }
@@ -153,21 +156,30 @@ def comparison(policies: Sequence[Stage], looks: Looks) -> str:
     rows: list[tuple[object, ...]] = []
     for stage in policies:
         record = stage.record("evaluation")
-        rate, judge = shown(record.get("win_rate"), record.get("win_rate_ci")), record.get("win_rate_by", "-")
+        rate, fair = (shown(record.get(key), record.get(f"{key}_ci")) for key in _WIN_RATES)
+        judge = record.get("win_rate_by", "-")
         counts = (shown(record.get("rows")), shown(record.get("prompts")), judge)
         name = named(stage.name, looks.get(stage.name, POLICY_LOOK))
-        rows.append((name, rate, *_measures(stage, "policy"), *counts))
+        rows.append((name, rate, fair, *_measures(stage, "policy"), *counts))
         if ema := _side(record, "ema"):
             name = named(f"{stage.name}, average of its weights", None)
             rate = shown(ema.get("win_rate"), ema.get("win_rate_ci"))
-            rows.append((name, rate, *_measures(stage, "ema"), *counts))
+            rows.append((name, rate, "", *_measures(stage, "ema"), *counts))
     if known:
         shared = all(own == known[0] for own in known)
         names = (
             {"reference": known[0]} if shared else {f"reference of {name}": own for name, own in references.items()}
         )
-        rows += [(named(name, REFERENCE_LOOK), "0.5", *own, "", "", "") for name, own in names.items()]
-    header = ("", "win rate [95 % interval]", *_MEASURES.values(), "completions", "prompts", "judged by")
+        rows += [(named(name, REFERENCE_LOOK), "0.5", "0.5", *own, "", "", "") for name, own in names.items()]
+    header = (
+        "",
+        "win rate [95 % interval]",
+        "at equal length",
+        *_MEASURES.values(),
+        "completions",
+        "prompts",
+        "judged by",
+    )
     return table(header, rows)
 
 

@@ -7,6 +7,7 @@ from rlhf_recipes.data import to_preferences
 from rlhf_recipes.data.preferences import (
     LLAMA2_LARGE_MARGINS,
     LLAMA2_SMALL_MARGINS,
+    confidence_margin,
     from_graded_pairs,
     from_labelled_pairs,
     from_pairs,
@@ -160,6 +161,14 @@ def test_unknown_grades_are_refused():
         from_graded_pairs([PAIR | {"strength": "much better"}])
     with pytest.raises(ValueError, match="The margin of 'better' must be at least 0, got -1"):
         from_graded_pairs([PAIR | {"strength": "better"}], margins={**LLAMA2_SMALL_MARGINS, "better": -1})
+
+
+def test_confidence_is_a_distance_from_the_middle():
+    assert [confidence_margin(value) for value in range(1, 10)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [confidence_margin(value, 0, 3) for value in range(4)] == pytest.approx([1.0, 1 / 3, 1 / 3, 1.0])
+    for value in (0, 10, 5.5, "sure", True, None):
+        with pytest.raises(ValueError, match="`confidence` must be a whole number from 1 to 9, got"):
+            confidence_margin(value)
 
 
 def test_signed_strengths():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recipes.textbook_ppo.tensorflow_adam import TensorFlowAdamW
 from rlhf_recipes.data.synthetic import write_gold
+from rlhf_recipes.ppo.tensorflow_adam import TensorFlowAdamW
 
 
 def parameter(*numbers):
@@ -154,7 +154,7 @@ def test_the_textbook_recipe_trains_with_it(
         "report_to": "none",
     }
     argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/textbook_ppo/train.py", *argv]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/ppo.py", *argv]
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
     result = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
