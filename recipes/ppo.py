@@ -38,13 +38,13 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     if is_finished(training_args, checkpoint):
         return
 
-    # 1. Prompts, and the policy: the SFT adapter on the (4-bit) base, or a fresh adapter on the bare base.
+    # 1. Prompts, and the policy: a trained adapter on the (4-bit) base, or a fresh adapter on the bare base.
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
     rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words), tokenizer.chat_template)
     policy = load_causal_lm(model_args.model_name_or_path, **model_options(model_args), **source)
-    if ppo_args.sft_adapter is not None:
-        policy = load_policy(policy, ppo_args.sft_adapter, training_args.adapter_tolerance)
+    if (start := ppo_args.policy_adapter or ppo_args.sft_adapter) is not None:
+        policy = load_policy(policy, start, training_args.adapter_tolerance)
 
     # 2. Rewards: `reward_adapter` (gated or not), `reward_adapters`, `reward_url`, your own functions, in the order of
     #    `reward_weights`. The judge has weight 0: it is logged beside the reward, and PPO does not see it.
@@ -65,14 +65,15 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, "CAUSAL_LM") if ppo_args.sft_adapter is None else None,
+        peft_config=lora_config(model_args, "CAUSAL_LM") if start is None else None,
+        reference_adapter=ppo_args.sft_adapter if ppo_args.policy_adapter else None,
         critic_model=ppo_args.critic_model,
         placement=placement,
         ptx_dataset=None if ppo_args.ptx_dataset is None else load_rows(ppo_args.ptx_dataset, split="train"),
     )
     judge = None if ppo_args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], ppo_args, gold=judge)
-    parents = [ppo_args.sft_adapter, ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
+    parents = [start, ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
     python = [*reward_funcs, placement]
     run = start_stage("ppo", training_args, ppo_args, data_args, model_args, parents=parents, python=python)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -12,6 +12,7 @@ from rlhf_recipes.models import (
     lora_config,
     model_options,
     stage_table,
+    start_from,
     upcast_trainable,
 )
 from rlhf_recipes.reward_modeling import (
@@ -59,11 +60,13 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         peft_config=lora_config(model_args, "SEQ_CLS", model),
     )
     upcast_trainable(trainer.model)
+    if model_args.start_adapter is not None:
+        start_from(trainer.model, model_args.start_adapter)
     check_score_head(trainer)
     check_tokenized(trainer, given=rows)
 
     # 3. Train.
-    parents = [model_args.model_name_or_path, data_args.dataset_name]
+    parents = [model_args.start_adapter or model_args.model_name_or_path, data_args.dataset_name]
     run = start_stage("reward", training_args, data_args, model_args, parents=parents)
     if trainer.is_world_process_zero():
         print(stage_table(trainer.model, "reward"))

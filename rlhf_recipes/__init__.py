@@ -7,22 +7,37 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.quiet import quiet_known_messages
 
 if TYPE_CHECKING:
+    from rlhf_recipes.ppo.arguments import PolicyArguments as PolicyArguments
     from rlhf_recipes.ppo.arguments import PPOArguments as PPOArguments
     from rlhf_recipes.ppo.config import PPOConfig as PPOConfig
+    from rlhf_recipes.ppo.group import GRPOAdapterTrainer as GRPOAdapterTrainer
+    from rlhf_recipes.ppo.group import RLOOAdapterTrainer as RLOOAdapterTrainer
+    from rlhf_recipes.ppo.group_config import GRPOAdapterConfig as GRPOAdapterConfig
+    from rlhf_recipes.ppo.group_config import RLOOAdapterConfig as RLOOAdapterConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer as PPOTrainer
 
 __version__ = "0.2.0"
-__all__ = ["PPOArguments", "PPOConfig", "PPOTrainer", "__version__"]
+__all__ = [
+    "GRPOAdapterConfig",
+    "GRPOAdapterTrainer",
+    "PPOArguments",
+    "PPOConfig",
+    "PPOTrainer",
+    "PolicyArguments",
+    "RLOOAdapterConfig",
+    "RLOOAdapterTrainer",
+    "__version__",
+]
 
 quiet_known_messages()
 
 
 def __getattr__(name: str) -> Any:
     # TRL takes seconds to import, and the pure functions do without it: it is loaded with the trainer's first use.
-    if name == "PPOArguments":
-        from rlhf_recipes.ppo.arguments import PPOArguments
+    if name in ("PPOArguments", "PolicyArguments"):
+        from rlhf_recipes.ppo import arguments
 
-        return PPOArguments
+        return getattr(arguments, name)
     if name == "PPOConfig":
         from rlhf_recipes.ppo.config import PPOConfig
 
@@ -31,4 +46,12 @@ def __getattr__(name: str) -> Any:
         from rlhf_recipes.ppo.trainer import PPOTrainer
 
         return PPOTrainer
+    if name in ("GRPOAdapterConfig", "RLOOAdapterConfig"):
+        from rlhf_recipes.ppo import group_config
+
+        return getattr(group_config, name)
+    if name in ("GRPOAdapterTrainer", "RLOOAdapterTrainer"):
+        from rlhf_recipes.ppo import group
+
+        return getattr(group, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -215,7 +215,16 @@ def make_trainer(make_config, sft_adapter, reward_adapter, prompts):
     """Make a PPO trainer on the tiny model; keyword arguments change the configuration."""
     from rlhf_recipes import PPOTrainer
 
-    own = ("critic_model", "placement", "score_transforms", "potential", "ptx_dataset", "callbacks", "optimizers")
+    own = (
+        "reference_adapter",
+        "critic_model",
+        "placement",
+        "score_transforms",
+        "potential",
+        "ptx_dataset",
+        "callbacks",
+        "optimizers",
+    )
     own += ("eval_dataset", "processing_class", "reward_processing_classes")
 
     def make(reward_funcs=None, model=None, quantization_config=None, peft_config=None, dataset=None, **fields):

@@ -12,9 +12,9 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from rlhf_recipes import PPOConfig
+from rlhf_recipes import GRPOAdapterConfig, PPOConfig, RLOOAdapterConfig
 from rlhf_recipes.config import DataArguments, _split_options, parse_stage, validate_fields
-from rlhf_recipes.ppo.arguments import PPOArguments
+from rlhf_recipes.ppo.arguments import PolicyArguments, PPOArguments
 from rlhf_recipes.ppo.unused import UNUSED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.supervised import CompletionConfig
@@ -387,6 +387,8 @@ STAGES = {
     "sft": (DataArguments, CompletionConfig, ModelConfig),
     "reward": (DataArguments, PreferenceConfig, RewardModelConfig),
     "ppo": (PPOArguments, DataArguments, PPOConfig, ModelConfig),
+    "grpo": (PolicyArguments, DataArguments, GRPOAdapterConfig, ModelConfig),
+    "rloo": (PolicyArguments, DataArguments, RLOOAdapterConfig, ModelConfig),
 }
 
 
@@ -401,6 +403,8 @@ def test_null_unsets_every_field_of_a_stage_that_may_be_null_and_no_other(types)
     needed = {"bf16", "output_dir"}
     if PPOConfig in types:  # which refuses a change of fields that it does not use, and completions without an end
         needed |= {"max_completion_length", *UNUSED}
+    elif "num_generations" in names:  # the size of a group
+        needed |= {"num_generations"}
     line = [text for name in sorted(nullable - needed) for text in (f"--{name}", "null")]
     configs = parse_stage(types, [*on_cpu, *line])
     plain = parse_stage(types, on_cpu)

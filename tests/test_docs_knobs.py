@@ -25,6 +25,7 @@ from rlhf_recipes.data.synthetic import GoldWeights, write_gold
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.ppo import functional
 from rlhf_recipes.ppo.config import contradictions
+from rlhf_recipes.ppo.group_config import AdapterSettings
 from rlhf_recipes.ppo.setup import configured_transforms
 from rlhf_recipes.ppo.unused import NOT_HONOURED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig, pairwise_evaluation
@@ -101,6 +102,10 @@ def test_every_field_of_ppo_has_its_default():
 
 def test_every_argument_of_the_script_has_its_default():
     assert documented_defaults(PPO, "## Fields of the script") == defaults(script_arguments())
+
+
+def test_every_field_of_the_trainers_without_a_critic_has_its_default():
+    assert documented_defaults(ROOT / "docs" / "grpo_rloo.md", "## Usage") == defaults(AdapterSettings)
 
 
 def test_every_argument_for_rows_has_its_default():

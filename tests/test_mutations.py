@@ -42,7 +42,7 @@ RANKING = "rlhf_recipes/tools/ranking/ranking.py"
 SCORE_INTERVALS = "rlhf_recipes/tools/ranking/score_intervals.py"
 RATINGS = "rlhf_recipes/tools/ranking/ratings.py"
 ACTIVE = "rlhf_recipes/tools/ranking/active.py"
-JUDGING = "rlhf_recipes/evaluation/judges.py"
+JUDGING = "rlhf_recipes/evaluation/judges/orders.py"
 READOUT = "rlhf_recipes/models/readout.py"
 CERTIFICATE = "rlhf_recipes/tools/certificate/functional"
 RESAMPLING, ACCURACY = f"{CERTIFICATE}/resampling.py", f"{CERTIFICATE}/accuracy.py"
@@ -55,6 +55,7 @@ FURTHER_EPOCH = "test_a_further_epoch_has_the_same_rows_in_other_micro_batches"
 TEXTS_OF, PLACEMENTS = "test_texts_of_a_batch_by_hand", "test_each_placement_by_its_name"
 GRADIENTS = "rlhf_recipes/ppo/functional/gradients.py"
 BACKWARD = "test_backward_now_gives_the_value_and_the_gradient_and_frees_the_graph"
+AVERAGED = "test_probabilities_are_averaged_over_both_orders"
 NUMBERS = "rlhf_recipes/statistics/numbers.py"
 TEXTS_BY_HAND = "test_texts_side_by_side_by_hand"
 ROWS, PACKED, PADDED = "rlhf_recipes/models/rows.py", "test_packed_rows_by_hand", "test_padded_rows_by_hand"
@@ -267,6 +268,10 @@ BUGS = [
     Bug(
         JUDGING, "=(shown_first - shown_second)", "=(shown_first + shown_second)", "TestJudgeInBothOrders.test_numbers"
     ),
+    Bug(JUDGING, "+ 1.0 - _AS_NUMBER", "+ _AS_NUMBER", f"TestJudgeInBothOrders.{AVERAGED}"),
+    Bug(JUDGING, "min(max(label, low), high)", "max(label, low)", "test_clamp_by_hand"),
+    Bug(JUDGING, " and 0 <= value <= 1", "", "test_what_is_an_answer"),
+    Bug(AGREEMENT, 'right["judge"] - right[rule]', 'right["judge"] - 0.5', "test_beside_length_by_hand"),
     Bug(KL, "return (probabilities * (", "return (ref_logps.exp() * (", "TestFullKL.test_numbers"),
     Bug(KL, 'sums if per == "completion" else', "sums if True else", "test_steered_kl_by_hand"),
     Bug(KL, "per_completion > 5 * target and", "", "test_a_target_in_the_other_unit_is_seen"),
@@ -515,7 +520,7 @@ PURE_FILES = (
 PURE_FUNCTIONS = {  # in files that hold more than pure functions
     (DIALOGUES, "as_text"),
     (EVIDENCE, "most_suspicious"),
-    (JUDGING, "judge_in_both_orders"),
+    *((JUDGING, name) for name in ("clamped", "is_answer", "judge_in_both_orders", "judgement_of", "label_of_both")),
     (MEAN_WEIGHTS, "mean_weights"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import trl
 from transformers import AutoModelForCausalLM, Trainer
-from trl import GRPOConfig, GRPOTrainer, RewardTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -179,6 +179,30 @@ def test_every_seam_in_use_is_pinned():
 
 
 # Methods that PreferenceTrainer overrides or calls, with their parameters.
+# What `rlhf_recipes/ppo/group.py` overrides or calls of RLOO's trainer, which is no GRPO trainer.
+RLOO_METHODS = {
+    "__init__": METHODS["__init__"].removesuffix(" tools rollout_func environment_factory"),
+    **{name: METHODS[name] for name in ("_calculate_rewards", "_load_best_model", "_load_from_checkpoint", "_save")},
+    "_tokenize_prompts": "self prompts",
+    "log": "self logs start_time",
+}
+
+
+@pytest.mark.parametrize("name", RLOO_METHODS)
+def test_rloos_methods_keep_their_parameters(name):
+    parameters = " ".join(inspect.signature(getattr(RLOOTrainer, name)).parameters)
+    assert parameters == RLOO_METHODS[name], moved(f"`RLOOTrainer.{name}` changed", "rlhf_recipes/ppo/group.py")
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+def test_adapters_get_a_reference_of_their_name_and_kl_is_a_mean_over_tokens(trainer):
+    source, reread = inspect.getsource(trainer), "rlhf_recipes/ppo/group.py"
+    assert 'model.add_adapter("ref", default_config)' in source, moved("the reference has another name", reread)
+    assert re.search(r'_metrics\[mode\]\["kl"\]\.append', source), moved("the KL is logged elsewhere", reread)
+    assert re.search(r"self\._metrics\b.*=", source), moved("`_metrics` is gone", reread)
+    assert returned_lengths(trainer._tokenize_prompts) == {3}, moved("prompts come with other things", reread)
+
+
 REWARD_METHODS = {
     "_prepare_dataset": "self dataset processing_class args dataset_name",
     "_save": "self output_dir state_dict",

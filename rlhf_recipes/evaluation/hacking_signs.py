@@ -50,8 +50,8 @@ class AlarmLimits:
         window: Logged values in each mean that is compared, at least 2.
         max_drop: Share of its gain that the true score may lose again, in (0, 1).
         standard_errors: How many standard errors of the difference a drop must exceed besides.
-        kl_budget: Highest KL to the reference, as logged: nats per completion for `PPOTrainer`, nats per token for
-            TRL's GRPO. `None`: no limit.
+        kl_budget: Highest KL to the reference, as logged: nats per completion for the trainers of this library, nats
+            per token for TRL's own GRPO and RLOO. `None`: no limit.
         min_entropy: Share of the entropy at the start that must be left, in [0, 1).
         max_length_factor: Factor, above 1, by which the mean length may grow or shrink.
         max_ngram_share: Share of the completions, in (0, 1), that may hold one n-gram, above the reference's.

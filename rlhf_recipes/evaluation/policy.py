@@ -11,8 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_recipes.checkpoints import save_evaluation
-from rlhf_recipes.evaluation.sampling import sample_rows
-from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.evaluation.sampling import has_reference, sample_rows
 from rlhf_recipes.statistics.metrics import share_interval, win_outcomes
 from rlhf_recipes.tracking.console import table
 
@@ -27,19 +26,19 @@ SUMMARY = {
 
 
 def evaluate_policy(
-    trainer: PPOTrainer, dataset: Dataset, *, gold: str | None = None, rows: int = 512, seed: int = 0
+    trainer: Any, dataset: Dataset, *, gold: str | None = None, rows: int = 512, seed: int = 0
 ) -> dict[str, Any]:
     """Sample from the policy and from its reference on the same prompts and compare them.
 
     The sampling has its own seed, so that runs can be compared. The win rate counts ties as half and is judged by the
-    gold score where there is one, otherwise by the reward that PPO maximised, which says less. Its 95 % interval is a
+    gold score where there is one, otherwise by the reward that was maximised, which says less. Its 95 % interval is a
     bootstrap over prompts, because completions of one prompt are not independent. With `ema_decay` the policy with the
     average of its weights is a third side, `ema`, which draws with the policy's random numbers.
 
     Args:
-        trainer: A PPO trainer, trained or not.
+        trainer: A PPO, GRPO or RLOO trainer, trained or not, with a reference in memory.
         dataset: Held-out rows with a column `prompt`.
-        gold: Name of the reward function that measures the truth; give it the weight 0 so that PPO does not see it.
+        gold: Name of the reward function that measures the truth; give it the weight 0 so that it is not trained on.
         rows: Completions to sample from each of the two; prompts are repeated if there are fewer.
         seed: Seed of the sampling and of the bootstrap.
 
@@ -51,12 +50,17 @@ def evaluate_policy(
         and `win_rate_ci` of the average over the reference.
 
     Raises:
-        ValueError: If there is no reward function named `gold`, or no prompt.
+        ValueError: If there is no reward function named `gold`, no prompt, or no reference.
     """
     if gold is not None and gold not in trainer.reward_func_names:
         raise ValueError(f"No reward function is named {gold!r}; there are {trainer.reward_func_names}.")
     if len(dataset) == 0:
         raise ValueError("The evaluation needs at least one held-out prompt, and the dataset is empty.")
+    if not has_reference(trainer):
+        raise ValueError(
+            "The trainer holds no reference to compare the policy with. TRL loads one with `beta` above 0; a trainer "
+            "of an adapter always has one."
+        )
     indices = [row % len(dataset) for row in range(rows)]
     judge = "reward_score" if gold is None else "gold_score"
 
@@ -73,10 +77,10 @@ def evaluate_policy(
     trainer.model.eval()
     policy, reference = sample(of_reference=False), sample(of_reference=True)
     evaluation = {"policy": _means(policy)}
-    if trainer.average is not None:
-        with trainer.average.in_place():
-            average = sample(of_reference=False)
-        evaluation["ema"] = {**_means(average), **wins(average)}
+    if (average := getattr(trainer, "average", None)) is not None:  # PPO's only
+        with average.in_place():
+            averaged = sample(of_reference=False)
+        evaluation["ema"] = {**_means(averaged), **wins(averaged)}
     trainer.model.train(training)
     return {
         **evaluation,

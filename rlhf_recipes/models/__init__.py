@@ -12,7 +12,7 @@ from rlhf_recipes.models.loading import (
 )
 from rlhf_recipes.models.parameter_table import stage_table
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.models.reward import load_reward_model
+from rlhf_recipes.models.reward import load_reward_model, start_from
 from rlhf_recipes.models.roles import Roles
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "model_options",
     "quantization_config",
     "stage_table",
+    "start_from",
     "upcast_trainable",
 ]

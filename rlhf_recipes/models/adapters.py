@@ -62,13 +62,7 @@ def load_policy(base: nn.Module, adapter: str | Path, tolerance: float = TOLERAN
         ValueError: If the adapter is a reward model's, belongs to another base, or computes something else on this
             one.
     """
-    config, weights = read_adapter(adapter, base)
-    if config.task_type not in (None, "CAUSAL_LM") or HEAD_KEY in weights:
-        raise ValueError(
-            f"The adapter in {str(adapter)!r} is a reward model's or a critic's (task type {config.task_type}), and "
-            "its score head would be lost. As the policy (`model`, `sft_adapter`), give the SFT stage's output folder."
-        )
-    config.inference_mode = False
+    config, weights = read_policy(adapter, base)
     model = get_peft_model(base, config, adapter_name=POLICY)
     set_weights(model, weights, POLICY, adapter)
     check_trained_on(adapter, model, log_probs, "nats per token", tolerance)
@@ -158,6 +152,18 @@ def read_adapter(path: str | Path, base: nn.Module) -> tuple[LoraConfig, dict[st
         return config, weights
     config, weights = as_plain_lora(base, config, weights, repr(str(path)))
     return fuse_lora(config), weights
+
+
+def read_policy(path: str | Path, base: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read a saved policy as `read_adapter` does, to be trained further; reward models and critics are refused."""
+    config, weights = read_adapter(path, base)
+    if config.task_type not in (None, "CAUSAL_LM") or HEAD_KEY in weights:
+        raise ValueError(
+            f"The adapter in {str(path)!r} is a reward model's or a critic's (task type {config.task_type}), and its "
+            "score head would be lost. As the policy (`model`, `sft_adapter`), give the SFT stage's output folder."
+        )
+    config.inference_mode = False
+    return config, weights
 
 
 def read_config(path: str | Path, base: nn.Module) -> LoraConfig:

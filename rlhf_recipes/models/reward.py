@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.models.adapters import WEIGHTS, base_to_load, is_adapter, weights_of_base
+from rlhf_recipes.models.adapters import WEIGHTS, base_to_load, is_adapter, read_weights, weights_of_base
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import load_new_classifier, load_sequence_classifier
 from rlhf_recipes.models.quantized import dequantized, merges_exactly
+from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, raw_score
 
 
@@ -63,6 +64,32 @@ def load_scoring_model(path: str, tolerance: float, trust_remote_code: bool) -> 
         return load_sequence_classifier(path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(f"`critic_model` {path!r} cannot be loaded: {error}") from error
+
+
+def start_from(model: Any, folder: str | Path) -> None:
+    """Give a fresh adapter and its head the weights of a trained reward model, to be trained further.
+
+    Args:
+        model: A sequence classifier with a fresh adapter, as the reward stage makes it.
+        folder: Folder of the trained adapter. Its gain and bias (`reward_model.json`) are of its scores, not of its
+            weights, and do not go on.
+
+    Raises:
+        ValueError: If the folder holds no adapter of this kind on this base, or no head.
+    """
+    if not is_adapter(folder):
+        raise ValueError(
+            f"`start_adapter` is {str(folder)!r}, which holds no adapter. Give the output folder of a reward stage "
+            "that trained one; a whole model goes on as `model_name_or_path`."
+        )
+    check_same_adapter(folder, model, what="one that this run could go on with")
+    weights, expected = read_weights(folder), get_peft_model_state_dict(model)
+    if wrong := weights.keys() ^ expected.keys():
+        raise ValueError(
+            f"The adapter in {str(folder)!r} is no reward model as this run trains it: {min(wrong)!r} is only in one "
+            "of the two. Give the output folder of a reward stage with the same settings."
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def load_whole_reward_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -27,6 +27,7 @@ from rlhf_recipes.models.adapters import (
     load_weights,
     name_base_absolutely,
     read_adapter,
+    read_policy,
     set_weights,
 )
 from rlhf_recipes.models.loading import HEAD_MODULES
@@ -34,7 +35,7 @@ from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Rows, pad_rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
-from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on
+from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, log_probs
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.readout import Readout
@@ -94,6 +95,24 @@ class Roles:
         self._add(role, copy.deepcopy(self.model.peft_config[source]))
         weights = get_peft_model_state_dict(self.model, adapter_name=source)
         set_peft_model_state_dict(self.model, {key: value.clone() for key, value in weights.items()}, role)
+
+    def add_policy(self, role: str, path: str | Path, tolerance: float = TOLERANCE) -> None:
+        """Add a saved policy, such as the reference that a policy which goes on is held to; frozen.
+
+        Args:
+            role: Name of the new role.
+            path: Folder of the saved adapter.
+            tolerance: As of `load_policy`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no adapter.
+            ValueError: As of `load_policy`.
+        """
+        config, weights = read_policy(path, self._base)
+        self._add(role, config)
+        set_weights(self.model, weights, role, path)
+        with self.use(role):
+            check_trained_on(path, self.model, log_probs, "nats per token", tolerance)
 
     def add_scalar_role(self, role: str, path: str | Path, tolerance: float = TOLERANCE) -> None:
         """Add a reward model that was saved as an adapter for sequence classification: its adapter and its head.

@@ -1,4 +1,4 @@
-"""Prompts, rewards and the last rollout of a trainer's engine, for evaluations; calls what is inside TRL."""
+"""Prompts, rewards and the last rollout of a trainer's engine; calls what is inside TRL."""
 
 from __future__ import annotations
 
@@ -7,11 +7,43 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rlhf_recipes.data.chat_templates import with_first_space
+from rlhf_recipes.rewards.encoding import which_ended
+
 
 def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
     """Token ids of prompts as a GRPO, RLOO or PPO trainer makes them, with its template, tools and their options."""
     prompt_ids, *_ = trainer._tokenize_prompts(prompts)
     return [list(ids) for ids in prompt_ids]
+
+
+def as_scored(
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Complete what reward functions get of a rollout.
+
+    Args:
+        trainer: A GRPO, RLOO or PPO trainer.
+        rows: The rows of the prompts, `B` of them.
+        prompts: Their prompts.
+        completions: The completions as TRL decodes them.
+        completion_ids: Their token ids.
+
+    Returns:
+        The rows with `prompt_ids` and `finished` (an adapter scores the very tokens that were sampled, and shows a
+        model an end token only where there is one), and the completions as they go on from their prompts.
+    """
+    ended = which_ended(len(prompts), completion_ids, trainer.eos_token_ids, None)
+    more = zip(rows, tokenized_prompts(trainer, prompts), ended, strict=True)
+    texts = zip(prompts, completions, completion_ids, strict=True)
+    return (
+        [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more],
+        [with_first_space(trainer.processing_class, *text) for text in texts],
+    )
 
 
 def rewards(

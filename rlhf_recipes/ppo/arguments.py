@@ -1,4 +1,4 @@
-"""Arguments of the PPO stage beside the trainer's: what it starts from, and how it is judged."""
+"""Arguments of the stages that train on rewards, beside the trainer's: what they start from, how they are judged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 
 @dataclass
-class PPOArguments:
-    """What PPO starts from, and how it is judged."""
+class PolicyArguments:
+    """What a training on rewards starts from, and how it is judged."""
 
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter to start from, which is also the reference. null: the bare base."}
@@ -42,13 +42,9 @@ class PPOArguments:
     )
     gold_score: str | None = field(
         default=None,
-        metadata={"help": "Judge that PPO does not see: gold.json of the embedded task, or another reward model."},
-    )
-    critic_model: str | None = field(
-        default=None, metadata={"help": "With `critic: model`: the critic to start from, a sequence classifier."}
-    )
-    ptx_dataset: str | None = field(
-        default=None, metadata={"help": "With `ptx_coef`: pretraining texts, rows with a column `text`."}
+        metadata={
+            "help": "Judge that the training does not see: gold.json of the embedded task, or another reward model."
+        },
     )
     prompt_words: int | None = field(
         default=None, metadata={"help": "Make prompts of the first words of `text` rows, this many."}
@@ -84,10 +80,10 @@ class PPOArguments:
             )
 
     def rewards(self) -> list[Any]:
-        """List the rewards of `reward_adapter` (gated or not), `reward_adapters` and `reward_url` for `PPOTrainer`.
+        """List the rewards of `reward_adapter` (gated or not), `reward_adapters` and `reward_url` for the trainers.
 
         Example:
-            >>> PPOArguments(reward_adapter="outputs/quickstart/reward").rewards()
+            >>> PolicyArguments(reward_adapter="outputs/quickstart/reward").rewards()
             ['outputs/quickstart/reward']
         """
         # Slow to import: `--help` does without
@@ -106,7 +102,7 @@ class PPOArguments:
         """Load the judge of `gold_score`: the gold score of the embedded task, or the path of a reward model.
 
         Example:
-            >>> PPOArguments(gold_score="outputs/judge").judge(), PPOArguments().judge()
+            >>> PolicyArguments(gold_score="outputs/judge").judge(), PolicyArguments().judge()
             ('outputs/judge', None)
         """
         from rlhf_recipes.data.synthetic import GoldScore
@@ -114,3 +110,36 @@ class PPOArguments:
         if self.gold_score is not None and self.gold_score.endswith(".json"):
             return GoldScore.from_file(self.gold_score)
         return self.gold_score
+
+
+@dataclass
+class PPOArguments(PolicyArguments):
+    """What PPO starts from, and how it is judged."""
+
+    policy_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to go on from, of an earlier PPO run, while `sft_adapter` stays the reference."},
+    )
+    critic_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "With `critic: model`: the critic to start from, a sequence classifier. Else the folder `critic` "
+            "of an earlier run, whose critic goes on."
+        },
+    )
+    ptx_dataset: str | None = field(
+        default=None, metadata={"help": "With `ptx_coef`: pretraining texts, rows with a column `text`."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a start without its reference, and a gate that lacks a part.
+
+        Raises:
+            ValueError: If `policy_adapter` is given without `sft_adapter`, or a gate is not whole.
+        """
+        super().__post_init__()
+        if self.policy_adapter is not None and self.sft_adapter is None:
+            raise ValueError(
+                "`policy_adapter` goes on from an earlier run, and `sft_adapter`, which is the reference, is missing. "
+                "Give both."
+            )

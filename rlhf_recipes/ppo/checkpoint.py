@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from accelerate import Accelerator
-    from transformers import TrainerState
+    from transformers import TrainerState, TrainingArguments
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
@@ -188,7 +188,7 @@ def _load_policy(run: Run, folder: str | Path) -> None:
         run.roles.load(folder, POLICY, POLICY)
 
 
-def folder_of(resume_from_checkpoint: Any, args: PPOConfig) -> Any:
+def folder_of(resume_from_checkpoint: Any, args: TrainingArguments) -> Any:
     """The folder to resume from as text, of `True` the last one; `True` where there is none, for TRL to say so."""
     if resume_from_checkpoint is True:
         resume_from_checkpoint = get_last_checkpoint(str(args.output_dir)) or True

@@ -18,7 +18,6 @@ from rlhf_recipes.ppo.rollout import join
 from rlhf_recipes.shaping import looks_like_per_token
 
 if TYPE_CHECKING:
-    from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,9 @@ def check_optimizer(policy: nn.Module, optimizer: Any, args: PPOConfig) -> None:
         )
 
 
-def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset: Any, roles: Roles) -> None:
+def check_arguments(
+    args: PPOConfig, placement: Any, potential: Any, ptx_dataset: Any, reference_adapter: Any = None
+) -> None:
     """Check what the trainer gets beside the configuration against it.
 
     Raises:
@@ -72,6 +73,12 @@ def check_arguments(args: PPOConfig, placement: Any, potential: Any, ptx_dataset
         raise ValueError(
             f"`ptx_coef` is {args.ptx_coef}, and `ptx_dataset` is {'missing' if ptx_dataset is None else 'given'}. "
             "PPO-ptx needs both."
+        )
+    if args.subtract_reference_mean and reference_adapter is not None:
+        raise ValueError(
+            "`subtract_reference_mean` takes the first rollout for the reference's, but the policy does not start as "
+            "its reference where `reference_adapter` (in a recipe: `policy_adapter`) is given. Remove one of the two, "
+            "or normalise the reward model itself (recipes/normalize_reward.py)."
         )
 
 
@@ -280,11 +287,10 @@ def check_critic(args: PPOConfig, reward_role: str | None, model: Any) -> None:
     Raises:
         ValueError: If it is missing, or something has no meaning.
     """
-    if (model is not None) != (args.critic == "model"):
-        raise ValueError(
-            f"`critic` is {args.critic!r}, and `critic_model` is {'missing' if model is None else 'given'}. Give it "
-            "with `critic: model`, and only then."
-        )
+    if model is None and args.critic == "model":
+        raise ValueError("`critic` is 'model', and `critic_model` is missing. Give it, or take another `critic`.")
+    if model is not None and args.critic != "model":
+        _check_goes_on(args, model)
     if args.critic_layers is not None and args.critic != "adapter":
         raise ValueError(f"`critic_layers` is about the critic's adapter, but `critic` is {args.critic!r}. Remove it.")
     if args.critic_init == "reward" and args.critic == "adapter" and reward_role is None:
@@ -292,6 +298,18 @@ def check_critic(args: PPOConfig, reward_role: str | None, model: Any) -> None:
             "`critic_init` is 'reward', but no reward adapter is among `reward_funcs` to start the critic from. Give "
             "the folder of a reward adapter as a reward function, or leave `critic_init` out: then it starts from the "
             "policy."
+        )
+
+
+def _check_goes_on(args: PPOConfig, folder: Any) -> None:
+    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+        raise ValueError(
+            f"With `critic: {args.critic}`, `critic_model` is the folder `critic` of an earlier PPO run, whose critic "
+            f"goes on; {folder!r} is no folder. Give one, remove it, or set `critic: model` for a model of its own."
+        )
+    if args.critic_init is not None:
+        raise ValueError(
+            f"`critic_init` is {args.critic_init!r}, and `critic_model` names a critic that goes on. Remove one."
         )
 
 

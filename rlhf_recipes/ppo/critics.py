@@ -311,18 +311,19 @@ def build_critic(
         args: The configuration: `critic`, `critic_init` and `critic_layers`.
         reward_role: The reward adapter to start from.
         model: For `critic="model"`: a sequence classifier with one output and the policy's tokenizer, or the path of
-            one, or of an adapter of one; or a `Critic` of one's own.
+            one, or of an adapter of one; or a `Critic` of one's own. Else the folder of a critic of the same kind that
+            goes on.
 
     Raises:
         ValueError: If what the critic is to start from is not there, or an option has no meaning for it.
     """
     check_critic(args, reward_role, model)
     critic: Critic
-    if args.critic == "head":
-        critic = HeadCritic(policy, roles)
-    elif args.critic == "adapter":
-        source = POLICY if args.critic_init == "policy" else reward_role or POLICY
-        critic = AdapterCritic(roles, source, args.critic_layers)
+    if args.critic != "model":
+        critic = _role_critic(policy, roles, args, reward_role)
+        if model is not None:
+            critic.check_saved(str(model))
+            critic.load(str(model))
     elif isinstance(model, Critic):
         critic = model
     else:
@@ -336,3 +337,12 @@ def build_critic(
     if critic.network is not None:
         policy.add_module(CRITIC_MODEL, critic.network.to(policy.device))
     return critic
+
+
+def _role_critic(
+    policy: PreTrainedModel | PeftModel, roles: Roles, args: PPOConfig, reward_role: str | None
+) -> _RoleCritic:
+    if args.critic == "head":
+        return HeadCritic(policy, roles)
+    source = POLICY if args.critic_init == "policy" else reward_role or POLICY
+    return AdapterCritic(roles, source, args.critic_layers)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.group_config import Config
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ class PromptRules:
         return None
 
 
-def prompt_rules(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, reward_funcs: Any = ()
-) -> PromptRules:
+def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, reward_funcs: Any = ()) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
     Args:
@@ -180,7 +179,7 @@ def check_is_dataset(dataset: Any, name: str) -> None:
         ValueError: If it is missing.
     """
     if dataset is None:
-        raise ValueError(f"`{name}` is missing: PPO needs rows with a column `prompt`.")
+        raise ValueError(f"`{name}` is missing: the training needs rows with a column `prompt`.")
     if isinstance(dataset, dict):
         raise TypeError(f"`{name}` is a {type(dataset).__name__}. Give one of its splits, {sorted(dataset)}.")
     if not isinstance(dataset, Dataset | IterableDataset):

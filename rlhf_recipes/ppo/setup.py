@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.chat_templates import end_token_ids
@@ -25,7 +24,7 @@ from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
-from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
+from rlhf_recipes.models.roles import CRITIC, FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
+    from rlhf_recipes.ppo.group_config import Config
 
 
 PAPER = {  # for model cards
@@ -67,7 +67,12 @@ PAPER = {  # for model cards
 
 
 def build_policy(
-    model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None, peft_config: PeftConfig | None
+    model: Any,
+    args: Config,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    with_reference: bool = True,
+    reference_adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Roles, str | None]:
     """Load the base if needed, put the policy's adapter on it, and the reference beside it.
 
@@ -79,22 +84,19 @@ def build_policy(
         args: The configuration; `model_init_kwargs` are used when `model` is a path.
         quantization_config: Quantization of a base that is loaded here.
         peft_config: Configuration of a fresh adapter; `None` trains a model without adapter as a whole.
+        with_reference: Whether an adapter gets a reference; else the caller, or TRL, adds it.
+        reference_adapter: Folder of the reference's adapter, where it is not the policy's start.
 
     Returns:
         The policy, the roles, and the role of the reference: a frozen copy of a trained adapter, or `None` for the
         bare base.
 
     Raises:
-        ValueError: If `model` is a classifier, `model` and `peft_config` do not fit together, or 4-bit weights are
-            repacked.
+        ValueError: If `model` is a classifier, `model` and `peft_config` or `reference_adapter` do not fit together,
+            or 4-bit weights are repacked.
         TypeError: If `model` is none of these.
     """
-    options = _loading_options(model, args, quantization_config)
-    if isinstance(model, str | Path) and is_adapter(model):
-        model = load_policy(load_causal_lm(base_to_load(model), **options), model, args.adapter_tolerance)
-    elif isinstance(model, str | Path):
-        model = load_causal_lm(str(model), **options)
-
+    model = _loaded(model, args, _loading_options(model, args, quantization_config))
     check_policy(model)
     keep_4bit_differentiable(model)
     warn_of_ignored_settings(model)
@@ -106,14 +108,22 @@ def build_policy(
         complete_arguments(model.get_base_model())
         pack(model.get_base_model())
         roles = Roles(model)
-        roles.add_copy(REFERENCE, source=POLICY)
+        if reference_adapter is not None:
+            roles.add_policy(REFERENCE, reference_adapter, args.adapter_tolerance)
+        elif with_reference:
+            roles.add_copy(REFERENCE, source=POLICY)
         return model, roles, REFERENCE
+    if reference_adapter is not None:
+        raise ValueError(
+            "`reference_adapter` is for a policy that goes on from a trained adapter, and `model` has none: its "
+            "reference is what it starts as. Remove `reference_adapter`, or give the policy's adapter."
+        )
     complete_arguments(model)
     pack(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config, model))
         roles = Roles(policy)
-        return policy, roles, _reference_of_fresh(roles, peft_config)
+        return policy, roles, _reference_of_fresh(roles, peft_config) if with_reference else None
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A quantized model cannot be trained as a whole. Give `peft_config` (for example "
@@ -123,6 +133,14 @@ def build_policy(
     frozen = get_peft_model(copy.deepcopy(model), config)
     model.add_module(FROZEN, frozen)  # so that the optimizer and DDP find the critic
     return model, Roles(frozen), None
+
+
+def _loaded(model: Any, args: Config, options: dict[str, Any]) -> Any:
+    if not isinstance(model, str | Path):
+        return model
+    if is_adapter(model):
+        return load_policy(load_causal_lm(base_to_load(model), **options), model, args.adapter_tolerance)
+    return load_causal_lm(str(model), **options)
 
 
 def _reference_of_fresh(roles: Roles, config: PeftConfig) -> str | None:
@@ -153,10 +171,16 @@ def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
     return transforms
 
 
-def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
-    """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
-    args: Any = trainer.args
-    add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+def first_reward(roles: Roles) -> str | None:
+    """The first reward adapter on the base, from which the critic may start."""
+    return next((role for role in roles.heads if role != CRITIC), None)
+
+
+def add_log_probs(trainer: Any) -> None:
+    """Give a second base model, if there is one, the output layer that `policy_pass` needs; the first one has it."""
+    if trainer.trains_whole_model:
+        model, args = trainer.roles.model.get_base_model(), trainer.args
+        add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
 
 
 def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLController:
@@ -222,14 +246,14 @@ def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
         policy.activation_checkpointing_enable(kwargs, **places)
 
 
-def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> PreTrainedTokenizerBase:
+def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: Config) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a policy's base, from the revision that the base was loaded from."""
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision") or "main"
     return load_tokenizer(base_name(policy), revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def _loading_options(model: Any, args: PPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+def _loading_options(model: Any, args: Config, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text in a YAML only
     options = {"model_init_kwargs": init_kwargs, "quantization_config": quantization_config}
     unread = [name for name, value in options.items() if value]
@@ -245,7 +269,7 @@ def build_rewards(
     reward_funcs: Any,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     tokenizers: list[PreTrainedTokenizerBase | None],
 ) -> tuple[list[Any], list[float]]:
     """Turn everything that can be a reward into what TRL's engine calls.
@@ -296,7 +320,7 @@ def _build(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     own: PreTrainedTokenizerBase | None,
 ) -> Any:
     if own is not None and isinstance(reward, CombinedReward | ClassifierReward | RemoteReward):
@@ -326,7 +350,7 @@ def _reward_of_path(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> AdapterReward | ClassifierReward:
     if is_adapter(path) and not _has_other_architecture(path, roles, args.trust_remote_code):
@@ -349,7 +373,7 @@ def _reward_of_model(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> ClassifierReward:
     """A reward model that is loaded already, read as it would be if its folder were given.
@@ -386,7 +410,7 @@ def _adapter_reward(
     role: str,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: Config,
     reads: Literal["score", "redistributed", "attention"] = "score",
 ) -> AdapterReward:
     roles.add_scalar_role(role, path, args.adapter_tolerance)
@@ -405,6 +429,17 @@ def _has_other_architecture(path: str | Path, roles: Roles, trust_remote_code: b
         return bool(config.model_type != roles.model.config.model_type)
     except (OSError, ValueError):
         return False  # not to be found: refused as an adapter of another base, by name
+
+
+def start_process(trainer: Any) -> None:
+    """Refuse a launch that cuts the models into parts, and seed what this process samples.
+
+    Raises:
+        ValueError: If DeepSpeed or FSDP is on.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
+    seed_sampling(trainer.args.seed, trainer.accelerator.process_index)
 
 
 def seed_sampling(seed: int, rank: int) -> None:

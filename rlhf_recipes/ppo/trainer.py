@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOTrainer
 
 from rlhf_recipes.checkpoints import load_finished
-from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.models.chance import compute_as_in_evaluation
-from rlhf_recipes.models.roles import CRITIC, is_critic_parameter
+from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo import checkpoint, checks, setup
+from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
@@ -87,8 +87,11 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         optimizers: Optimizer and scheduler, as in TRL.
         quantization_config: Quantization of the base, when `model` is a path.
         peft_config: LoRA configuration of a fresh adapter, when `model` is a base model.
+        reference_adapter: Folder of the reference's adapter, where the policy does not start as its reference but
+            goes on from an adapter that PPO has trained.
         critic_model: With `args.critic="model"`: a sequence classifier with one output, or its path; or a critic of
-            one's own (`rlhf_recipes.ppo.critics.Critic`).
+            one's own (`rlhf_recipes.ppo.critics.Critic`). Else the folder `critic` of an earlier run, whose critic of
+            the same kind goes on.
         placement: Callable from scores `(B,)` and mask `(B, T)` to token rewards `(B, T)`, in place of
             `args.reward_placement`.
         score_transforms: Score transforms (`rlhf_recipes.shaping`), after those of `args`.
@@ -118,6 +121,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        reference_adapter: str | None = None,
         critic_model: str | PreTrainedModel | Critic | None = None,
         placement: Placement | None = None,
         score_transforms: Sequence[ScoreTransform] = (),
@@ -127,15 +131,17 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         check_given(args, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
         args = copy.copy(args) if args is not None else PPOConfig("ppo_output")
         set_seed(args.seed)  # new adapters start at random
-        policy, self.roles, self.reference = setup.build_policy(model, args, quantization_config, peft_config)
+        self.starts_as_reference = reference_adapter is None
+        policy, self.roles, self.reference = setup.build_policy(
+            model, args, quantization_config, peft_config, reference_adapter=reference_adapter
+        )
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
         self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
-        reward_roles = [role for role in self.roles.heads if role != CRITIC]
-        self.critic = build_critic(policy, self.roles, args, next(iter(reward_roles), None), critic_model)
-        checks.check_arguments(args, placement, potential, ptx_dataset, self.roles)
+        self.critic = build_critic(policy, self.roles, args, setup.first_reward(self.roles), critic_model)
+        checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
@@ -151,12 +157,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        setup.seed_sampling(args.seed, self.accelerator.process_index)
+        setup.start_process(self)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
-        if self.trains_whole_model:
-            setup.add_log_probs(self, self.roles.model.get_base_model())
+        setup.add_log_probs(self)
         setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
         self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
@@ -279,12 +282,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        ended = which_ended(len(prompts), completion_ids_list, self.eos_token_ids, None)
-        more = zip(inputs, prompt_ids, ended, strict=True)
-        inputs = [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more]
-        texts = zip(prompts, completions, completion_ids_list, strict=True)
-        completions = [with_first_space(self.processing_class, *text) for text in texts]
+        inputs, completions = as_scored(self, inputs, prompts, completions, completion_ids_list)
         rewards_per_func: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         checks.check_rewards(rewards_per_func, self.reward_func_names)
         record: RewardRecord | None = inputs[0].get(COLUMN)
@@ -365,7 +363,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         old = self._old_policy(texts, batch_size)  # the last one, so that none runs beside what it keeps
         if critic is None:
             critic = CriticRollout(self.critic.read(old.kept) if exact else old.kept)
-        if training and self.state.global_step == self._step == 0:
+        if training and self.state.global_step == self._step == 0 and self.starts_as_reference:
             checks.check_reference(old.logps, ref.logps, mask, self.half_precision)
         if args.kl_estimator == "full":
             return old, ref, critic, exact_kl(self, self.roles, self.reference, old.kept, ref.kept, mask)

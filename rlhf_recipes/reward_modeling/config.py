@@ -33,6 +33,11 @@ class RewardModelConfig(ModelConfig):
         default="SEQ_CLS", metadata={"help": "Only SEQ_CLS trains the score head and saves it with the adapter."}
     )
 
+    start_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Reward model to go on from: an adapter on the same base. null: a fresh adapter and head."},
+    )
+
     def __post_init__(self) -> None:
         """Refuse task types that would lose the score head."""
         super().__post_init__()

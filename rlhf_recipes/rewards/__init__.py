@@ -6,6 +6,7 @@ from rlhf_recipes.rewards.classifier import ClassifierReward
 from rlhf_recipes.rewards.ensemble import EnsembleReward
 from rlhf_recipes.rewards.gate import GatedReward, gate_scores
 from rlhf_recipes.rewards.math_answers import math_reward
+from rlhf_recipes.rewards.reasoning import format_reward, gym_accuracy, gym_rows, tagged_answer
 from rlhf_recipes.rewards.remote import JudgeReward, RemoteReward
 from rlhf_recipes.rewards.tokens import TokenClassifierReward, token_spans
 from rlhf_recipes.rewards.truncation import TruncatedReward, truncate
@@ -22,9 +23,13 @@ __all__ = [
     "TruncatedReward",
     "check_verifier",
     "checked",
+    "format_reward",
     "gate_scores",
+    "gym_accuracy",
+    "gym_rows",
     "math_reward",
     "refuse_if_bought",
+    "tagged_answer",
     "token_spans",
     "truncate",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
-from rlhf_recipes.statistics.metrics import proportion_interval
+from rlhf_recipes.statistics.metrics import bootstrap_interval, proportion_interval, sign_test
 
 
 def human_agreement(outcomes: ArrayLike, human: ArrayLike) -> dict[str, float | list[float]]:
@@ -68,6 +70,75 @@ def human_agreement(outcomes: ArrayLike, human: ArrayLike) -> dict[str, float | 
         "pairs": len(ours),
         "ties": float(ties.mean()),
     }
+
+
+def people_agreement(
+    labels: ArrayLike, human: ArrayLike, completions: Sequence[tuple[str, str]], seed: int = 0
+) -> dict[str, Any]:
+    """Compare a judge's labels with those of people, and with two rules that need no judge.
+
+    Accuracies are over the pairs in which people preferred one completion; where the judge or the rule prefers none,
+    the pair counts half. Chance has 0.5.
+
+    Args:
+        labels: The judge's probability that the first completion is better, shape `(N,)`.
+        human: The people's, shape `(N,)`.
+        completions: The two completions of each pair, as texts.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        `pairs`, which people decided, and `ties`, which they did not; `judge`, `longer` and `shorter` (the judge, and
+        the rules that prefer the answer with more or with fewer characters), each with `accuracy` and Wilson's 95 %
+        interval `accuracy_ci`; `chance_p_value`, the probability of so uneven a split of right and wrong labels of a
+        judge that guesses (exact, two-sided); `over_length`, the judge's accuracy minus that of the better of the two
+        rules, with its interval `over_length_ci` (paired bootstrap over pairs); and `kappa`, Cohen's, over all
+        pairs in both orders, so that it does not matter which completion comes first.
+
+    Raises:
+        ValueError: If the numbers of labels and pairs differ, or people decided no pair.
+
+    Example:
+        >>> pairs = [("a", "bb"), ("aaa", "b"), ("aaa", "b"), ("a", "bb")]
+        >>> found = people_agreement([0.9, 0.8, 0.3, 0.1], [1.0, 1.0, 0.0, 0.0], pairs)
+        >>> found["judge"]["accuracy"], found["longer"]["accuracy"], found["over_length"]
+        (1.0, 0.5, 0.5)
+    """
+    ours, theirs = np.asarray(labels, dtype=np.float64), np.asarray(human, dtype=np.float64)
+    human_agreement(ours, theirs)  # refuses labels that are none
+    if len(completions) != len(ours):
+        raise ValueError(f"Give two completions for each label, got {len(ours)} labels and {len(completions)} pairs.")
+    side = np.sign(theirs - 0.5)
+    decided = side != 0
+    if not decided.any():
+        raise ValueError(f"People decided none of the {len(ours)} pairs: all of their labels are 0.5.")
+    lengths = np.array([len(first.strip()) - len(second.strip()) for first, second in completions])
+    margins = {"judge": ours - 0.5, "longer": lengths, "shorter": -lengths}
+    right = {name: _right(values * side)[decided] for name, values in margins.items()}
+    rule = max(("longer", "shorter"), key=lambda name: right[name].mean())
+    differences = right["judge"] - right[rule]
+    several = len(differences) > 1
+    return {
+        "pairs": int(decided.sum()),
+        "ties": int((~decided).sum()),
+        **{name: _accuracy(values) for name, values in right.items()},
+        "chance_p_value": sign_test(right["judge"]),
+        "over_length": float(differences.mean()),
+        "over_length_ci": list(bootstrap_interval(differences, np.arange(len(differences)), seed=seed))
+        if several
+        else None,
+        # In both orders: where people's choice is always the first, agreement by chance would be all there is.
+        "kappa": human_agreement([*ours, *(1 - ours)], [*theirs, *(1 - theirs)])["kappa"],
+    }
+
+
+def _right(margins: NDArray[Any]) -> NDArray[np.float64]:
+    """1 for a pair that is right, 0 for a wrong one, 0.5 where neither is preferred."""
+    right: NDArray[np.float64] = np.sign(margins) / 2 + 0.5
+    return right
+
+
+def _accuracy(right: NDArray[np.float64]) -> dict[str, Any]:
+    return {"accuracy": float(right.mean()), "accuracy_ci": list(proportion_interval(float(right.sum()), len(right)))}
 
 
 def grade_agreement(grades: ArrayLike, human: ArrayLike) -> dict[str, float]:

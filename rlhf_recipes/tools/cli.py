@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import pkgutil
-import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_recipes.tools.commands.folder import recipe_names
 from rlhf_recipes.tools.commands.scripts import SCRIPTS, STAGES, describe, full_help, help_page, launch, run_script
 from rlhf_recipes.tools.export.arguments import add_arguments as add_export
+from rlhf_recipes.tools.feedback.arguments import add_judge, add_revise
+from rlhf_recipes.tools.functions import named_function
 from rlhf_recipes.tools.labeling.command import add_arguments as add_label
 from rlhf_recipes.tools.pages.html import printable
 
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_rank(commands.add_parser("rank", help="rank the items of a table of votes"))
     _add_rate(commands.add_parser("rate", help="turn rankings of completions into ratings, to fit a reward model to"))
     add_label(commands.add_parser("label", help="compare answers on a local page, and export the preferences"))
+    add_judge(commands.add_parser("judge", help="let a model label pairs of answers, as preferences"))
+    add_revise(commands.add_parser("revise", help="let a model answer, criticise by principles, and revise"))
     exporting = commands.add_parser("export", help="make an adapter or a merged model of a run, with a model card")
     add_export(exporting)
     exporting.set_defaults(run=_export)
@@ -186,7 +188,7 @@ def _verifier(args: argparse.Namespace) -> int:
     sample = rows.select(range(min(args.number, len(rows))))
     try:
         results = check_verifier(
-            _function(args.reward), sample, args.answer_column, args.template, args.constant, tuple(args.pays)
+            named_function(args.reward), sample, args.answer_column, args.template, args.constant, tuple(args.pays)
         )
     except (AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise ValueError(error) from error
@@ -220,16 +222,3 @@ def _record_verifier(args: argparse.Namespace, number: int, results: Sequence[Pa
     path = args.output_dir / "verifier.json"
     write_records(path, record)
     sys.stdout.write(f"{printable(path)}\n")
-
-
-def _function(name: str) -> Callable[..., Any]:
-    place, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"Name the reward as FILE.py:NAME or package.module:NAME, got {name!r}.")
-    names = runpy.run_path(place) if place.endswith(".py") else {attribute: pkgutil.resolve_name(name)}
-    if attribute not in names:
-        raise ValueError(f"{place} defines no {attribute!r}.")
-    function: Any = names[attribute]
-    if not callable(function):
-        raise TypeError(f"{name} is a {type(function).__name__}, and no reward function.")
-    return function  # type: ignore[no-any-return]

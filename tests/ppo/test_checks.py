@@ -206,7 +206,7 @@ def test_arguments_of_the_trainer_that_contradict_the_configuration_are_refused(
         ({"ptx_coef": 0.1}, "`ptx_coef` is 0.1, and `ptx_dataset` is missing"),
         ({"ptx_dataset": texts}, "`ptx_coef` is 0.0, and `ptx_dataset` is given"),
         ({"critic": "model"}, "`critic` is 'model', and `critic_model` is missing"),
-        ({"critic_model": classifier}, "`critic` is 'adapter', and `critic_model` is given"),
+        ({"critic_model": classifier}, "`critic: adapter`, `critic_model` is the folder `critic`"),
         ({**functions, "reward_placement": "redistributed"}, f"{other}redistributed` reads a reward adapter.*Add"),
         ({**functions, "reward_placement": "attention"}, f"{other}attention` reads a reward adapter.*`uniform`"),
         (

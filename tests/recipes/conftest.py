@@ -9,7 +9,13 @@ import pytest
 import rlhf_recipes
 from rlhf_recipes.config import parse_stage
 
-_TRAINERS = {"sft": "CompletionTrainer", "reward": "PreferenceTrainer"}
+_TRAINERS = {
+    "sft": "CompletionTrainer",
+    "reward": "PreferenceTrainer",
+    "grpo": "GRPOAdapterTrainer",
+    "rloo": "RLOOAdapterTrainer",
+    "r1/train": "GRPOAdapterTrainer",
+}
 
 # Small and fast; a test overrides what it is about.
 _TINY = {
@@ -50,13 +56,14 @@ def run_stage(load_stage, tiny_model_path, tmp_path, monkeypatch):
     """Run a stage: `run_stage("sft", dataset_name=..., max_steps=3)` gives its folder, files and trainer."""
 
     def run(stage, **options):
-        folder = tmp_path / "tiny" / stage
+        folder = tmp_path / "tiny" / stage.partition("/")[0]
         options = {**_TINY, "model_name_or_path": tiny_model_path, "output_dir": str(folder), **options}
         argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         module = load_stage(stage)
         made = []
-        # PPO's scripts import their trainer in `main`, from the package
-        place, trainer = (module, _TRAINERS[stage]) if stage in _TRAINERS else (rlhf_recipes, "PPOTrainer")
+        # Scripts that train on rewards import their trainer in `main`, from the package
+        trainer = _TRAINERS.get(stage, "PPOTrainer")
+        place = module if hasattr(module, trainer) else rlhf_recipes
         original = getattr(place, trainer)
         with monkeypatch.context() as patch:
             patch.setattr(place, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])

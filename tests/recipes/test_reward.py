@@ -462,3 +462,28 @@ def test_the_quickstart_configuration_is_valid(load_stage, repo_root):
     assert training_args.learning_rate == 2e-3
     assert not training_args.bf16
     assert model_args.load_in_4bit
+
+
+def test_a_trained_reward_model_goes_on(run_stage, write_rows, tmp_path, sft_adapter):
+    """With a rate that moves nothing its weights stay to the last bit, and its scores are those of the pairs."""
+    rows = write_rows(PAIRS * 4)
+    first = run_stage("reward", dataset_name=rows, output_dir=tmp_path / "first", seed=3)
+    options = {"dataset_name": rows, "start_adapter": first.folder}
+    again = run_stage("reward", output_dir=tmp_path / "again", learning_rate=1e-30, max_steps=1, **options)
+    old, new = (load_file(stage.folder / "adapter_model.safetensors") for stage in (first, again))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(new[name], value) for name, value in old.items())
+    run = json.loads((again.folder / "run.json").read_text())
+    assert run["parents"][0]["path"] == str(first.folder)
+
+    trained = run_stage("reward", output_dir=tmp_path / "trained", max_steps=1, **options)
+    weights = load_file(trained.folder / "adapter_model.safetensors")
+    assert not torch.equal(weights["base_model.model.score.weight"], old["base_model.model.score.weight"])
+
+    for changes, message in [
+        ({"lora_r": 2}, "`r` 2 .the checkpoint's: 4."),
+        ({"start_adapter": tmp_path}, "which holds no adapter"),
+        ({"start_adapter": sft_adapter, "lora_r": 8, "lora_alpha": 8}, "no reward model as this run trains it|is not"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_stage("reward", output_dir=tmp_path / "refused", **{**options, **changes})

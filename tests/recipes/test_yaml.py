@@ -11,11 +11,18 @@ import yaml
 from rlhf_recipes.config import parse_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("sft", "reward", "ppo")  # the other scripts, which train nothing, have tests of their own
+STAGES = ("sft", "reward", "ppo", "grpo", "rloo")  # the other scripts, which train nothing, have tests of their own
 LIBRARIES = ("trl112", "verl", "openrlhf")  # several of one stage, named by whose settings they have
 MORE = ("safety", "rejection", "winners")  # a second reward model, the best of K completions, SFT on them
-NAMES = {*STAGES, *LIBRARIES, *MORE, *(f"paper_{stage}" for stage in STAGES)}  # the last for real models, not run here
-CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if path.stem in NAMES]
+
+
+def stage_of(path):
+    """The stage that a YAML is named after; `paper_ppo.yaml` has the settings of a paper for a real model."""
+    return path.stem.removeprefix("paper_")
+
+
+NAMES = (*STAGES, *LIBRARIES, *MORE)
+CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if stage_of(path) in NAMES]
 RECIPES = sorted({path.parent for path in CONFIGS})
 WHOLE = [folder for folder in RECIPES if (folder / "sft.yaml").exists()]  # others start from another's stages
 PAGES = [folder / name for folder in RECIPES for name in ("run.sh", "README.md")]
@@ -66,7 +73,7 @@ def test_yaml_is_read_by_its_script(path, load_stage):
 def test_yaml_starts_with_its_command_and_has_four_blocks(path):
     lines = path.read_text().splitlines()
     own = script_of(path) == f"{path.parent.name}/train"
-    assert own or path.stem.removeprefix("paper_") in (script_of(path), "encoder", "decoder", *LIBRARIES, *MORE)
+    assert own or stage_of(path) in (script_of(path), "encoder", "decoder", *LIBRARIES, *MORE)
     assert lines[0].startswith(f"# accelerate launch recipes/{script_of(path)}.py --config {name_of(path)}")
     assert [line[:4] for line in lines if re.match(r"# \d\.", line)] == ["# 1.", "# 2.", "# 3.", "# 4."]
     assert len(lines) <= 45
@@ -97,7 +104,7 @@ def test_commands_are_read_by_the_scripts_that_they_name(page, load_stage):
 def test_run_sh_runs_every_stage_in_order(folder):
     run = commands(folder / "run.sh")
     configs = [argv[argv.index("--config") + 1] for _, argv in run if "--config" in argv]
-    order = ("sft", "reward", *MORE, "encoder", "decoder", "minilm", "ppo", *LIBRARIES)
+    order = ("sft", "reward", *MORE, "encoder", "decoder", "minilm", *STAGES[2:], *LIBRARIES)
     stages = [folder / f"{stage}.yaml" for stage in order]
     assert list(dict.fromkeys(configs)) == [name_of(stage) for stage in stages if stage.exists()]
     assert (folder / "run.sh").stat().st_mode & 0o100, "run.sh must be executable"

@@ -277,7 +277,7 @@ class TestCommand:
         [
             ("exact", "FILE.py:NAME or package.module:NAME"),
             ("{script}:nothing", "defines no 'nothing'"),
-            ("{script}:bound", "is a int, and no reward function"),
+            ("{script}:bound", "is a int, and no function"),
             ("nowhere.py:exact", "nowhere.py"),
             ("rlhf_recipes.rewards.verifier:nothing", "nothing"),
             ("rlhf_recipes.nothing:exact", "nothing"),

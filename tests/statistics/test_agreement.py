@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf_recipes.statistics.agreement import grade_agreement, human_agreement, krippendorff_alpha
+from rlhf_recipes.statistics.agreement import grade_agreement, human_agreement, krippendorff_alpha, people_agreement
 from rlhf_recipes.statistics.metrics import proportion_interval
 
 
@@ -157,3 +157,43 @@ def test_alpha_needs_units_that_several_judged_and_two_values():
         krippendorff_alpha([1, 0], ["a"])
     with pytest.raises(ValueError, match="got 'x' in row 0"):
         krippendorff_alpha(["x"], ["a"])
+
+
+def test_beside_length_by_hand():
+    # Rows: right and longer, right and shorter, wrong and longer, undecided judge and equal lengths, a tie of people.
+    labels = [0.9, 0.2, 0.4, 0.5, 0.9]
+    human = [1.0, 0.0, 0.8, 1.0, 0.5]
+    pairs = [("long", "s"), ("long", "s"), ("long ", " s"), ("ab", "cd"), ("a", "b")]
+    found = people_agreement(labels, human, pairs)
+    assert (found["pairs"], found["ties"]) == (4, 1)
+    assert found["judge"]["accuracy"] == (1 + 1 + 0 + 0.5) / 4
+    assert found["longer"]["accuracy"] == (1 + 0 + 1 + 0.5) / 4
+    assert found["shorter"]["accuracy"] == (0 + 1 + 0 + 0.5) / 4
+    assert found["over_length"] == 0.0
+    low, high = found["over_length_ci"]
+    assert low < 0 < high
+    assert found["chance_p_value"] == pytest.approx(binomtest(2, 3).pvalue)
+    turned = people_agreement([0.1, *labels[1:]], [0.0, *human[1:]], [("s", "long"), *pairs[1:]])
+    assert turned == found, "which completion comes first does not matter"
+    # All pairs in both orders: 4 of 10 agree on a side, and by chance 2 ties x 2 ties + 2 x 4 x 4 of 100 would.
+    assert found["kappa"] == pytest.approx((0.4 - 0.36) / (1 - 0.36))
+    better = people_agreement([0.9, 0.1], [1.0, 0.0], [("a", "bb"), ("a", "bb")])
+    assert (better["judge"]["accuracy"], better["shorter"]["accuracy"], better["over_length"]) == (1.0, 0.5, 0.5)
+
+
+def test_an_always_longer_judge_has_nothing_over_length():
+    pairs = [("a" * (1 + number % 5), "b" * (1 + number * 3 % 7)) for number in range(60)]
+    longer = [0.5 + 0.4 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in pairs]
+    human = [float(number % 3 > 0) for number in range(60)]
+    found = people_agreement(longer, human, pairs)
+    assert found["judge"] == found["longer"]
+    assert found["judge"]["accuracy_ci"][0] < found["judge"]["accuracy"] < found["judge"]["accuracy_ci"][1]
+
+
+def test_labels_that_cannot_be_compared_with_people():
+    with pytest.raises(ValueError, match="2 labels and 1 pairs"):
+        people_agreement([0.1, 0.2], [1.0, 0.0], [("a", "b")])
+    with pytest.raises(ValueError, match="decided none of the 1 pairs"):
+        people_agreement([0.1], [0.5], [("a", "b")])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        people_agreement([1.1], [1.0], [("a", "b")])

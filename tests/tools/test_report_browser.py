@@ -15,7 +15,7 @@ pytestmark = [needs_chromium, pytest.mark.slow]
 HOSTILE = "<script>window.hacked = true</script><img src=x onerror='window.hacked = true'>" + "longword" * 60
 PAGES = ("full/report.html", "several/report.html", "damaged/report.html")
 WIDTHS = (1280, 400)
-SECTIONS = ["Result", "Samples", "PPO", "Over-optimisation frontier", "Alarms", "Reward", "SFT"]
+SECTIONS = ["Result", "Samples", "Policy", "Over-optimisation frontier", "Alarms", "Reward", "SFT"]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_several_runs_show_where_they_differ(make_stage):
     folders = [make_stage("a", {"kl_coef": 0.1, "seed": 3, "output_dir": "a"}), make_stage("b", {"seed": 3})]
     html = settings(stages_of(*folders, make_stage("c", {"learning_rate": 1e-4}, stage="sft")), {})
     differences = html.split("<details>")[0]
-    assert "Differences: PPO" in differences
+    assert "Differences: Policy" in differences
     assert "<td>kl_coef</td><td>0.1</td><td>default</td>" in differences
     assert "seed" not in differences
     assert "learning_rate" not in differences, "stages of another kind have other settings"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import ModelConfig, SFTConfig
 
-from rlhf_recipes import PPOArguments, PPOConfig
+from rlhf_recipes import GRPOAdapterConfig, PolicyArguments, PPOArguments, PPOConfig, RLOOAdapterConfig
 from rlhf_recipes.config import DataArguments, parse_stage, read_config, write_config
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.rewards import RemoteReward
@@ -21,6 +21,8 @@ STAGES = {
     "sft": (DataArguments, SFTConfig, ModelConfig),
     "reward": (DataArguments, PreferenceConfig, RewardModelConfig),
     "ppo": (PPOArguments, DataArguments, PPOConfig, ModelConfig),
+    "grpo": (PolicyArguments, DataArguments, GRPOAdapterConfig, ModelConfig),
+    "rloo": (PolicyArguments, DataArguments, RLOOAdapterConfig, ModelConfig),
 }
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 

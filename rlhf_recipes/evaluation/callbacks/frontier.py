@@ -31,8 +31,8 @@ class FrontierTracker(TrainerCallback):
     Source: https://huggingface.co/papers/2210.10760, figure 1.
 
     Args:
-        trainer: A trainer that logs a KL per completion: `PPOTrainer`. (TRL's GRPO logs a mean over tokens, whose root
-            is on another axis.)
+        trainer: A trainer that logs a KL per completion: `PPOTrainer`, `GRPOAdapterTrainer`, `RLOOAdapterTrainer`.
+            (TRL's own GRPO logs a mean over tokens, whose root is on another axis.)
         gold: Name of the reward function that measures the truth.
         kl: Key of the KL in the logs.
 

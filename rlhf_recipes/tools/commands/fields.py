@@ -37,7 +37,7 @@ class Arguments:
     Attributes:
         name: Name of the class.
         summary: First line of its docstring.
-        own: Fields of the class itself if it is ours, and none of one from another library.
+        own: Fields of the class itself and of its bases, as far as they are ours.
         inherited: All others.
     """
 
@@ -94,8 +94,7 @@ def _arguments(script: Path, name: str) -> Arguments:
     if not isinstance(definition, ast.ClassDef):
         raise LookupError(f"{name} in {path} is no class.")
     fields = _fields(path, definition)
-    ours = path == script or Path(__file__).parents[2] in path.parents
-    own = set(_own_fields(path, definition)) if ours else set()
+    own = _fields_of_ours(script, path, definition)
     return Arguments(
         name,
         (ast.get_docstring(definition) or "").partition("\n")[0],
@@ -148,11 +147,25 @@ def _imported(path: Path, node: ast.ImportFrom) -> Path:
 def _fields(path: Path, definition: ast.ClassDef) -> dict[str, Field]:
     """Fields of a dataclass with those of its bases, in the order of dataclasses."""
     fields: dict[str, Field] = {}
+    for place, base in _bases(path, definition):
+        fields |= _fields(place, base)
+    return fields | _own_fields(path, definition)
+
+
+def _fields_of_ours(script: Path, path: Path, definition: ast.ClassDef) -> set[str]:
+    """Names of the fields that a dataclass and its bases define in the script or in this library."""
+    names = {name for place, base in _bases(path, definition) for name in _fields_of_ours(script, place, base)}
+    ours = path == script or Path(__file__).parents[2] in path.parents
+    return names | set(_own_fields(path, definition)) if ours else names
+
+
+def _bases(path: Path, definition: ast.ClassDef) -> Iterator[tuple[Path, ast.ClassDef]]:
+    """Classes that a class derives from, the last one first, each with its file."""
     for base in reversed(definition.bases):
         if isinstance(base, ast.Name):
             place, found = _definition(path, base.id)
-            fields |= _fields(place, found) if isinstance(found, ast.ClassDef) else {}
-    return fields | _own_fields(path, definition)
+            if isinstance(found, ast.ClassDef):
+                yield place, found
 
 
 def _own_fields(path: Path, definition: ast.ClassDef) -> dict[str, Field]:

@@ -202,15 +202,14 @@ def _front_matter(run: FinishedRun, form: Form, licence: Licence, base_id: str |
 
 
 def _what(run: FinishedRun, form: Form) -> str:
-    kinds = {"sft": "A language model", "reward": "A reward model", "ppo": "A language model"}
+    kind = "A reward model" if run.task == "reward" else "A language model"
     how = {
         "sft": "fine-tuned on completions",
         "reward": "that gives a text a number, trained on preferences",
-        "ppo": "trained with PPO against a reward",
-    }
+    }.get(run.stage, f"trained with {STAGES[run.stage]} against a reward")
     where = "a LoRA adapter on" if form == "adapter" else "merged into"
     base = f", {where} {escape(_short(run.base))}" if run.base is not None else ""
-    return f"{kinds[run.stage]} {how[run.stage]}{base}. Made with rlhf-recipes on TRL."
+    return f"{kind} {how}{base}. Made with rlhf-recipes on TRL."
 
 
 def _advice(run: FinishedRun, form: Form) -> str:

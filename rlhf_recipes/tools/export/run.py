@@ -15,7 +15,13 @@ from rlhf_recipes.models.trained_on import TrainedOn, read_trained_on
 from rlhf_recipes.ppo.checkpoint import EMA
 from rlhf_recipes.tracking import read_run, read_settings
 
-STAGES = {"sft": "supervised fine-tuning", "reward": "reward modelling", "ppo": "PPO"}
+STAGES = {
+    "sft": "supervised fine-tuning",
+    "reward": "reward modelling",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class FinishedRun:
 
     Attributes:
         folder: The folder.
-        stage: `sft`, `reward` or `ppo`.
+        stage: One of `STAGES`.
         adapter: The adapter's configuration; `None` for a whole model.
         base: Hub id or existing folder of the adapter's base; `None` for a whole model.
         revision: Of the base, on the hub.
@@ -61,7 +67,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished stage.
 
     Args:
-        folder: The output folder of an SFT, reward or PPO stage, or `ema/` in one.
+        folder: The output folder of an SFT or reward stage, or of one that trained on rewards, or `ema/` in PPO's.
 
     Returns:
         The run.
@@ -84,7 +90,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
     stage = record.get("stage") if isinstance(record, dict) else None
     if record is None or stage not in STAGES:
         inside = sorted(str(path.parent) for path in folder.glob("*/run.json"))
-        places = ", ".join(inside) or "the output folders of SFT, reward and PPO stages"
+        places = ", ".join(inside) or "the output folders of SFT, reward, PPO, GRPO and RLOO stages"
         what = "it has no run.json" if record is None else f"its run.json names the stage {stage!r}"
         raise ValueError(f"{folder} cannot be exported: {what}. Give one of {places}.")
     adapted = is_adapter(folder)

@@ -49,7 +49,8 @@ def run_sizes(
     def adapter(folder: str | None, role: str) -> AdapterSizes:
         return adapter_sizes(empty_model(base, **source), _lora(folder, role, model_args, notes))
 
-    policy = adapter(ppo_args.sft_adapter, "sft_adapter")
+    start = "policy_adapter" if ppo_args.policy_adapter is not None else "sft_adapter"
+    policy = adapter(getattr(ppo_args, start), start)
     rewards, others = _rewards(ppo_args, adapter)
     like = rewards[0] if rewards and training_args.critic_init != "policy" else policy
     critic, critic_network = _critic(training_args.critic, ppo_args.critic_model, like)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_recipes.tools.report.reading import finite
 
-TITLES = {"sft": "SFT", "reward": "Reward", "ppo": "PPO"}
+TITLES = {"sft": "SFT", "reward": "Reward", "ppo": "Policy"}
 
 
 def shown(value: Any, ends: Any = None) -> str:

@@ -18,12 +18,13 @@ from rlhf_recipes.statistics.numbers import is_number
 Record = dict[str, Any]
 
 KINDS = ("sft", "reward", "ppo")  # the stages that have a section of their own; all others are "other"
+_WITHOUT_CRITIC = ("grpo", "rloo")  # stages that stand in the section of PPO
 _CHECKS = ("certificate", "verifier")  # of a reward, before a training
 _LOGS = ("run.json", "trainer_state.json", "evaluation.json", "frontier.json")
 _RECORDS = (*_LOGS, *(f"{name}.json" for name in _CHECKS))
 _LISTS = ("alarms.json", "critic_health.json", "training_health.json")
 _FILES = {*_RECORDS, *_LISTS, "policy_evaluation.jsonl", "completions"}
-_ORDER = ("world", "base", "sft", "preferences", "reward", "ppo")
+_ORDER = ("world", "base", "sft", "preferences", "reward", "ppo", *_WITHOUT_CRITIC)
 _MOST_COMPLETIONS = 512
 
 
@@ -184,7 +185,7 @@ def _read_run(folder: Path, name: str) -> Run:
         return Run(name, folder, [], [f"The folder cannot be read: {error}."])
     stages = sorted((_read_stage(path) for path in folders), key=_place)
     missing = [] if stages else ["The folder holds no stage: none of the files that a run leaves is in it."]
-    for kind, title in (("sft", "SFT"), ("reward", "reward model"), ("ppo", "PPO")):
+    for kind, title in (("sft", "SFT"), ("reward", "reward model"), ("ppo", "PPO, GRPO or RLOO")):
         if stages and folder not in folders and not any(stage.kind == kind for stage in stages):
             missing.append(f"No {title} stage is in the folder.")
     return Run(name, folder, stages, missing)
@@ -285,6 +286,8 @@ def _kind(stage: Stage) -> str:
     """Return the kind that `run.json` names, and without it the one that the logs look like."""
     recorded = stage.record("run").get("stage")
     keys = {key for entry in stage.history for key in entry}
+    if recorded in _WITHOUT_CRITIC:
+        return "ppo"
     if recorded is not None:
         return recorded if recorded in KINDS else "other"
     if {"kl", "reward", "completions/mean_length"} & keys or "policy" in stage.record("evaluation"):

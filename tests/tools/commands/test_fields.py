@@ -19,7 +19,7 @@ from rlhf_recipes.tools.planning.report import ARGUMENTS as OF_THE_PLAN
 
 TOP = recipes_folder()
 PARSED = [path for path in sorted(TOP.rglob("*.py")) if "parse_stage(" in path.read_text()]
-COMMANDS = ["", "new", "report", "verifier", "rank", "rate", "label", *SCRIPTS]
+COMMANDS = ["", "new", "report", "verifier", "rank", "rate", "label", "judge", "revise", *SCRIPTS]
 
 CODE = """
 import sys, time
@@ -85,8 +85,10 @@ def test_what_is_read_is_what_the_dataclasses_say(script):
 @pytest.mark.parametrize("script", PARSED, ids=name_of)
 def test_own_fields_are_those_that_classes_of_ours_define(script):
     for group, one in zip(read_arguments(script), classes_of(script), strict=True):
-        ours = one.__module__.startswith(("rlhf_recipes", "fields_of_"))
-        assert {field.name for field in group.own} == (set(one.__annotations__) if ours else set())
+        ours = [base for base in one.__mro__ if base.__module__.startswith(("rlhf_recipes", "fields_of_"))]
+        assert {field.name for field in group.own} == {
+            name for base in ours for name in vars(base).get("__annotations__", ())
+        }
 
 
 def test_a_plan_takes_the_fields_of_the_ppo_script():

@@ -1,17 +1,20 @@
 """Judges: what they are asked, what they may answer, and that nothing they do raises."""
 
 import json
-import random
 
 import httpx
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
-from rlhf_recipes.evaluation.judges import EndpointJudge, ModelJudge, PairJudge, judge_in_both_orders, parse_choice
-from rlhf_recipes.reward_modeling.losses import pairwise_loss
+from rlhf_recipes.evaluation.judges import (
+    Budget,
+    EndpointJudge,
+    LanguageJudge,
+    ModelJudge,
+    PairJudge,
+    parse_choice,
+)
 
 
 def longer(prompt, first, second):
@@ -24,7 +27,9 @@ def reply(text):
 
 def endpoint(handler, **options):
     transport = httpx.MockTransport(handler)
-    return EndpointJudge("http://judge.test/v1/", "a-model", api_key="secret", transport=transport, **options)
+    return EndpointJudge(
+        "http://judge.test/v1/", "a-model", api_key="secret", transport=transport, backoff=0, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,116 @@ class TestPairJudge:
         expected = [1.0 if i % 3 > i % 5 else 0.0 if i % 3 < i % 5 else 0.5 for i in range(40)]
         assert judge.compare([str(i) for i in range(40)], pairs).judgement.labels == expected
 
+    def test_probabilities_are_kept_and_junk_is_not(self, tmp_path):
+        answers = iter([0.75, 0.5, float("nan"), 2.0, True, "A"])
+        cache = tmp_path / "cache.jsonl"
+        verdicts = PairJudge(lambda *texts: next(answers), "soft", cache).compare(list("abc"), [("x", "y")] * 3)
+        assert (verdicts.rows, verdicts.answers, verdicts.judgement.labels) == ([0], [(0.75, 0.5)], [0.625])
+        again = PairJudge(None, "soft", cache).compare(["a"], [("x", "y")])
+        assert (again.judgement.labels, again.cached) == ([0.625], 2)
+
+    def test_a_spent_budget_keeps_what_was_got(self):
+        budget = Budget(calls=3)
+
+        def paid(prompt, first, second):
+            budget.begin()
+            return longer(prompt, first, second)
+
+        verdicts = PairJudge(paid, "paid").compare(list("abcd"), [("xx", "x")] * 4)
+        assert (verdicts.rows, verdicts.failures, verdicts.not_asked) == ([0], 3, 3)
+        assert verdicts.stopped == "the budget of 3 calls is spent"
+        assert verdicts.problems == {}
+
+    @given(
+        st.lists(
+            st.sampled_from(
+                ["first", "second", "tie", 0.3, 1, None, "A", -1, float("nan"), float("inf"), [], OSError()]
+            ),
+            min_size=2,
+            max_size=12,
+        )
+    )
+    def test_only_answers_become_labels(self, said):
+        said = said[: len(said) // 2 * 2]
+        left = iter(said)
+
+        def odd(*texts):
+            answer = next(left)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        pairs = len(said) // 2
+        verdicts = PairJudge(odd, "odd", give_up_after=99).compare(
+            [str(row) for row in range(pairs)], [("x", "y")] * pairs
+        )
+        good = {"first", "second", "tie", 0.3, 1}
+        usable = [isinstance(answer, str | float | int) and answer in good for answer in said]
+        assert verdicts.rows == [row for row in range(pairs) if usable[2 * row] and usable[2 * row + 1]]
+        assert verdicts.failures == pairs - len(verdicts.rows)
+        assert sum(verdicts.problems.values()) == usable.count(False)
+        labels = [] if verdicts.judgement is None else verdicts.judgement.labels
+        assert all(0 <= label <= 1 for label in labels)
+        assert len(labels) == len(verdicts.rows)
+
+
+class Model:
+    """A language model that gives these probabilities, and keeps what it was asked."""
+
+    def __init__(self, weights=None, text="[[A]]"):
+        self.weights, self.text, self.asked = weights, text, []
+
+    def write(self, messages, max_tokens, temperature=0.0, seed=0):
+        self.asked.append((list(messages), max_tokens))
+        return self.text
+
+    def weigh(self, messages, options):
+        self.asked.append((list(messages), tuple(options)))
+        return dict(zip(options, self.weights, strict=True))
+
+
+class TestLanguageJudge:
+    def test_a_soft_answer_is_the_share_of_the_first_letter(self):
+        model = Model((0.6, 0.2))
+        assert LanguageJudge(model, soft=True)("p", "x", "y") == pytest.approx(0.75)
+        [(messages, options)] = model.asked
+        assert options == ("A", "B")
+        assert messages[0]["content"].endswith("Reply with nothing but the letter A or B.")
+
+    def test_a_judge_with_something_else_to_say_gives_no_answer(self):
+        for weights in ((0.3, 0.1), (0.0, 0.0)):
+            assert LanguageJudge(Model(weights), soft=True)("p", "x", "y") is None
+        assert LanguageJudge(Model((0.3, 0.1)), soft=True, least_mass=0.1)("p", "x", "y") == pytest.approx(0.75)
+        assert LanguageJudge(Model((0.0, 0.0)), soft=True, least_mass=0.0)("p", "x", "y") is None
+
+    @pytest.mark.parametrize("soft", [True, False])
+    def test_reasons_come_first_and_the_form_of_the_reply_after_them(self, soft):
+        model = Model((0.9, 0.1))
+        LanguageJudge(model, soft=soft, reasoning_tokens=50)("p", "x", "y")
+        (first, length), (second, _) = model.asked
+        assert length == 50
+        assert [message["role"] for message in second] == ["user", "assistant", "user"]
+        assert second[:1] == first
+        assert second[1]["content"] == model.text
+        assert "letter A or B" not in first[0]["content"]
+        assert "[[C]] for a tie" not in first[0]["content"]
+        assert second[2]["content"].startswith("Which answer" if soft else "Reply with nothing but [[A]]")
+
+    def test_both_orders_have_the_principle_of_the_pair(self):
+        principles = [f"Principle {number}." for number in range(8)]
+        model = Model((0.9, 0.1))
+        judge = LanguageJudge(model, soft=True, principles=principles, seed=3)
+        PairJudge(judge, "judge").compare(["p", "q"], [("x", "y"), ("x", "z")])
+        shown = [next(p for p in principles if p in messages[0]["content"]) for messages, _ in model.asked]
+        expected = [judge.principle("p", "x", "y"), judge.principle("q", "z", "x")]
+        assert shown == [expected[0], expected[0], expected[1], expected[1]]
+
+    def test_bad_numbers_and_questions(self):
+        with pytest.raises(ValueError, match="`least_mass` from 0 to 1"):
+            LanguageJudge(Model(), least_mass=1.5)
+        with pytest.raises(ValueError, match="no place for them"):
+            LanguageJudge(Model(), "{prompt}", principles=["Be kind."])
+
 
 class TestEndpointJudge:
     def test_what_is_asked(self):
@@ -186,7 +301,7 @@ class TestEndpointJudge:
             assert judge.compare(["p"], [("x", "y")]).failures == 1
         with pytest.raises(httpx.HTTPStatusError):
             endpoint(refused)("p", "x", "y")
-        with pytest.raises(ValueError, match="answered no chat completion: '<h1>'"):
+        with pytest.raises(ValueError, match="answered no chat completion: it is no JSON: '<h1>'"):
             endpoint(lambda request: httpx.Response(200, text="<h1>"))("p", "x", "y")
 
 
@@ -197,7 +312,7 @@ def test_a_local_model_is_asked_with_its_chat_template(tiny_model_path):
     seen = []
 
     class Spy:
-        tokenizer = generator.tokenizer
+        tokenizer, model = generator.tokenizer, generator.model
 
         def __call__(self, asked, **options):
             seen.append((asked, options))
@@ -209,93 +324,3 @@ def test_a_local_model_is_asked_with_its_chat_template(tiny_model_path):
     assert (options["do_sample"], options["return_full_text"]) == (False, False)
     small = ModelJudge(generator, question="the {prompt} {first} {second}")
     assert PairJudge(small, "tiny").compare(["film"], [("good", "bad")]).failures == 1  # a random model says nothing
-
-
-PAIRS = [("good", "bad"), ("bad", "good"), ("same", "same"), ("bad", "bad")]
-
-
-PROMPTS = ["q"] * len(PAIRS)
-
-
-ORDER = ["bad", "same", "good"]
-
-
-def honest(prompt, first, second):
-    difference = ORDER.index(first) - ORDER.index(second)
-    return "first" if difference > 0 else "second" if difference < 0 else "tie"
-
-
-class TestJudgeInBothOrders:
-    def test_numbers(self):
-        # Answers by (order, swapped): agree on the first, agree on the second, first twice, second twice, first twice,
-        # two ties, and a tie against a choice, which is a disagreement.
-        answers = {
-            "1": ("first", "second"),
-            "2": ("second", "first"),
-            "3": ("first", "first"),
-            "4": ("second", "second"),
-            "5": ("first", "first"),
-            "6": ("tie", "tie"),
-            "7": ("tie", "second"),
-        }
-        judged = judge_in_both_orders(
-            lambda prompt, first, second: answers[prompt][first == "b"], list(answers), [("a", "b")] * 7
-        )
-        assert judged.labels == [1.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
-        assert judged.agreement == 3 / 7
-        assert (judged.shown_first, judged.shown_second) == (2, 1)
-        assert judged.position_bias == 1 / 7
-        assert judged.position_bias_p_value == 1.0
-
-    def test_labels_feed_the_pairwise_loss(self):
-        # C27 at a lead of 1: .313262 where the judge agrees, 1.313262 where it says the opposite, .813262 for a tie.
-        judged = judge_in_both_orders(honest, PROMPTS, PAIRS)
-        loss = pairwise_loss(torch.ones(4), torch.zeros(4), label=torch.tensor(judged.labels))
-        assert loss.item() == pytest.approx((0.313262 + 1.313262 + 2 * 0.813262) / 4, abs=1e-6)
-
-    def test_honest_judge(self):
-        judged = judge_in_both_orders(honest, PROMPTS, PAIRS)
-        assert judged.labels == [1.0, 0.0, 0.5, 0.5]
-        assert (judged.agreement, judged.position_bias, judged.position_bias_p_value) == (1.0, 0.0, 1.0)
-
-    def test_judge_that_takes_the_first(self):
-        # C56: it disagrees with itself everywhere, so that it says nothing, and its bias is plain to see.
-        judged = judge_in_both_orders(lambda prompt, first, second: "first", ["q"] * 20, [("a", "b")] * 20)
-        assert judged.labels == [0.5] * 20
-        assert (judged.agreement, judged.position_bias) == (0.0, 1.0)
-        assert judged.position_bias_p_value == pytest.approx(2 * 0.5**20)
-        judged = judge_in_both_orders(lambda prompt, first, second: "second", ["q"] * 20, [("a", "b")] * 20)
-        assert (judged.shown_first, judged.shown_second, judged.position_bias) == (0, 20, -1.0)
-
-    def test_coin_flips_are_no_bias(self):
-        rng = random.Random(0)
-        judged = judge_in_both_orders(
-            lambda prompt, first, second: rng.choice(["first", "second"]), ["q"] * 400, [("a", "b")] * 400
-        )
-        assert judged.agreement == pytest.approx(0.5, abs=0.1)
-        assert abs(judged.position_bias) < 0.1
-        both = judged.shown_first + judged.shown_second
-        assert judged.position_bias_p_value == pytest.approx(binomtest(judged.shown_first, both).pvalue)
-        assert judged.position_bias_p_value > 0.01
-
-    def test_swapping_all_pairs_mirrors_labels(self):
-        judged = judge_in_both_orders(honest, PROMPTS, PAIRS)
-        swapped = judge_in_both_orders(honest, PROMPTS, [(second, first) for first, second in PAIRS])
-        assert swapped.labels == [1 - label for label in judged.labels]
-
-    @pytest.mark.parametrize(
-        ("prompts", "pairs", "message"),
-        [
-            ([], [], "got 0 prompts"),
-            (["q"], PAIRS[:2], "got 1 prompts and 2 pairs"),
-            (["q", "q"], [PAIRS[0], ("bad", "bad", "bad")], "row 1 has"),
-            (["q"], ["ab"], "row 0 has 'ab'"),
-        ],
-    )
-    def test_bad_rows(self, prompts, pairs, message):
-        with pytest.raises(ValueError, match=message):
-            judge_in_both_orders(honest, prompts, pairs)
-
-    def test_bad_answers(self):
-        with pytest.raises(ValueError, match="got 'A' for row 0"):
-            judge_in_both_orders(lambda prompt, first, second: "A", ["q"], [("a", "b")])
