@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from rlhf_recipes.config import DataArguments, parse_stage
-from rlhf_recipes.data import load_splits, to_completions
+from rlhf_recipes.data import load_splits, to_completions, with_graded_prompts
 from rlhf_recipes.models import load_reward_model
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.reward_modeling.finished import normalize_reward_model
@@ -40,7 +40,7 @@ def main(args: NormalizeArguments, data_args: DataArguments) -> None:
     model, tokenizer = load_reward_model(args.reward_model)
     raw = Readout(readout.readout)
     reward = ClassifierReward(model, tokenizer, Path(args.reward_model).name, args.batch_size, raw)
-    rows = load_splits(data_args, to_completions, tokenizer.chat_template)["test"]
+    rows = with_graded_prompts(load_splits(data_args, to_completions, tokenizer.chat_template)["test"])
     if "completion" not in rows.column_names:
         raise ValueError(
             f"The rows of {data_args.dataset_name} need `completion` (and `prompt`); they have {rows.column_names}."

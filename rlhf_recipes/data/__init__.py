@@ -10,6 +10,7 @@ from rlhf_recipes.data.formats import (
     to_prompts,
 )
 from rlhf_recipes.data.loading import load_rows
+from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.data.splits import load_splits
 from rlhf_recipes.data.tokenized import check_tokenized
 
@@ -25,4 +26,5 @@ __all__ = [
     "to_completions",
     "to_preferences",
     "to_prompts",
+    "with_graded_prompts",
 ]

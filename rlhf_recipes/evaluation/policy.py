@@ -77,10 +77,10 @@ def evaluate_policy(
     trainer.model.eval()
     policy, reference = sample(of_reference=False), sample(of_reference=True)
     evaluation = {"policy": _means(policy)}
-    if (average := getattr(trainer, "average", None)) is not None:  # PPO's only
-        with average.in_place():
-            averaged = sample(of_reference=False)
-        evaluation["ema"] = {**_means(averaged), **wins(averaged)}
+    if (average_of := getattr(trainer, "average", None)) is not None:  # PPO's alone
+        with average_of.in_place():
+            average = sample(of_reference=False)
+        evaluation["ema"] = {**_means(average), **wins(average)}
     trainer.model.train(training)
     return {
         **evaluation,

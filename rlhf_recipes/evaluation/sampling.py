@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids, options_of
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.images import pad_embeddings
 from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Texts, pad_rows
@@ -185,12 +186,20 @@ def _sample_batch(
     ends = getattr(trainer, "eos_token_ids", None) or end_token_ids(
         trainer.accelerator.unwrap_model(trainer.model), tokenizer
     )
+    rows = trainer.chats_of(rows) if isinstance(trainer, PPOTrainer) else rows
     prompt_ids = _prompt_ids(trainer, rows)
+    embeds = trainer.embeddings_of(prompt_ids, rows) if isinstance(trainer, PPOTrainer) else None
     with network(trainer, of_reference) as model:
-        completion_ids = _completion_ids(trainer, model, prompt_ids, ends, max_new_tokens, mixed_lengths)
+        completion_ids = _completion_ids(trainer, model, prompt_ids, embeds, ends, max_new_tokens, mixed_lengths)
         ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, side="left")
         sampled, counts = pad_rows(completion_ids, tokenizer.pad_token_id, device)
-        texts = Texts(prompt_ids=ids, prompt_mask=mask, completion_ids=sampled, completion_mask=counts)
+        texts = Texts(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            completion_ids=sampled,
+            completion_mask=counts,
+            prompt_embeds=pad_embeddings(embeds),
+        )
         logps, entropies = _logps(trainer, model, texts)
     kl: list[float] | list[None] = [None] * len(rows)
     if has_reference(trainer):
@@ -226,12 +235,13 @@ def _completion_ids(
     trainer: Any,
     model: Any,
     prompt_ids: list[list[int]],
+    embeds: list[Tensor] | None,
     ends: Sequence[int],
     max_new_tokens: int,
     mixed_lengths: bool,
 ) -> list[list[int]]:
     if isinstance(trainer, PPOTrainer):  # as in its rollouts
-        return sample_from(trainer, model, prompt_ids)
+        return sample_from(trainer, model, prompt_ids, embeds)
     temperature = getattr(trainer, "temperature", 1.0)
     config = GenerationConfig(
         do_sample=True,

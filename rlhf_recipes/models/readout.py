@@ -1,4 +1,4 @@
-"""Readout of a reward model: the tokens whose numbers give its score, and the gain and bias of its normalisation."""
+"""Readout of a reward model: what it reads, the tokens whose numbers give its score, gain and bias of the score."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Readout:
             completion's tokens, for heads that were trained per token.
         gain: Factor of the raw score, above 0.
         bias: Added after it, in reward units.
+        reward_prompt: Whether it was trained on rows with a column `reward_prompt`, so that it needs one.
 
     Raises:
         ValueError: If a value is out of range.
@@ -36,6 +37,7 @@ class Readout:
     readout: ReadoutName = "last"
     gain: float = 1.0
     bias: float = 0.0
+    reward_prompt: bool = False
 
     def __post_init__(self) -> None:
         """Check the values: a wrong one would change every reward, silently."""
@@ -46,6 +48,31 @@ class Readout:
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
         if self.gain <= 0:
             raise ValueError(f"`gain` must be above 0, got {self.gain}: it would turn good into bad.")
+        if not isinstance(self.reward_prompt, bool):
+            raise ValueError(f"`reward_prompt` must be true or false, got {self.reward_prompt!r}.")
+
+    def check_reward_prompts(self, name: str, reward_prompts: Any) -> None:
+        """Check that rows bring reward prompts to a model that was trained on them.
+
+        Args:
+            name: Name of the reward model.
+            reward_prompts: The rows' column, or `None` if they have none.
+
+        Raises:
+            ValueError: If they have none and it needs them.
+
+        Example:
+            >>> Readout(reward_prompt=True).check_reward_prompts("judge", None)
+            Traceback (most recent call last):
+            ...
+            ValueError: The reward model 'judge' was trained on rows with `reward_prompt`, but these rows have no ...
+        """
+        if self.reward_prompt and reward_prompts is None:
+            raise ValueError(
+                f"The reward model {name!r} was trained on rows with `reward_prompt`, but these rows have no such "
+                "column: it would judge without what it was taught to read. Add the column, with the prompt and the "
+                "facts of each row, or train the reward model on rows without it."
+            )
 
     def apply(self, scores: Tensor) -> Tensor:
         """Normalise raw scores of any shape: `gain * scores + bias`."""

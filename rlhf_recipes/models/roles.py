@@ -195,11 +195,16 @@ class Roles:
         """True if the base reads texts packed one after another."""
         return is_packed(self._base)
 
-    def hidden_states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+    @property
+    def embeddings(self) -> Any:
+        """The base's embeddings of tokens."""
+        return self._base.get_input_embeddings()
+
+    def hidden_states(self, input_ids: Tensor | None = None, **arguments: Any) -> Tensor:
         """Last hidden states (B, L, H) under the adapter in use, without the language model's head.
 
         Args:
-            input_ids: Token ids as `Rows.join` gives them, (B, L) or (1, N).
+            input_ids: Token ids as `Rows.join` gives them, (B, L) or (1, N); or `inputs_embeds` among the arguments.
             arguments: Those of the rows: their mask, or where each text begins.
         """
         outputs = self._base.base_model(input_ids=input_ids, **arguments, use_cache=False)

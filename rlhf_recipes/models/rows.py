@@ -179,6 +179,8 @@ class Texts:
         prompt_mask: 1 where there is a token, shape `(B, P)`.
         completion_ids: Token ids of the completions, padded on the right, shape `(B, T)`.
         completion_mask: 1 where a token counts, shape `(B, T)`.
+        prompt_embeds: Embeddings of prompts with pictures, which a network reads in place of their ids, shape
+            `(B, P, H)`; `None` without pictures.
 
     Example:
         >>> ids, mask = torch.tensor([[0, 5, 6], [0, 0, 7]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
@@ -191,6 +193,7 @@ class Texts:
     prompt_mask: Tensor = field(metadata=OF_PROMPT, kw_only=True)
     completion_ids: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
     completion_mask: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
+    prompt_embeds: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -215,6 +218,18 @@ class Texts:
     def rows(self, packed: bool) -> Rows:
         """The texts as a network reads them, packed or padded."""
         return Rows(torch.cat([self.prompt_mask, self.completion_mask], dim=1), packed)
+
+    def network_input(self, rows: Rows, embeddings: nn.Module) -> dict[str, Tensor]:
+        """What a network is called with for its tokens: their ids, or embeddings where prompts have pictures.
+
+        Args:
+            rows: The texts as the network reads them.
+            embeddings: Its embeddings of tokens.
+        """
+        if self.prompt_embeds is None:
+            return {"input_ids": rows.join(self.ids)}
+        embeds = torch.cat([self.prompt_embeds, embeddings(self.completion_ids).to(self.prompt_embeds)], dim=1)
+        return {"inputs_embeds": rows.join(embeds)}
 
     def trimmed(self) -> Self:
         """Cut off the columns in which no text has a token, at least one of each left. The tensors are views."""
@@ -246,6 +261,7 @@ class Texts:
             prompt_mask=self.prompt_mask[rows],
             completion_ids=self.completion_ids[rows],
             completion_mask=self.completion_mask[rows],
+            prompt_embeds=None if self.prompt_embeds is None else self.prompt_embeds[rows],
         )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rlhf_recipes.data.chat_templates import with_first_space
+from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
+from rlhf_recipes.models.images import images_in
 from rlhf_recipes.rewards.encoding import which_ended
 
 
@@ -29,19 +31,26 @@ def as_scored(
     Args:
         trainer: A GRPO, RLOO or PPO trainer.
         rows: The rows of the prompts, `B` of them.
-        prompts: Their prompts.
+        prompts: Their prompts, as the policy reads them.
         completions: The completions as TRL decodes them.
         completion_ids: Their token ids.
 
     Returns:
         The rows with `prompt_ids` and `finished` (an adapter scores the very tokens that were sampled, and shows a
-        model an end token only where there is one), and the completions as they go on from their prompts.
+        model an end token only where there is one), with `reward_prompt_ids` where they have a column `reward_prompt`,
+        and with `images`, a list of pictures each, where there is a processor; and the completions as they go on from
+        their prompts.
     """
     ended = which_ended(len(prompts), completion_ids, trainer.eos_token_ids, None)
-    more = zip(rows, tokenized_prompts(trainer, prompts), ended, strict=True)
+    columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
+    if REWARD_PROMPT in rows[0]:
+        columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])
+    if getattr(trainer, "image_reader", None) is not None:
+        columns["images"] = list(map(images_in, prompts))
+    more = zip(*columns.values(), strict=True)
     texts = zip(prompts, completions, completion_ids, strict=True)
     return (
-        [{**row, "prompt_ids": ids, "finished": end} for row, ids, end in more],
+        [{**row, **dict(zip(columns, values, strict=True))} for row, values in zip(rows, more, strict=True)],
         [with_first_space(trainer.processing_class, *text) for text in texts],
     )
 

@@ -42,9 +42,7 @@ class PolicyArguments:
     )
     gold_score: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge that the training does not see: gold.json of the embedded task, or another reward model."
-        },
+        metadata={"help": "Judge beside the reward, not in it: gold.json of the embedded task, or a reward model."},
     )
     prompt_words: int | None = field(
         default=None, metadata={"help": "Make prompts of the first words of `text` rows, this many."}
@@ -80,7 +78,7 @@ class PolicyArguments:
             )
 
     def rewards(self) -> list[Any]:
-        """List the rewards of `reward_adapter` (gated or not), `reward_adapters` and `reward_url` for the trainers.
+        """List the rewards of `reward_adapter` (gated or not), `reward_adapters` and `reward_url`, for the trainers.
 
         Example:
             >>> PolicyArguments(reward_adapter="outputs/quickstart/reward").rewards()
@@ -132,10 +130,10 @@ class PPOArguments(PolicyArguments):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a start without its reference, and a gate that lacks a part.
+        """Refuse a start without its reference.
 
         Raises:
-            ValueError: If `policy_adapter` is given without `sft_adapter`, or a gate is not whole.
+            ValueError: If `policy_adapter` is given without `sft_adapter`.
         """
         super().__post_init__()
         if self.policy_adapter is not None and self.sft_adapter is None:

@@ -142,23 +142,24 @@ class Run(Protocol):
     _train_sampler: Any
 
 
-def save_models(run: Run, folder: Path, prompts: Sequence[Any]) -> None:
+def save_models(run: Run, folder: Path, reader: Any, prompts: Sequence[Any]) -> None:
     """Save what was trained: the policy in the folder itself, the critic in `critic/`, an average in `ema/`.
 
     Args:
         run: The trainer.
         folder: The folder.
+        reader: Tokenizer or processor of the policy.
         prompts: Prompts of the run, a few of which are kept with what the adapter says of them (`trained_on.json`).
     """
-    _save_policy(run, folder, prompts)
+    _save_policy(run, folder, reader, prompts)
     run.critic.save(folder / "critic")
     if run.average is not None:
         with run.average.in_place():
-            _save_policy(run, folder / EMA, prompts)
+            _save_policy(run, folder / EMA, reader, prompts)
     torch.save(run.args, folder / "training_args.bin")  # Trainer compares it when it resumes
 
 
-def _save_policy(run: Run, folder: Path, prompts: Sequence[Any]) -> None:
+def _save_policy(run: Run, folder: Path, reader: Any, prompts: Sequence[Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy, tokenizer = run.model, run.processing_class
     if policy is not run.roles.model:
@@ -167,7 +168,7 @@ def _save_policy(run: Run, folder: Path, prompts: Sequence[Any]) -> None:
         run.roles.save_policy(folder)
         if len(prompts):
             save_trained_on(folder, policy, [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]], log_probs)
-    tokenizer.save_pretrained(folder)
+    reader.save_pretrained(folder)
 
 
 def load_models(run: Run, folder: str | Path) -> None:

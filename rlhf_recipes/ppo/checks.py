@@ -82,6 +82,18 @@ def check_arguments(
         )
 
 
+def check_not_sharded(trainer: Any) -> None:
+    """Refuse a run whose model is spread over processes: its roles could not share it.
+
+    Raises:
+        ValueError: With what is supported.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{type(trainer).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported."
+        )
+
+
 def check_not_bandit(args: PPOConfig, name: str) -> None:
     """Refuse rewards per token where a completion is one action.
 

@@ -173,7 +173,8 @@ class AdapterCritic(_RoleCritic):
         rows = texts.rows(self._roles.packed)
         with self._roles.use(CRITIC):
             if self._layers is None:
-                hidden = self._roles.hidden_states(rows.join(texts.ids), **rows.arguments)
+                tokens = texts.network_input(rows, self._roles.embeddings)
+                hidden = self._roles.hidden_states(**tokens, **rows.arguments)
             else:
                 below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
                 states = rows.join(torch.cat(below, dim=1))
@@ -238,7 +239,8 @@ class HeadCritic(_RoleCritic):
         policy: Any = self._policy
         rows, trunk = texts.rows(is_packed(policy)), policy.get_base_model() if self._on_adapter else policy
         with self._roles.use(POLICY):
-            hidden = trunk.base_model(input_ids=rows.join(texts.ids), **rows.arguments, use_cache=False)
+            tokens = texts.network_input(rows, policy.get_input_embeddings())
+            hidden = trunk.base_model(**tokens, **rows.arguments, use_cache=False)
         return self.read(rows.gather(hidden.last_hidden_state, texts.positions_before))
 
     def save(self, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
+from transformers import ProcessorMixin, set_seed
 from trl import GRPOTrainer, RLOOTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
@@ -29,11 +29,11 @@ from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo import setup
 from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import folder_of
-from rlhf_recipes.ppo.checks import check_rewards
+from rlhf_recipes.ppo.checks import check_not_sharded, check_rewards
 from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, with_reward_prompts
 from rlhf_recipes.tracking.console import QuietModelCard
 
 _LENGTH = "completions/mean_length"
@@ -60,6 +60,10 @@ class _AdapterTraining(QuietModelCard):
     ) -> None:
         args = self._checked_arguments(args, model, peft_config)
         check_given(None, train_dataset, eval_dataset, processing_class, peft_config, callbacks)
+        if isinstance(processing_class, ProcessorMixin):
+            raise TypeError(
+                f"{type(self).__name__} reads text: give the processor's `tokenizer`, or use `PPOTrainer`."
+            )
         set_seed(args.seed)  # new adapters start at random
         policy, self.roles, _ = setup.build_policy(model, args, quantization_config, peft_config, with_reference=False)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
@@ -67,6 +71,7 @@ class _AdapterTraining(QuietModelCard):
         rules = prompt_rules(policy, tokenizer, args, reward_funcs)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
+        rules = with_reward_prompts(rules, reward_funcs, train_dataset, self.roles)
         train_dataset = check_rows(train_dataset, "train_dataset", rules, args.prompts_per_rollout)
         check_prompt_format(train_dataset, tokenizer, policy, rules.template_kwargs)
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
@@ -83,10 +88,7 @@ class _AdapterTraining(QuietModelCard):
             optimizers=optimizers,
         )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"{type(self).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported."
-            )
+        check_not_sharded(self)
         if REFERENCE not in policy.peft_config:  # TRL makes one where its loss needs it; evaluations always do
             self.roles.add_copy(REFERENCE)
         self.roles.set_trainable(POLICY)
@@ -104,8 +106,6 @@ class _AdapterTraining(QuietModelCard):
     reward_func_names: list[str]
     eos_token_ids: list[int]
     callback_handler: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
     _metrics: dict[str, Any]
     add_callback: Any
 
@@ -189,7 +189,8 @@ class GRPOAdapterTrainer(_AdapterTraining, GRPOTrainer):
         reward_funcs: As for `PPOTrainer`: functions with TRL's reward signature (they also get `prompt_ids`), folders
             of reward adapters trained on the same base, ensembles, and sequence classification models or their paths.
         args: The configuration.
-        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
+        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such. Where they
+            have a column `reward_prompt`, reward models read it in place of the prompt.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
         processing_class: The tokenizer, with a padding token; by default the base model's.
         reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.

@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import BEMACallback, SyncRefModelCallback
 
 from rlhf_recipes.models.adapters import check_shareable
@@ -39,10 +39,10 @@ def check_given(
     for key, rows in named.items():
         if rows is not None or key:
             check_is_dataset(rows, f"eval_dataset[{key!r}]" if key else "eval_dataset")
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | NoneType):
         raise TypeError(
-            "`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got "
-            f"{type(processing_class).__name__}. Prompts are text: give a processor's `tokenizer`."
+            "`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), or for prompts with pictures a "
+            f"processor (`ProcessorMixin`), got {type(processing_class).__name__}."
         )
     if peft_config is not None:
         _check_peft_config(peft_config)

@@ -56,7 +56,8 @@ def sampled_moments(trainer: GRPOTrainer, texts: Texts) -> Tensor:
     drawn = few.completion_mask.flatten().nonzero().squeeze(1)[:_TOKENS]
     places = rows.places(few.positions_before).flatten()[drawn]
     with trainer.accelerator.autocast(), states_at(model, places):
-        outputs = model(input_ids=rows.join(few.ids), **rows.arguments, use_cache=False)
+        tokens = few.network_input(rows, model.get_input_embeddings())
+        outputs = model(**tokens, **rows.arguments, use_cache=False)
     return second_moments(outputs.logits[0, :-1], few.completion_ids.flatten()[drawn], trainer.temperature)
 
 

@@ -30,8 +30,16 @@ _POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 
 # 1. Sampling
-def sample_completions(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> list[list[int]]:
-    """Sample one completion per prompt from the policy: token ids, with the end token where it was sampled."""
+def sample_completions(
+    trainer: GRPOTrainer, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+) -> list[list[int]]:
+    """Sample one completion per prompt from the policy: token ids, with the end token where it was sampled.
+
+    Args:
+        trainer: The trainer whose engine is used.
+        prompt_ids: Token ids of `B` prompts.
+        prompt_embeds: Their embeddings `(P, H)`, where they have pictures.
+    """
     args: Any = trainer.args
     with unwrap_model_for_generation(
         trainer.model_wrapped,
@@ -39,16 +47,18 @@ def sample_completions(trainer: GRPOTrainer, prompt_ids: list[list[int]]) -> lis
         generation_kwargs=trainer.generation_kwargs,
         gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
     ) as model:
-        return sample_from(trainer, model, prompt_ids)
+        return sample_from(trainer, model, prompt_ids, prompt_embeds)
 
 
-def sample_from(trainer: GRPOTrainer, model: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
+def sample_from(
+    trainer: GRPOTrainer, model: Any, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+) -> list[list[int]]:
     """The same from any model, with the adapter in use."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     args: Any = trainer.args
     packed = is_packed(inner) and not args.generation_kwargs and not args.cache_implementation
     config, ends = trainer.generation_config, trainer.eos_token_ids
-    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed)
+    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed, prompt_embeds)
 
 
 # 2. The pass of a policy
@@ -99,11 +109,11 @@ def policy_pass(
         labels = part.completion_ids.flatten()[drawn]
         labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
         with trainer.accelerator.autocast(), states_at(inner, places) as states:
-            input_ids = rows.join(part.ids)
-            outputs = model(input_ids=input_ids, **rows.arguments, **routers, labels=labels[None], fused_lm_head=True)
+            tokens = part.network_input(rows, inner.get_input_embeddings())
+            outputs = model(**tokens, **rows.arguments, **routers, labels=labels[None], fused_lm_head=True)
             more = [] if read is None else [read(states[0])]
-        tokens = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
-        parts.append((indices, [scatter_tokens(each, drawn, *mask.shape) for each in tokens]))
+        numbers = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
+        parts.append((indices, [scatter_tokens(each, drawn, *mask.shape) for each in numbers]))
     columns = zip(*(values for _, values in parts), strict=True)
     indices_of_parts, length = [indices for indices, _ in parts], texts.completion_ids.size(1)
     joined = [scatter_rows(list(zip(indices_of_parts, column, strict=True)), length) for column in columns]

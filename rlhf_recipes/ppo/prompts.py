@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,15 @@ from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
+from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
+from rlhf_recipes.models.images import COLUMNS, chat_with_images
 from rlhf_recipes.rewards.gate import GatedReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_recipes.models.images import ImageReader
+    from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.group_config import Config
 
@@ -33,6 +37,10 @@ class PromptRules:
         embeddings: Tokens that the policy's embeddings know.
         template_kwargs: What chat templates get besides, `PPOConfig.chat_template_kwargs`.
         columns: Columns that a reward cannot do without, each with the reward's name.
+        for_rewards: Why rows must have a column `reward_prompt`, if they must.
+        reward_prompts_fit: Whether reward prompts must keep to these rules too, since an adapter on the policy's base
+            reads them.
+        images: What reads the pictures of rows; `None` with a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,9 +48,14 @@ class PromptRules:
     embeddings: int
     template_kwargs: dict[str, Any]
     columns: dict[str, str] = field(default_factory=dict)
+    for_rewards: str | None = None
+    reward_prompts_fit: bool = False
+    images: ImageReader | None = None
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts, as the rollout makes them."""
+        if self.images is not None:
+            return self.images.encode(prompts, **self.template_kwargs)[0]
         return encode_prompts(prompts, self.tokenizer, **self.template_kwargs)
 
     def problem(self, ids: list[int]) -> tuple[str, str] | None:
@@ -69,7 +82,13 @@ class PromptRules:
         return None
 
 
-def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, reward_funcs: Any = ()) -> PromptRules:
+def prompt_rules(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Config,
+    reward_funcs: Any = (),
+    images: ImageReader | None = None,
+) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
 
     Args:
@@ -77,6 +96,7 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, 
         tokenizer: Its tokenizer.
         args: `max_completion_length`, and `chat_template_kwargs`.
         reward_funcs: The rewards as the trainer gets them, of which a gate may read a column.
+        images: What reads the pictures of rows, with a processor.
 
     Raises:
         ValueError: If the tokenizer has no padding or end token, or one beyond the embeddings.
@@ -99,7 +119,30 @@ def prompt_rules(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Config, 
     template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
     gates = [reward for reward in _listed(reward_funcs) if isinstance(reward, GatedReward)]
     columns = {column: gate.__name__ for gate in gates for column in gate.columns}
-    return PromptRules(tokenizer, longest, embeddings, template, columns)
+    return PromptRules(tokenizer, longest, embeddings, template, columns, images=images)
+
+
+def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
+    """Add what holds for the column `reward_prompt`: rewards may need it, and all rows have it or none.
+
+    Args:
+        rules: The other rules.
+        rewards: What scores the completions.
+        train_dataset: The training data.
+        roles: The roles on the policy's base, of which reward adapters have heads.
+    """
+    columns = getattr(train_dataset, "column_names", None) or ()
+    reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
+    readers = [reward for reward in rewards if hasattr(reward, "needs_reward_prompt")]
+    if reason is None and readers and set(COLUMNS) & set(columns):
+        reason = f"{readers[0].__name__!r} reads text and does not see the pictures"
+    if reason is None and REWARD_PROMPT in columns:
+        reason = "the rows of `train_dataset` have it, and scores are compared"
+    return replace(rules, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
+
+
+def _needed(reward: Any) -> str:
+    return f"the reward model {reward.__name__!r} was trained on rows that have it"
 
 
 def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any) -> Any:
@@ -109,7 +152,8 @@ def training_rows(dataset: Any, rules: PromptRules, args: PPOConfig, policy: Any
         ValueError: If the configuration asks for what a stream cannot give.
     """
     rows = check_rows(dataset, "train_dataset", rules, args.prompts_per_rollout)
-    check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
+    if rules.images is None:
+        check_prompt_format(rows, rules.tokenizer, policy, rules.template_kwargs)
     if not isinstance(rows, IterableDataset):
         return rows
     if args.max_steps <= 0:
@@ -125,6 +169,8 @@ def evaluation_rows(dataset: Any, rules: PromptRules, policy: Any) -> Any:
     if dataset is None:
         return None
     rows = check_rows(dataset, "eval_dataset", rules)
+    if rules.images is not None:
+        return rows
     for each in rows.values() if isinstance(rows, dict) else [rows]:
         check_prompt_format(each, rules.tokenizer, policy, rules.template_kwargs)
     return rows
@@ -167,7 +213,16 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
             "prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or raise "
             "`num_generations`."
         )
-    _check_all(list(dataset["prompt"]), name, rules)
+    if rules.images is None:
+        _check_all(list(dataset["prompt"]), name, rules)
+    else:
+        _check_chats(dataset, name, rules)
+    if REWARD_PROMPT in dataset.column_names:
+        rows = dataset.select_columns(["prompt", REWARD_PROMPT]).with_format(None)
+        problems = {index: problem for index, row in enumerate(rows) if (problem := _reward_problem(row, rules))}
+        if problems:
+            index, what = next(iter(problems.items()))
+            raise ValueError(f"`{name}`: {len(problems)} of {len(dataset)} rows cannot be used; row {index}: {what}.")
     return dataset
 
 
@@ -238,6 +293,46 @@ def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
                 f"The reward {reward!r} reads the column {column!r}, but `{name}` has {list(columns)}. Add it to the "
                 "rows, with true or false for each prompt, or build the gate without it."
             )
+    if rules.images is None and (found := [column for column in COLUMNS if column in columns]):
+        raise ValueError(
+            f"`{name}` has the column {found[0]!r}, but prompts are read by a tokenizer, which sees no pictures. Give "
+            "the model's processor as `processing_class` (`AutoProcessor.from_pretrained`), or remove the column."
+        )
+    if rules.for_rewards is not None and REWARD_PROMPT not in columns:
+        raise ValueError(
+            f"The dataset needs a column {REWARD_PROMPT!r}, because {rules.for_rewards}; it has {list(columns)} "
+            f"(`{name}`). It holds what rewards read in place of the prompt: prompt and facts."
+        )
+
+
+def _check_chats(dataset: Any, name: str, rules: PromptRules) -> None:
+    found = {row: problem for row in range(len(dataset)) if (problem := _chat_problem(dataset, row, rules))}
+    fix = next(iter(found.values()), ("", ""))[1]
+    _refuse({row: what for row, (what, way) in found.items() if way == fix}, name, len(dataset), fix)
+
+
+def _chat_problem(rows: Any, index: int, rules: PromptRules) -> tuple[str, str] | None:
+    """Say what is wrong with a prompt and its pictures, and how to put it right."""
+    try:
+        row = rows[index]
+        if reason := _wrong_kind(row["prompt"]):
+            return reason, "Remove such rows"
+        ids, _ = rules.images.encode([chat_with_images(row)], **rules.template_kwargs)  # type: ignore[union-attr]
+    except BadRow as problem:
+        return str(problem), "Correct or remove such rows"
+    except (OSError, SyntaxError) as error:  # of the data set's own decoding
+        return f"has a picture that cannot be read ({type(error).__name__}: {error})", "Correct or remove such rows"
+    return rules.problem(ids[0])
+
+
+def _reward_problem(row: dict[str, Any], rules: PromptRules) -> str | None:
+    """Say what is wrong with the reward prompt of a row, and how to put it right."""
+    if problem := reward_prompt_problem(row):
+        return problem
+    if not rules.reward_prompts_fit:
+        return None  # read by other models, which say themselves what does not fit
+    found = rules.problem(rules.encode([row[REWARD_PROMPT]])[0])
+    return None if found is None else f"`{REWARD_PROMPT}` {found[0]}. {found[1]}"
 
 
 def _check_all(prompts: list[Any], name: str, rules: PromptRules) -> None:
@@ -253,9 +348,15 @@ def _stream_check(name: str, rules: PromptRules) -> Callable[[dict[str, Any], in
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
         _check_columns(row, name, rules)
         reason = _wrong_kind(row["prompt"])
-        problem = (reason, "Remove such rows") if reason else rules.problem(rules.encode([row["prompt"]])[0])
+        problem = (reason, "Remove such rows") if reason else None
+        if rules.images is not None:
+            problem = _chat_problem([row], 0, rules)
+        elif problem is None:
+            problem = rules.problem(rules.encode([row["prompt"]])[0])
         if problem:
             raise ValueError(f"`{name}`: the prompt of row {index} {problem[0]}. {problem[1]}.")
+        if REWARD_PROMPT in row and (found := _reward_problem(row, rules)):
+            raise ValueError(f"`{name}`: row {index}: {found}.")
         return row
 
     return check

@@ -62,7 +62,7 @@ class Rollout(Texts):
 
 def texts_of(batch: Batch) -> Texts:
     """Read prompts and completions from what TRL samples."""
-    return Texts(**{each.name: batch[each.name] for each in fields(Texts)})
+    return Texts(**{each.name: batch[each.name] for each in fields(Texts) if each.name in batch})
 
 
 def join(micro_batches: list[Batch]) -> Batch:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    set_seed,
+)
+from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.chat_templates import end_token_ids
@@ -18,13 +26,14 @@ from rlhf_recipes.models.adapters import POLICY, base_name, base_of, base_to_loa
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.generation import warn_of_ignored_settings
+from rlhf_recipes.models.images import ImageReader, check_reads_images
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.reward import load_reward_model
-from rlhf_recipes.models.roles import CRITIC, FROZEN, REFERENCE, Roles, is_critic_parameter
+from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
 from rlhf_recipes.ppo.checks import check_one_base
 from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
@@ -171,16 +180,10 @@ def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
     return transforms
 
 
-def first_reward(roles: Roles) -> str | None:
-    """The first reward adapter on the base, from which the critic may start."""
-    return next((role for role in roles.heads if role != CRITIC), None)
-
-
-def add_log_probs(trainer: Any) -> None:
-    """Give a second base model, if there is one, the output layer that `policy_pass` needs; the first one has it."""
-    if trainer.trains_whole_model:
-        model, args = trainer.roles.model.get_base_model(), trainer.args
-        add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:
+    """Give a second base model the output layer that `policy_pass` needs; the trainer's own has it."""
+    args: Any = trainer.args
+    add_fused_lm_head(model, trainer.temperature, args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
 
 
 def make_kl_controller(args: PPOConfig) -> FixedKLController | AdaptiveKLController:
@@ -244,6 +247,31 @@ def restore_checkpointing(policy: Any, args: PPOConfig) -> None:
     places = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     if args.activation_checkpointing and places:
         policy.activation_checkpointing_enable(kwargs, **places)
+
+
+def build_readers(
+    processing_class: Any, policy: PreTrainedModel | PeftModel, args: PPOConfig
+) -> tuple[PreTrainedTokenizerBase, ImageReader | None]:
+    """The tokenizer, and with a processor what reads pictures.
+
+    Args:
+        processing_class: A tokenizer, a processor, or `None` for the base's tokenizer.
+        policy: The policy.
+        args: The configuration.
+
+    Raises:
+        ValueError: If the policy or the critic cannot read pictures.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class or load_base_tokenizer(policy, args), None
+    check_reads_images(policy)
+    if args.critic == "model" or args.critic_layers is not None:
+        raise ValueError(
+            "`critic: model` and `critic_layers` are for texts: with a processor, take `critic: adapter` or "
+            "`critic: head`, which see the pictures that the policy sees."
+        )
+    processor: Any = processing_class
+    return processor.tokenizer, ImageReader(processor, policy)
 
 
 def load_base_tokenizer(policy: PreTrainedModel | PeftModel, args: Config) -> PreTrainedTokenizerBase:
@@ -429,17 +457,6 @@ def _has_other_architecture(path: str | Path, roles: Roles, trust_remote_code: b
         return bool(config.model_type != roles.model.config.model_type)
     except (OSError, ValueError):
         return False  # not to be found: refused as an adapter of another base, by name
-
-
-def start_process(trainer: Any) -> None:
-    """Refuse a launch that cuts the models into parts, and seed what this process samples.
-
-    Raises:
-        ValueError: If DeepSpeed or FSDP is on.
-    """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("PPOTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported.")
-    seed_sampling(trainer.args.seed, trainer.accelerator.process_index)
 
 
 def seed_sampling(seed: int, rank: int) -> None:

@@ -14,8 +14,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import GRPOTrainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.chance import compute_as_in_evaluation
@@ -27,6 +26,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
+from rlhf_recipes.ppo.images import ImageTrainer
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
 from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
@@ -42,7 +42,7 @@ from rlhf_recipes.ppo.passes import (
     sample_completions,
 )
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_reward_prompts
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts
 
 
-class PPOTrainer(QuietModelCard, GRPOTrainer):
+class PPOTrainer(QuietModelCard, ImageTrainer):
     """Train a policy with PPO against reward functions, reward models and reward adapters.
 
     Policy, frozen reference, critic and reward adapters share one base model in memory. One step generates
@@ -79,9 +79,11 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
             reward adapters trained on the same base, and sequence classification models or their paths. Their results
             are summed with `args.reward_weights`.
         args: The configuration.
-        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such.
+        train_dataset: Rows with a column `prompt`, plain text or a list of messages; or a stream of such. Where they
+            have a column `reward_prompt`, reward models read it in place of the prompt.
         eval_dataset: The same for `evaluate`, or a dictionary of such.
-        processing_class: The tokenizer, with a padding token; by default the base model's.
+        processing_class: The tokenizer, with a padding token; by default the base model's. For rows with `images`,
+            the processor of a vision-language model.
         reward_processing_classes: Tokenizers of reward models, one for each reward, in place of their own.
         callbacks: Callbacks, as in TRL.
         optimizers: Optimizer and scheduler, as in TRL.
@@ -115,7 +117,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         args: PPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -135,31 +137,26 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
         policy, self.roles, self.reference = setup.build_policy(
             model, args, quantization_config, peft_config, reference_adapter=reference_adapter
         )
-        tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
+        tokenizer, self.image_reader = setup.build_readers(processing_class, policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs, self.image_reader)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
-        self.critic = build_critic(policy, self.roles, args, setup.first_reward(self.roles), critic_model)
+        self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
+        self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
-        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
+        eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
         super().__init__(
-            model=policy,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            reward_processing_classes=tokenizers,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
-        setup.start_process(self)
+        setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
-        setup.add_log_probs(self)
+        checks.check_not_sharded(self)
+        if self.trains_whole_model:
+            setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
         self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
@@ -272,8 +269,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         return super()._generate(prompts)
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        return sample_completions(self, prompt_ids), None  # TRL spends time on padding, and on rows that have ended
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, *others: Any) -> Any:
+        # TRL spends time on padding, and on rows that have ended
+        return sample_completions(self, prompt_ids, self.embed_tokenized(prompt_ids, fields)), None
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
@@ -304,8 +302,9 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     @phase("score")
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        record, args = RewardRecord(), self.args
-        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in inputs]))
+        record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
+        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows]))
+        texts = self.with_embeddings(texts, rows)
         setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)
@@ -519,8 +518,7 @@ class PPOTrainer(QuietModelCard, GRPOTrainer):
     # 9. Checkpoints: the policy in the folder itself, critic and average in `critic/` and `ema/`, and the run's state.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            prompts = self.train_dataset["prompt"] if isinstance(self.train_dataset, Dataset) else []
-            checkpoint.save_models(self, Path(output_dir or self.args.output_dir or ""), prompts)
+            checkpoint.save_models(self, Path(output_dir or self.args.output_dir or ""), *self.saved_with())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_models(self, resume_from_checkpoint)

@@ -110,7 +110,7 @@ def normalize_reward_model(
         >>> import tempfile, torch
         >>> folder = tempfile.mkdtemp()
         >>> normalize_reward_model(folder, torch.tensor([-2.0, 6.0]))
-        Readout(readout='last', gain=0.25, bias=-0.5)
+        Readout(readout='last', gain=0.25, bias=-0.5, reward_prompt=False)
         >>> Readout.load(folder).apply(torch.tensor([2.0]))
         tensor([0.])
     """

@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 from rlhf_recipes.data.chat_templates import (
     check_prompts_stay_open,
     encode_answer,
+    encode_prompt,
     options_of,
     warn_about_template,
 )
 from rlhf_recipes.data.dialogues import split_dialogue
+from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 from rlhf_recipes.models.loading import padding_tokens
 from rlhf_recipes.reward_modeling.collator import sequences_of
+from rlhf_recipes.rewards.encoding import is_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from transformers import PreTrainedTokenizerBase
     from trl import RewardTrainer
@@ -65,6 +69,53 @@ def check_score_head(trainer: RewardTrainer) -> None:
 def _first_rows(trainer: RewardTrainer) -> list[dict[str, Any]]:
     rows: Any = trainer.train_dataset
     return list(islice(rows, _LOOKED_AT)) if isinstance(rows, Dataset) else []
+
+
+def check_reward_prompts(
+    train_dataset: Any = None, eval_dataset: Any = None, model: Any = None, processing_class: Any = None, **others: Any
+) -> bool:
+    """Check that all rows of a reward model have the column `reward_prompt`, or none of them.
+
+    Args:
+        train_dataset: The rows that it learns from.
+        eval_dataset: Those it is evaluated on, by name where there are several sets.
+        model: The model.
+        processing_class: Its tokenizer.
+        others: Further arguments of the trainer.
+
+    Returns:
+        Whether they have it.
+
+    Raises:
+        ValueError: If some have it and others do not, or rows bring token ids of another prompt.
+    """
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    named = {name: rows for name, rows in {"train": train_dataset, **evals}.items() if rows is not None}
+    having = [name for name, rows in named.items() if REWARD_PROMPT in (rows.column_names or ())]
+    if having and len(having) < len(named):
+        other = next(name for name in named if name not in having)
+        raise ValueError(
+            f"The {having[0]} rows have the column `{REWARD_PROMPT}`, and the {other} rows do not: the reward model "
+            "would read other prompts there. Give it to both, or to neither."
+        )
+    if processing_class is not None and not (isinstance(model, nn.Module) and is_encoder(model)):
+        for name in having:
+            _check_ids(islice(named[name], _LOOKED_AT), processing_class, name)
+    return bool(having)
+
+
+def _check_ids(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    for index, row in enumerate(rows):
+        if reward_prompt_problem(row):
+            return  # said where the rows are prepared
+        prompt = encode_prompt(tokenizer, row[REWARD_PROMPT], **options_of(row))[:-1]  # the last may join the answer
+        for ids in [row.get("chosen_ids"), row.get("rejected_ids"), *(row.get("completion_ids") or ())]:
+            if ids is not None and list(ids[: len(prompt)]) != list(prompt):
+                raise ValueError(
+                    f"Row {index} of the {name} rows has a `{REWARD_PROMPT}` and brings token ids that do not begin "
+                    "with it: the reward model would not read it. Give the ids of reward prompt and completion, or "
+                    "remove the columns of ids."
+                )
 
 
 def with_chat_ids(

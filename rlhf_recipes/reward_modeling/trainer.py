@@ -13,8 +13,10 @@ from trl import RewardTrainer
 
 from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
+from rlhf_recipes.models.images import check_no_images
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout, read_scores
 from rlhf_recipes.models.resumed import check_same_adapter
@@ -25,7 +27,7 @@ from rlhf_recipes.reward_modeling.config import PreferenceConfig
 from rlhf_recipes.reward_modeling.evaluated import EvaluatedRows
 from rlhf_recipes.reward_modeling.losses import untied_margins
 from rlhf_recipes.reward_modeling.objective import completion_losses, preference_objective, scatter_completions
-from rlhf_recipes.reward_modeling.preparation import with_chat_ids
+from rlhf_recipes.reward_modeling.preparation import check_reward_prompts, with_chat_ids
 from rlhf_recipes.reward_modeling.table import (
     check_rows,
     drop_ties,
@@ -61,6 +63,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     scored once, and `per_device_train_batch_size` counts prompts. The loss is the mean over the prompts of an
     optimizer step, however they are cut into micro-batches.
 
+    Rows may have a column `reward_prompt`, which is then read in place of `prompt`; PPO will ask for it too.
     Rows with `chosen` and `rejected` may have a column `label`, the probability that `chosen` wins (missing: 1). With
     neither that nor another setting of `PreferenceConfig` changed, everything is TRL's own, to the last bit.
 
@@ -80,6 +83,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
+        self._readout = Readout(args.readout, reward_prompt=check_reward_prompts(**kwargs))
         super().__init__(args=args, **kwargs)
         own: Any = self.model
         keep_4bit_differentiable(own)
@@ -116,6 +120,8 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     ) -> Any:
         """Check the rows against the objective, and tokenize them: texts as TRL does, chats as PPO reads them."""
         ends = end_token_ids(self._given_model, processing_class)
+        check_no_images(dataset, dataset_name)
+        dataset = with_graded_prompts(dataset)
         if _is_trl(dataset, args):
             if isinstance(dataset, Dataset):
                 check_rows(dataset, args, dataset_name)
@@ -266,8 +272,8 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
             GenerationConfig(eos_token_id=ends).save_pretrained(output_dir or str(self.args.output_dir))
         folder = output_dir or str(self.args.output_dir)
         save_with_first_rows(self, folder, lambda row: sequences_of(row)[0], raw_score)
-        if self.args.readout != "last":
-            Readout(self.args.readout).save(output_dir or str(self.args.output_dir))
+        if self._readout != Readout():
+            self._readout.save(folder)
 
 
 def _per_token(config: PreferenceConfig) -> bool:

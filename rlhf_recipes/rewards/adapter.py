@@ -43,7 +43,7 @@ class AdapterReward:
         reads: Literal["score", "redistributed", "attention"] = "score",
     ) -> None:
         self.__name__ = name
-        self.role = role
+        self.role, self.needs_reward_prompt = role, readout.reward_prompt
         self._reads = reads
         self._roles, self._readout = roles, readout
         self._options = (pad_token_id, batch_size)
@@ -53,14 +53,18 @@ class AdapterReward:
         prompt_ids: list[list[int]],
         completion_ids: list[list[int]],
         reward_record: Sequence[RewardRecord] = (),
+        reward_prompt_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion.
+        """Return one score per completion, read after its reward prompt where the rows have one.
 
         Raises:
-            ValueError: If a score is not finite; it names the completion.
+            ValueError: If a score is not finite; it names the completion. If the adapter was trained on reward
+                prompts, and the rows have none.
         """
-        sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        self._readout.check_reward_prompts(self.__name__, reward_prompt_ids)
+        before = prompt_ids if reward_prompt_ids is None else reward_prompt_ids
+        sequences = [prompt + completion for prompt, completion in zip(before, completion_ids, strict=True)]
         prefixes = self._roles.prefix_scores(self.role, sequences, *self._options)
         lengths = [len(completion) for completion in completion_ids]
         tails = [scores[-length:] for scores, length in zip(prefixes, lengths, strict=True)]

@@ -74,6 +74,7 @@ class ClassifierReward:
             )
         _check_vocabulary(own, tokenizer, name)
         self.__name__ = name
+        self.needs_reward_prompt = readout is not None and readout.reward_prompt
         self.model = own.eval().requires_grad_(False)
         self._tokenizer, self._batch_size, self._readout = tokenizer, batch_size, readout
         self._eos_token_ids, self._context = eos_token_ids, context_length(own)
@@ -85,12 +86,18 @@ class ClassifierReward:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
         finished: Sequence[bool] | None = None,
+        reward_prompt: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion."""
-        return self.scores(
-            prompts, completions, which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
-        )
+        """Return one score per completion, read after its reward prompt where the rows have one.
+
+        Raises:
+            ValueError: As `scores`; or if the model was trained on reward prompts, and the rows have none.
+        """
+        if self._readout is not None:
+            self._readout.check_reward_prompts(self.__name__, reward_prompt)
+        ended = which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
+        return self.scores(prompts if reward_prompt is None else reward_prompt, completions, ended)
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[Any], finished: Sequence[bool]) -> list[float]:
         """Score completions.

@@ -42,6 +42,11 @@ class CombinedReward:
             )
         self.__name__, self.members = name, list(members)
 
+    @property
+    def needs_reward_prompt(self) -> bool:
+        """Whether a member was trained on rows with a column `reward_prompt`."""
+        return any(getattr(member, "needs_reward_prompt", False) for member in self.members)
+
     def with_members(self, functions: Sequence[Callable[..., Any]]) -> CombinedReward:
         """Copy the reward with functions in place of its folders."""
         copied = copy.copy(self)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rlhf_recipes.data.chat_templates import encode_answer, encode_sampled
+from rlhf_recipes.data.reward_prompts import graded_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -117,7 +118,8 @@ def encode_rows(
     """Encode rows for the training of an encoder: trainers take token ids as they are, without adding an end token.
 
     Args:
-        rows: Splits with `chosen` and `rejected`, or `completions`, and maybe `prompt`. Ids that are there stay.
+        rows: Splits with `chosen` and `rejected`, or `completions`, and maybe `prompt`, of which `reward_prompt` takes
+            the place where it is there. Ids that are there stay.
         tokenizer: The encoder's tokenizer.
         context: `context_length` of the encoder.
         max_length: The trainer leaves out what is longer than this; `None`: nothing.
@@ -140,7 +142,7 @@ def encode_rows(
     """
 
     def ids_of(row: dict[str, Any], text: Any, where: str) -> list[int]:
-        ids = encode(tokenizer, row.get("prompt") or "", text, encoder=True)[0]
+        ids = encode(tokenizer, graded_prompt(row) or "", text, encoder=True)[0]
         if context is not None and len(ids) > context and (max_length is None or max_length >= len(ids)):
             raise ValueError(
                 f"{where} has {len(ids)} tokens, but the encoder's context is {context}. Set `max_length` to "

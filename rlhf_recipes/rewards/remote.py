@@ -55,6 +55,8 @@ class RemoteReward:
         >>> # PPOTrainer(reward_funcs=reward, ...) awaits it with the other rewards
     """
 
+    needs_reward_prompt = False  # a server does not say what its model was trained on
+
     def __init__(
         self,
         url: str,
@@ -94,13 +96,14 @@ class RemoteReward:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
         finished: Sequence[bool] | None = None,
+        reward_prompt: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion."""
+        """Return one score per completion; where rows have a reward prompt, it is sent as their prompt."""
         import httpx
 
         ended = which_ended(len(prompts), completion_ids, self._eos_token_ids, finished)
-        rows = list(zip(prompts, completions, ended, strict=True))
+        rows = list(zip(prompts if reward_prompt is None else reward_prompt, completions, ended, strict=True))
         chunks = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         gate = asyncio.Semaphore(self._concurrency)
         key = os.environ[self._key_variable] if self._key_variable else None

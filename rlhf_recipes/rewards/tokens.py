@@ -55,11 +55,29 @@ class TokenClassifierReward:
         self._tokenizer, self._policy_tokenizer, self._batch_size = tokenizer, policy_tokenizer, batch_size
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[list[float]]:
-        """Return one list of rewards per completion, one reward per token of the policy."""
+    def __call__(
+        self,
+        prompts: list[Any],
+        completion_ids: list[list[int]],
+        reward_prompt: list[Any] | None = None,
+        images: Any = None,
+        **kwargs: Any,
+    ) -> list[list[float]]:
+        """Return one list of rewards per completion, one reward per token of the policy.
+
+        Where rows have a reward prompt, the model reads it in place of the prompt.
+
+        Raises:
+            ValueError: If the prompts have pictures, which a text says nothing of without a reward prompt.
+        """
+        if images is not None and reward_prompt is None:
+            raise ValueError(
+                "The token classifier reads text and does not see the pictures of these rows. Give a column "
+                "`reward_prompt` with what it has to know of them."
+            )
         spans = [token_spans(self._policy_tokenizer, ids) for ids in completion_ids]
         texts: list[Any] = [self._policy_tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
-        before = [self._prompt_text(prompt) for prompt in prompts]
+        before = [self._prompt_text(prompt) for prompt in (prompts if reward_prompt is None else reward_prompt)]
         rewards = []
         for start in range(0, len(texts), self._batch_size):
             part = slice(start, start + self._batch_size)

@@ -97,6 +97,7 @@ class TestReadout:
             ('{"gain": -1.0}', "`gain` must be above 0"),
             ('{"readout": "first"}', "`readout` must be one of"),
             ('{"readout": ["last"]}', "`readout` must be one of"),
+            ('{"reward_prompt": 1}', "`reward_prompt` must be true or false, got 1"),
         ],
     )
     def test_malformed_files_are_named(self, text, message, tmp_path):
@@ -113,4 +114,4 @@ class TestReadout:
     def test_the_file_is_plain_json(self, tmp_path):
         Readout("sum", 0.25, -0.5).save(tmp_path)
         text = (tmp_path / "reward_model.json").read_text()
-        assert json.loads(text) == {"readout": "sum", "gain": 0.25, "bias": -0.5}
+        assert json.loads(text) == {"readout": "sum", "gain": 0.25, "bias": -0.5, "reward_prompt": False}

@@ -21,7 +21,7 @@ def stage_of(path):
     return path.stem.removeprefix("paper_")
 
 
-NAMES = (*STAGES, *LIBRARIES, *MORE)
+NAMES = {*STAGES, *LIBRARIES, *MORE}
 CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if stage_of(path) in NAMES]
 RECIPES = sorted({path.parent for path in CONFIGS})
 WHOLE = [folder for folder in RECIPES if (folder / "sft.yaml").exists()]  # others start from another's stages

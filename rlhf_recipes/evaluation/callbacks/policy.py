@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
+from rlhf_recipes.data.reward_prompts import graded_prompt
 from rlhf_recipes.evaluation.policy import SAMPLES, side_by_side
 from rlhf_recipes.evaluation.records import log_apart, read_records
 from rlhf_recipes.evaluation.sampling import has_reference, sample_rows
@@ -60,7 +61,8 @@ class PolicyEvaluation(TrainerCallback):
 
     Args:
         trainer: A trainer of a causal language model.
-        dataset: Held-out rows with a column `prompt`. Other columns go to the reward functions.
+        dataset: Held-out rows with a column `prompt`. Other columns go to the reward functions; a judge reads
+            `reward_prompt` in place of the prompt where it is there.
         every: Optimizer steps between two evaluations, at least 1.
         gold: Name of the reward function that measures the truth; give it the weight 0.
         rows: Completions of each side; prompts are repeated if there are fewer.
@@ -175,7 +177,7 @@ class PolicyEvaluation(TrainerCallback):
         answer: list[Any] = [{}]
         if self._trainer.is_world_process_zero():
             sides = ([row["completion"] for row in rows] for rows in (policy, self._reference))
-            prompts = [self._dataset[index]["prompt"] for index in self._indices]
+            prompts = [graded_prompt(self._dataset[index]) for index in self._indices]
             try:
                 verdicts = self._judge.compare(prompts, list(zip(*sides, strict=True)))
                 answer = [verdicts.metrics(self._indices, self._seed)]

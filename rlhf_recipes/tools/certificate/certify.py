@@ -13,6 +13,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from rlhf_recipes.data.chat_templates import options_of
+from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.reward_modeling.baselines import fit_tfidf, margin_accuracy, winners_and_losers
 from rlhf_recipes.tools.certificate.functional.accuracy import (
     accuracy_advantage,
@@ -203,6 +204,7 @@ def _draw(rows: Dataset, most: int, seed: int) -> Dataset:
 
 
 def _sample_measures(scorer: Scorer, pairs: Pairs, samples: Dataset, gold_column: str) -> dict[str, Any]:
+    samples = with_graded_prompts(samples)
     missing = {"prompt", "completion"} - set(samples.column_names)
     if missing:
         raise ValueError(f"Samples need the columns `prompt` and `completion`, found {samples.column_names}.")

@@ -13,6 +13,7 @@ from rlhf_recipes.data.chat_templates import options_of
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.preferences import to_pairs
 from rlhf_recipes.data.preferences.schema import quoted
+from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.tools.certificate.scoring import Encoded, Scorer
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def score_pairs(scorer: Scorer, rows: Dataset) -> Pairs:
         scorer: The reward model.
         rows: Rows as of `to_preferences`, or a preference table, whose groups become pairs. `label` is the probability
             that the chosen (or first) completion is preferred, 1 where there is none; where it is below 0.5 the two
-            change sides. Rows that bring their token ids are scored by these.
+            change sides. Rows that bring their token ids are scored by these. `reward_prompt` stands for the prompt.
 
     Returns:
         The scores, with what is needed beside them.
@@ -105,6 +106,7 @@ def pair_rows(rows: Dataset) -> list[dict[str, Any]]:
         >>> row["chosen"], row["rejected"], row["label"]
         ('Hello!', 'No.', 0.75)
     """
+    rows = with_graded_prompts(rows)
     names = set(rows.column_names)
     if "completions" in names:
         return [_chosen_first(index, row) for index, row in enumerate(to_pairs(rows).to_list())]

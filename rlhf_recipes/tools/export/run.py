@@ -67,7 +67,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished stage.
 
     Args:
-        folder: The output folder of an SFT or reward stage, or of one that trained on rewards, or `ema/` in PPO's.
+        folder: The output folder of an SFT or reward stage, or of one that trained on rewards, or `ema/` in one.
 
     Returns:
         The run.

@@ -1,0 +1,270 @@
+"""Pictures in prompts, which the language part of a vision-language model reads as embeddings in the place of tokens.
+
+Vision tower and projector are frozen and carry no adapter. What they make of a picture is then the same for policy,
+reference and critic and after every update, so that it is computed once for a rollout. From there on a prompt is a
+row of embeddings.
+
+`B` prompts, `P` prompt tokens, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+from trl import prepare_multimodal_messages
+
+from rlhf_recipes.data.dialogues import BadRow
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COLUMNS = ("images", "image")
+# Others read more than embeddings: positions on a grid (Qwen-VL), attention in both directions within a picture
+# (Gemma 3, PaliGemma), features in deeper layers (Qwen3-VL).
+MODEL_TYPES = ("llava",)
+
+
+def language_layers(model: Any) -> str:
+    r"""Return LoRA's `target_modules` for all linear layers of a vision-language model's language part.
+
+    Args:
+        model: The model without adapters.
+
+    Returns:
+        A regular expression for full names of modules.
+
+    Raises:
+        ValueError: If the model has no language part beside others.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.base_model = nn.Module()
+        >>> model.base_model.language_model = nn.ModuleDict({"q_proj": nn.Linear(2, 2)})
+        >>> language_layers(model)
+        '(.*\\.)?base_model\\.language_model\\.(.*\\.)?(q_proj)'
+    """
+    language = getattr(model.base_model, "language_model", None)
+    if language is None:
+        raise ValueError(
+            f"{type(model).__name__} has no `language_model` beside a vision tower. For a text model, give "
+            "`target_modules='all-linear'`."
+        )
+    prefix = next(name for name, module in model.named_modules() if module is language)
+    linear = {name.rpartition(".")[2] for name, module in language.named_modules() if isinstance(module, nn.Linear)}
+    return rf"(.*\.)?{re.escape(prefix)}\.(.*\.)?({'|'.join(sorted(linear))})"
+
+
+def check_no_images(dataset: Any, name: str) -> None:
+    """Refuse pictures where they would be left out without a word.
+
+    Args:
+        dataset: Rows.
+        name: What the message calls them.
+
+    Raises:
+        ValueError: If they have a column of pictures.
+    """
+    if found := [column for column in COLUMNS if column in (dataset.column_names or ())]:
+        raise ValueError(
+            f"The {name} rows have the column {found[0]!r}, but this stage reads text and sees no pictures. Remove "
+            "it, and write what is to be known of the pictures into the texts (`reward_prompt` for reward models)."
+        )
+
+
+def check_reads_images(model: Any) -> None:
+    """Check that prompts with pictures can be read as embeddings, and that no adapter changes what these are.
+
+    Args:
+        model: The policy.
+
+    Raises:
+        ValueError: If it is of another kind, is trained as a whole, or has an adapter outside of its language part.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
+            f"pictures as embeddings alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts without pictures "
+            "give the processor's `tokenizer`."
+        )
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "A vision-language policy is trained with LoRA on its language part, since its frozen vision tower is run "
+            "once for a rollout. Give `peft_config=LoraConfig(target_modules=language_layers(model), ...)` "
+            "(`rlhf_recipes.models.images`)."
+        )
+    inside = f"{base.base_model_prefix}.language_model."
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and not name.startswith(inside):
+            raise ValueError(
+                f"An adapter is on {name!r}, outside of the language part: its pictures would look otherwise to each "
+                "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models.images`)."
+            )
+
+
+class ImageReader:
+    """Read chats with pictures: token ids, pixels, embeddings.
+
+    Args:
+        processor: The model's processor.
+        model: The model, with or without adapters.
+    """
+
+    def __init__(self, processor: ProcessorMixin, model: Any) -> None:
+        self.processor: Any = processor
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._model, self._image_token_id = base, base.config.image_token_id
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Put the pictures of rows into the messages of their prompts, in RGB, and leave their column out."""
+        return [
+            {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": chat_with_images(row)}
+            for row in rows
+        ]
+
+    def encode(self, prompts: Sequence[Any], **template: Any) -> tuple[list[list[int]], list[Tensor | None]]:
+        """Encode chats as the processor does, for generation.
+
+        Args:
+            prompts: `B` chats as `rows` makes them.
+            template: Further arguments of the chat template.
+
+        Returns:
+            For each the token ids, with as many image tokens as a picture has features, and the pixels of its
+            pictures `(pictures, channels, height, width)`, or `None` without one.
+
+        Raises:
+            BadRow: If the processor refuses a chat: a text names the image token, for which there is no picture.
+        """
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **template}
+        try:
+            encoded = [
+                self.processor.apply_chat_template(
+                    prepare_multimodal_messages(chat), add_generation_prompt=True, **options
+                )
+                for chat in prompts
+            ]
+        except (IndexError, StopIteration, ValueError) as error:  # an image token in a text asks for one more picture
+            raise BadRow(f"cannot be read by the processor ({type(error).__name__}: {error})") from error
+        return [each["input_ids"][0].tolist() for each in encoded], [each.get("pixel_values") for each in encoded]
+
+    @torch.no_grad()
+    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
+        """Embed prompts, with the features of their pictures in the places of the image tokens.
+
+        Args:
+            prompt_ids: Token ids of `B` prompts.
+            pixels: The pixels of their pictures.
+
+        Returns:
+            For each prompt its embeddings, shape `(P, H)`.
+
+        Raises:
+            ValueError: If a prompt has more or fewer image tokens than its pictures have features.
+        """
+        trunk, device = self._model.base_model, self._model.device
+        ids = [torch.tensor(row, device=device) for row in prompt_ids]
+        embeddings: list[Tensor] = [trunk.get_input_embeddings()(row) for row in ids]
+        given = [row for row in pixels if row is not None]
+        if not given:
+            return embeddings
+        values = torch.cat(given).to(device, self._model.dtype)
+        features = iter(trunk.get_image_features(pixel_values=values, return_dict=True).pooler_output)
+        for row, (own, tokens) in enumerate(zip(pixels, ids, strict=True)):
+            pictures = list(islice(features, 0 if own is None else len(own)))
+            places, wanted = tokens == self._image_token_id, sum(map(len, pictures))
+            if int(places.sum()) != wanted:
+                raise ValueError(
+                    f"Prompt {row} has {int(places.sum())} image tokens, and its pictures {wanted} features. Take the "
+                    "image token out of the text, and use the model's own processor."
+                )
+            if pictures:
+                embeddings[row][places] = torch.cat(pictures).to(embeddings[row])
+        return embeddings
+
+
+def chat_with_images(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Put the pictures of a row into its prompt's messages.
+
+    Args:
+        row: `prompt`, a chat, and `images`, a list of pictures (of PIL, or paths), or `image`, a single one.
+            They fill the chat's parts of type `image` in their order; a chat of texts gets them before its first
+            message of the user.
+
+    Returns:
+        Messages with their parts as lists.
+
+    Raises:
+        BadRow: If the prompt is no chat, a picture cannot be read, or they are more or fewer than their places.
+
+    Example:
+        >>> from PIL import Image
+        >>> picture = Image.new("RGB", (2, 2))
+        >>> [message] = chat_with_images({"prompt": [{"role": "user", "content": "Which colour?"}], "image": picture})
+        >>> [part["type"] for part in message["content"]]
+        ['image', 'text']
+    """
+    prompt, images = row["prompt"], images_of(row)
+    if not isinstance(prompt, list):
+        raise BadRow("is text, and pictures need a chat. Give a list of messages with `role` and `content`")
+    places = sum(
+        isinstance(part, Mapping) and part.get("type") == "image"
+        for message in prompt
+        for part in (message["content"] if isinstance(message["content"], list) else ())
+    )
+    if any(isinstance(message["content"], list) for message in prompt) and places != len(images):
+        raise BadRow(f"has {places} places for pictures (parts of type `image`), but {len(images)} pictures")
+    users = [message for message in prompt if message["role"] == "user"]
+    if images and not places and not users:
+        raise BadRow(f"has no message of the user that its {len(images)} pictures could go to")
+    chat: list[dict[str, Any]] = prepare_multimodal_messages([_without_nulls(message) for message in prompt], images)
+    return chat
+
+
+def images_of(row: Mapping[str, Any]) -> list[Image]:
+    """Read the pictures of a row, in RGB; what is transparent lies on white.
+
+    Raises:
+        BadRow: If one cannot be read.
+    """
+    given = row["images"] if row.get("images") is not None else row.get("image")
+    if given is None:
+        return []
+    from PIL import Image, ImageOps  # it comes with what makes pictures; texts do without
+
+    images = []
+    for number, image in enumerate(given if isinstance(given, list | tuple) else [given]):
+        try:
+            opened = image if isinstance(image, Image.Image) else Image.open(image)  # a path: nothing is fetched
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+            images.append(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB"))
+        except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+            raise BadRow(f"has a picture {number} that cannot be read ({type(error).__name__}: {error})") from error
+    return images
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose parts lack the keys that other parts have: Arrow fills them with null."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [{name: value for name, value in part.items() if value is not None} for part in content]
+    return {**message, "content": content}
+
+
+def images_in(chat: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the pictures in the messages of a chat, in their order."""
+    parts = [part for message in chat if isinstance(message["content"], list) for part in message["content"]]
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def pad_embeddings(embeddings: Sequence[Tensor] | None) -> Tensor | None:
+    """Pad embeddings of prompts `(P, H)` on the left: `(B, P, H)`, with zeros; `None` stays."""
+    return None if embeddings is None else nn.utils.rnn.pad_sequence(list(embeddings), True, 0.0, "left")
