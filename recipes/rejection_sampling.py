@@ -2,7 +2,7 @@
 
 accelerate launch recipes/rejection_sampling.py --config recipes/quickstart/ppo.yaml --output_dir outputs/try
 
-It takes the YAML of a PPO stage: policy (`sft_adapter`), rewards, training prompts, `temperature`,
+It takes the YAML of a PPO stage: policy (`policy_adapter` or `sft_adapter`), rewards, training prompts, `temperature`,
 `max_completion_length`, `per_device_eval_batch_size` and `seed`. `samples.jsonl` has every completion with its score
 and rank, `train.jsonl` the best one of each prompt, as `recipes/sft.py` reads them. A run that was stopped goes on
 when it is started again.
@@ -73,8 +73,8 @@ def main(
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
     rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words), tokenizer.chat_template)
     policy = load_causal_lm(model_args.model_name_or_path, **model_options(model_args), **source)
-    if ppo_args.sft_adapter is not None:
-        policy = load_policy(policy, ppo_args.sft_adapter, training_args.adapter_tolerance)
+    if (start := ppo_args.policy_adapter or ppo_args.sft_adapter) is not None:
+        policy = load_policy(policy, start, training_args.adapter_tolerance)
     reward_funcs = ppo_args.rewards()
     if not reward_funcs:
         raise ValueError("Rejection sampling needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`.")
@@ -88,11 +88,12 @@ def main(
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, "CAUSAL_LM") if ppo_args.sft_adapter is None else None,
+        peft_config=lora_config(model_args, "CAUSAL_LM") if start is None else None,
+        reference_adapter=ppo_args.sft_adapter if ppo_args.policy_adapter else None,
     )
 
     # 3. Sample, score, keep the best.
-    parents = [ppo_args.sft_adapter, ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
+    parents = [start, ppo_args.reward_adapter, ppo_args.gate_adapter, *(ppo_args.reward_adapters or [])]
     start_stage("rejection", training_args, args, ppo_args, data_args, model_args, parents=parents)
     rounds = {"best_of": args.best_of, "prompts_per_round": args.prompts_per_round, "seed": training_args.seed}
     found = sample_best(trainer, rows["train"], training_args.output_dir, settings, **rounds)
