@@ -60,7 +60,7 @@ def main(
     )
     judge = None if args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], args, gold=judge)
-    parents = [args.sft_adapter, args.reward_adapter, *(args.reward_adapters or [])]
+    parents = [args.sft_adapter, args.reward_adapter, args.gate_adapter, *(args.reward_adapters or [])]
     run = start_stage("grpo", training_args, args, data_args, model_args, parents=parents, python=reward_funcs)
     if load_finished(trainer, checkpoint) is None:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -69,8 +69,8 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         normalize_score_head(trainer)
 
     # 3. Train.
-    parents = [model_args.start_adapter or model_args.model_name_or_path, data_args.dataset_name]
-    run = start_stage("reward", training_args, data_args, model_args, parents=parents)
+    start = model_args.start_adapter or model_args.model_name_or_path
+    run = start_stage("reward", training_args, data_args, model_args, parents=[start, data_args.dataset_name])
     if trainer.is_world_process_zero():
         print(stage_table(trainer.model, "reward"))
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -166,9 +166,21 @@ BUGS = [
     Bug(METRICS, "rows < 0.5", "rows <= 0.5", "TestSignTest.test_numbers"),
     Bug(
         METRICS,
-        "np.tanh(differences / (differences.std() or 1.0))",
-        "np.tanh(differences)",
+        "np.tanh(lengths / (lengths.std() or 1.0))",
+        "np.tanh(lengths)",
         "TestLengthControlledWinRate.test_against_scikit_learn",
+    ),
+    Bug(
+        METRICS,
+        "_at_equal_length(wins, feature, np.ones((1, len(wins))))",
+        "_at_equal_length(wins, -feature + 1.0, np.ones((1, len(wins))))",
+        "TestLengthControlledWinRate.test_against_scikit_learn",
+    ),
+    Bug(
+        METRICS,
+        "_at_equal_length(wins, feature, draws[:, index].astype(np.float64))",
+        "_at_equal_length(wins, feature, np.ones((len(draws), len(wins))))",
+        "TestLengthControlledInterval.test_equals_a_bootstrap_of_rows_with_scikit_learn",
     ),
     Bug(METRICS, "(lengths - lengths.mean()) * scores", "lengths * scores", "TestLengthControlledReward.test_numbers"),
     Bug(METRICS, "totals.sum() / max(counts.sum(), 1.0)", "totals.mean()", "test_token_mean_weighs_every_token_alike"),

@@ -1,6 +1,6 @@
 """After run.sh's first stages: reward model and PPO with facts and without, for several seeds, and their difference.
 
-python recipes/llava_rlhf/compare.py --seeds 0 1 2 3 4
+python recipes/llava_rlhf/compare.py --seeds 5
 """
 
 import json
@@ -22,7 +22,7 @@ class CompareArguments:
     """The seeds, and where the runs are."""
 
     output_dir: str = field(default="outputs/llava_rlhf", metadata={"help": "Folder of the stages."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of both stages."})
+    seeds: int = field(default=5, metadata={"help": "How many seeds of both stages, from 0."})
 
 
 ARGUMENTS = (CompareArguments,)
@@ -32,7 +32,7 @@ def main(args: CompareArguments, **common) -> None:
     """Run what is not there yet, and print the rates; `common` are options of both stages."""
     out = args.output_dir
     rates: dict[str, list[float]] = {"with_facts": [], "without_facts": []}
-    for seed in args.seeds:
+    for seed in range(args.seeds):
         for arm, values in rates.items():
             reward, ppo = (f"{out}/seeds/{arm}_{seed}/{stage}" for stage in ("reward", "ppo"))
             options = {"model_name_or_path": f"{out}/world/base", "seed": seed, "disable_tqdm": True, **common}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # World, SFT, preferences, reward model with facts, PPO: a few minutes on 2 CPU cores. A stage that is finished is not
-# run again: remove its folder to repeat it. Without facts, and five seeds of both: python recipes/llava_rlhf/compare.py
+# run again: remove its folder to repeat it. Without facts, and five seeds of both: compare.py beside this file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,6 +1,6 @@
 """Sample completions from the base, cut them at a full stop, and let the simulated annotator choose the best of four.
 
-python recipes/lm_human_preferences/annotate.py
+python recipes/lm_human_preferences/annotate.py --seed 0
 """
 
 import json

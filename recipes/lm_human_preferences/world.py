@@ -1,6 +1,6 @@
 """Make the small world of this recipe: passages of several reviews, a base model that has read them, a gold score.
 
-python recipes/lm_human_preferences/world.py
+python recipes/lm_human_preferences/world.py --seed 0
 """
 
 import json

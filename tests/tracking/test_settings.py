@@ -34,7 +34,11 @@ def resolved(stage, argv):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_settings_of_every_recipe_give_the_same_dataclasses(stage, repo_root, tmp_path):
-    for number, file in enumerate(sorted(repo_root.glob(f"recipes/*/{stage}.yaml"))):
+    fields = read_fields(repo_root / "recipes" / f"{stage}.py").keys()
+    files = sorted(repo_root.glob(f"recipes/*/{stage}.yaml"))
+    files = [file for file in files if yaml.safe_load(file.read_text()).keys() <= fields]  # others have their own script
+    assert files
+    for number, file in enumerate(files):
         argv = ["--config", str(file), *CPU, "--report_to", "none", "--lora_target_modules", "q_proj", "v_proj"]
         first, settings = resolved(stage, argv)
         path = write_settings(tmp_path / f"{stage}{number}", settings)

@@ -125,14 +125,15 @@ def test_a_copy_names_no_file_and_no_output_of_the_recipe(recipe):
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_copy_differs_in_names_only_where_it_was_written_for_this_machine(recipe, machine):
     texts = {path.name: path.read_text() for path in sorted((TOP / recipe).glob("*.yaml"))}
-    for_cpu = all("use_cpu: true" in text or "bfloat16" not in text for text in texts.values())
-    machine("cpu" if for_cpu else "gpu")
-    new_recipe("mine", recipe)
-    for name, text in texts.items():
-        copy = Path("mine", name).read_text()
-        back = copy.replace("outputs/mine", f"outputs/{recipe}")
-        assert yaml.safe_load(back) == yaml.safe_load(text)
-        assert back == re.sub(rf"(?<![\w/])recipes/(?:{recipe}/)?", "mine/", text)
+    for_gpu = {name for name, text in texts.items() if "use_cpu: true" not in text and "bfloat16" in text}
+    for kind, names in (("gpu", for_gpu), ("cpu", texts.keys() - for_gpu)):  # a paper's settings are for a GPU
+        machine(kind)
+        new_recipe(kind, recipe)
+        for name in names:
+            copy, text = Path(kind, name).read_text(), texts[name]
+            back = copy.replace(f"outputs/{kind}", f"outputs/{recipe}")
+            assert yaml.safe_load(back) == yaml.safe_load(text)
+            assert back == re.sub(rf"(?<![\w/])recipes/(?:{recipe}/)?", f"{kind}/", text)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_a_model_that_run_sh_would_make_is_not_made_for_another(make_tokenizer, 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--from", "nothing"], "There is no recipe 'nothing'. There are: coming_from, hh_rlhf, "),
+        (["--from", "nothing"], "There is no recipe 'nothing'. There are: coming_from, grpo_rloo, hh_rlhf, "),
         (["--from", "hh_rlhf", "--data", "nothing.jsonl"], "There is no file or folder nothing.jsonl"),
         (["--from", "hh_rlhf", "--data", "notes.txt"], "notes.txt is of an unknown type"),
         (["--from", "hh_rlhf", "--data", "rows"], "rows has no split 'train'. Its splits: valid"),

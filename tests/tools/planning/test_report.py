@@ -15,7 +15,8 @@ from rlhf_recipes.tools.planning.phases import PHASES, ppo_memory
 from rlhf_recipes.tools.planning.run import longest_prompt, optimizer_bytes, run_sizes
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = sorted(ROOT.glob("recipes/*/ppo.yaml"))
+FIELDS = read_fields(ROOT / "recipes" / "ppo.py").keys()  # a recipe whose script has fields of its own is not planned
+CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/ppo.yaml")) if yaml.safe_load(path.read_text()).keys() <= FIELDS]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "ppo.yaml"
 
 
