@@ -71,13 +71,9 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self.image_collator: ImageCollator | None = None
-        processor, model = kwargs.get("processing_class"), kwargs.get("model")
-        if isinstance(processor, ProcessorMixin) and isinstance(model, nn.Module) and "data_collator" not in kwargs:
-            check_model_type(model)
-            reader = ImageReader(processor, model)
-            kwargs["data_collator"] = collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer))
-            self.image_collator = collator
-            collator.check(kwargs.get("args"), train=kwargs.get("train_dataset"), eval=kwargs.get("eval_dataset"))
+        if isinstance(kwargs.get("processing_class"), ProcessorMixin):
+            self.image_collator = _image_collator(**kwargs)
+            kwargs["data_collator"] = kwargs.get("data_collator") or self.image_collator
         super().__init__(**kwargs)
         if self.image_collator is not None:
             check_reads_images(self.model)
@@ -188,39 +184,63 @@ class ImageCollator:
         prompt, answer = self._encode(row)
         return self._reader.without_images([*prompt, *answer])
 
-    def check(self, args: Any, **datasets: Any) -> None:
-        """Check rows before they are trained on; those of streams are checked as they come.
+    def check(self, dataset: Any, name: str) -> None:
+        """Check rows before they are trained on; those of a stream are checked as they come.
 
         Args:
-            args: The configuration of the training.
-            **datasets: Rows by their names; of a stream, or of several sets, nothing is looked at.
+            dataset: Rows.
+            name: What the message calls them.
 
         Raises:
-            ValueError: If a row cannot be used, or rows would be cut, and with them pictures.
+            ValueError: If a row cannot be used, or none has pictures.
         """
-        if args is None or args.max_length is not None:
+        if not isinstance(dataset, Dataset):
+            return
+        if not set(COLUMNS) & set(dataset.column_names):
             raise ValueError(
-                "Rows with pictures are not cut: a picture has many tokens, and without some of them it is none. Set "
-                "`max_length: null` (`max_length=None`)."
+                f"A processor is given, but the {name} rows have no column `images` or `image`: they have "
+                f"{dataset.column_names}. Add one (an empty list where a row has no picture), or give the processor's "
+                "`tokenizer`."
             )
-        for name, dataset in datasets.items():
-            if isinstance(dataset, Dataset) and not set(COLUMNS) & set(dataset.column_names):
-                raise ValueError(
-                    f"A processor is given, but the {name} rows have no column `images` or `image`: they have "
-                    f"{dataset.column_names}. Add one (an empty list where a row has no picture), or give the "
-                    "processor's `tokenizer`."
-                )
-            for index, row in enumerate(dataset if isinstance(dataset, Dataset) else ()):
-                try:
-                    self._encode(row)
-                except BadRow as problem:
-                    raise ValueError(f"The prompt of row {index} of the {name} rows {problem}.") from problem
+        for index, row in enumerate(dataset):
+            try:
+                self._encode(row)
+            except BadRow as problem:
+                raise ValueError(f"The prompt of row {index} of the {name} rows {problem}.") from problem
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         if not isinstance(row.get("completion"), list):
             raise BadRow("has no chat as `completion`. Rows with pictures have `prompt` and `completion`, both chats")
         prompt_ids, [answer] = self._reader.encode_answers(row, [row["completion"]], self._end_ids)
         return prompt_ids, answer
+
+
+def _image_collator(
+    processing_class: ProcessorMixin,
+    model: Any = None,
+    args: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    **others: Any,
+) -> ImageCollator:
+    """Check what a trainer that sees pictures is given, and make what makes its batches."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`processing_class` is a processor, but `model` is a {type(model).__name__}. Give a loaded model: "
+            "`LlavaForConditionalGeneration.from_pretrained(...)`."
+        )
+    check_model_type(model)
+    if args is None or args.max_length is not None:
+        raise ValueError(
+            "Rows with pictures are not cut: a picture has many tokens, and without some of them it is none. Set "
+            "`max_length: null` (`max_length=None`)."
+        )
+    reader = ImageReader(processing_class, model)
+    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer))
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **evals}.items():
+        collator.check(dataset, name)
+    return collator
 
 
 def _ids_of(row: dict[str, Any]) -> list[int]:

@@ -13,6 +13,7 @@ from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, evaluat
 
 COLOURS = ("red", "green", "blue")
 QUESTION = [{"role": "user", "content": "which colour ?"}]
+PAIR = {"prompt": QUESTION, "completion": [{"role": "assistant", "content": "red"}]}
 
 
 def rows(count):
@@ -90,8 +91,15 @@ def test_training_evaluation_and_the_saved_adapter(make, base, built_llava, tmp_
     torch.testing.assert_close(again, losses[: len(again)])
 
 
-def test_what_does_not_fit_is_refused_by_name(make):
+def test_what_does_not_fit_is_refused_by_name(make, built_llava):
     given = rows(4)
+    with pytest.raises(ValueError, match="the train rows have no column `images` or `image`"):
+        make(given.remove_columns("images"))
+    paths = Dataset.from_list([{**PAIR, "images": []}, {**PAIR, "images": ["no/such/file.png"]}])
+    with pytest.raises(ValueError, match="The prompt of row 1 of the late rows has a picture 0 that cannot be read"):
+        make(given, evals={"late": paths})
+    with pytest.raises(TypeError, match="`processing_class` is a processor, but `model` is a str"):
+        CompletionTrainer(model="base", processing_class=built_llava[1])
     with pytest.raises(ValueError, match="Rows with pictures are not cut"):
         make(given, max_length=64)
     with pytest.raises(ValueError, match=r"An adapter is on 'model.vision_tower.*outside of the language part"):
