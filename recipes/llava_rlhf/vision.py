@@ -74,7 +74,7 @@ def main(args: VisionArguments) -> None:
 
 
 def make_base(args: VisionArguments, out: Path, rng: random.Random) -> None:
-    """A base that has read captions of which half is true, and true ones where facts stand before the question."""
+    """A base that has read captions of which half is guessed, and true ones where facts stand before the question."""
     words = [*COLOURS, *NUMBERS, *f"{QUESTION} facts : squares , .".split()]
     model, processor = tiny_llava(list(dict.fromkeys(word for word in words if word != ":")), hidden_size=64)
     learn_captions(model, processor, [example(rng, truth=0.5) for _ in range(args.captions)])
@@ -83,7 +83,7 @@ def make_base(args: VisionArguments, out: Path, rng: random.Random) -> None:
 
 
 def fine_tune(args: VisionArguments, out: Path, rng: random.Random) -> None:
-    """SFT on demonstrations that are right more often, but not always."""
+    """SFT on demonstrations of which a third is guessed."""
     model, processor = load_base(out)
     train, test = (rows_of(rng, size, demonstration) for size in (args.demonstrations, args.evaluation_rows))
     trainer = CompletionTrainer(
