@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
 from rlhf_recipes.config import ChosenDefaults
+from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.dialogues import BadRow
 from rlhf_recipes.models.adapters import name_base_absolutely
+from rlhf_recipes.models.images import COLUMNS, ImageReader, check_model_type, check_reads_images
 from rlhf_recipes.models.resumed import check_same_adapter
+from rlhf_recipes.models.rows import pad_rows
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 from rlhf_recipes.statistics.metrics import ratio_interval
 from rlhf_recipes.tracking.console import (
@@ -47,15 +53,30 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
     router's auxiliary loss, stays TRL's; and `padding_free` rows are not told apart, so that several processes count
     some of them twice.)
 
+    With a processor as `processing_class` it sees pictures: rows are chats (`prompt`, `completion`) with `images` or
+    `image`, and LoRA is on the model's language part (`language_layers`). The loss is on the completion's tokens, its
+    end token included, as PPO reads them.
+
     Args:
-        *args: Those of `trl.SFTTrainer`.
         **kwargs: Those of `trl.SFTTrainer`.
+
+    Raises:
+        ValueError: If the model or its adapter cannot read pictures, or a row cannot be used; it names the row.
+
+    Attributes:
+        image_collator: What makes batches of rows with pictures; `None` with a tokenizer.
     """
 
     args: SFTConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        self.image_collator: ImageCollator | None = None
+        if isinstance(kwargs.get("processing_class"), ProcessorMixin):
+            self.image_collator = _image_collator(**kwargs)
+            kwargs["data_collator"] = kwargs.get("data_collator") or self.image_collator
+        super().__init__(**kwargs)
+        if self.image_collator is not None:
+            check_reads_images(self.model)
         self.add_callback(KeptRates())
         show_progress(self, ConsoleProgress([LOSS, LEARNING_RATE]))
         self._token_sums: list[Tensor] = []
@@ -116,7 +137,8 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         name_base_absolutely(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
-        save_with_first_rows(self, output_dir or str(self.args.output_dir), lambda row: row["input_ids"], log_probs)
+        ids_of = self.image_collator.text_ids if self.image_collator is not None else _ids_of
+        save_with_first_rows(self, output_dir or str(self.args.output_dir), ids_of, log_probs)
 
     def _is_plain(self) -> bool:
         custom = (self.compute_loss_func, self.label_smoother)
@@ -129,6 +151,101 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
         parts = (-output.log_probs, output.entropy, output.is_top1, output.label_mask)
         sums = torch.stack([part.detach().double().sum(dim=-1) for part in parts], dim=1)  # (B, 4)
         self._token_sums.append(self.accelerator.gather_for_metrics(sums))
+
+
+class ImageCollator:
+    """Makes batches of prompts with pictures and their completions.
+
+    Args:
+        reader: Reads them.
+        end_ids: Ids that end a completion.
+    """
+
+    def __init__(self, reader: ImageReader, end_ids: Sequence[int]) -> None:
+        self._reader, self._end_ids = reader, end_ids
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch of `B` rows.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` (-100 at prompts and padding), each `(B, L)`, padded on the
+            right; and `pixel_values` `(pictures, channels, height, width)`, if there are pictures.
+        """
+        encoded = [self._encode(row) for row in rows]
+        padding: int = self._reader.tokenizer.pad_token_id
+        ids, mask = pad_rows([[*prompt, *answer] for prompt, answer in encoded], padding)
+        labels, _ = pad_rows([[-100] * len(prompt) + answer for prompt, answer in encoded], -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        pixels = [values for row in rows if (values := self._reader.pixels(row)) is not None]
+        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+    def text_ids(self, row: dict[str, Any]) -> list[int]:
+        """Token ids of a row without those that stand for pictures."""
+        prompt, answer = self._encode(row)
+        return self._reader.without_images([*prompt, *answer])
+
+    def check(self, dataset: Any, name: str) -> None:
+        """Check rows before they are trained on; those of a stream are checked as they come.
+
+        Args:
+            dataset: Rows.
+            name: What the message calls them.
+
+        Raises:
+            ValueError: If a row cannot be used, or none has pictures.
+        """
+        if not isinstance(dataset, Dataset):
+            return
+        if not set(COLUMNS) & set(dataset.column_names):
+            raise ValueError(
+                f"A processor is given, but the {name} rows have no column `images` or `image`: they have "
+                f"{dataset.column_names}. Add one (an empty list where a row has no picture), or give the processor's "
+                "`tokenizer`."
+            )
+        for index, row in enumerate(dataset):
+            try:
+                self._encode(row)
+            except BadRow as problem:
+                raise ValueError(f"The prompt of row {index} of the {name} rows {problem}.") from problem
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        if not isinstance(row.get("completion"), list):
+            raise BadRow("has no chat as `completion`. Rows with pictures have `prompt` and `completion`, both chats")
+        prompt_ids, [answer] = self._reader.encode_answers(row, [row["completion"]], self._end_ids)
+        return prompt_ids, answer
+
+
+def _image_collator(
+    processing_class: ProcessorMixin,
+    model: Any = None,
+    args: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    **others: Any,
+) -> ImageCollator:
+    """Check what a trainer that sees pictures is given, and make what makes its batches."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`processing_class` is a processor, but `model` is a {type(model).__name__}. Give a loaded model: "
+            "`LlavaForConditionalGeneration.from_pretrained(...)`."
+        )
+    check_model_type(model)
+    if args is None or args.max_length is not None:
+        raise ValueError(
+            "Rows with pictures are not cut: a picture has many tokens, and without some of them it is none. Set "
+            "`max_length: null` (`max_length=None`)."
+        )
+    reader = ImageReader(processing_class, model)
+    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer))
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **evals}.items():
+        collator.check(dataset, name)
+    return collator
+
+
+def _ids_of(row: dict[str, Any]) -> list[int]:
+    ids: list[int] = row["input_ids"]
+    return ids
 
 
 def evaluate_completions(trainer: CompletionTrainer) -> dict[str, Any]:

@@ -242,6 +242,21 @@ def make_trainer(make_config, sft_adapter, reward_adapter, prompts):
     return make
 
 
+@pytest.fixture
+def built_llava():
+    """A random LLaVA whose weights are spread so far that every mistake shows, and its processor."""
+    import torch
+
+    from rlhf_recipes.models.tiny_vision import tiny_llava
+
+    model, processor = tiny_llava("red green blue white a square which colour ?".split())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, 0.2, generator=generator)
+    return model, processor
+
+
 def wordpiece(words):
     """BERT's tokenizer over whole words: `[CLS] prompt [SEP] completion [SEP]`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -425,7 +425,8 @@ def _shared(left: str, right: str) -> int:
 
 
 def _with_marker(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": _MARKER}
+    in_parts = isinstance(message["content"], list)  # some templates know no other form
+    return {**message, "content": [{"type": "text", "text": _MARKER}] if in_parts else _MARKER}
 
 
 def _options(tools: Any, template_kwargs: dict[str, Any] | None) -> dict[str, Any]:

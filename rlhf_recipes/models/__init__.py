@@ -3,6 +3,7 @@
 from rlhf_recipes.models.adapters import is_adapter, load_policy
 from rlhf_recipes.models.loading import (
     load_causal_lm,
+    load_image_classifier,
     load_sequence_classifier,
     load_tokenizer,
     lora_config,
@@ -20,6 +21,7 @@ __all__ = [
     "is_adapter",
     "keep_4bit_differentiable",
     "load_causal_lm",
+    "load_image_classifier",
     "load_policy",
     "load_reward_model",
     "load_sequence_classifier",

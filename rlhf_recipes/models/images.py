@@ -9,8 +9,10 @@ row of embeddings.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
 
 if TYPE_CHECKING:
@@ -83,22 +86,16 @@ def check_reads_images(model: Any) -> None:
     """Check that prompts with pictures can be read as embeddings, and that no adapter changes what these are.
 
     Args:
-        model: The policy.
+        model: The policy, or a reward model.
 
     Raises:
         ValueError: If it is of another kind, is trained as a whole, or has an adapter outside of its language part.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
-            f"pictures as embeddings alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts without pictures "
-            "give the processor's `tokenizer`."
-        )
+    base: Any = check_model_type(model)
     if not isinstance(model, PeftModel):
         raise ValueError(
-            "A vision-language policy is trained with LoRA on its language part, since its frozen vision tower is run "
-            "once for a rollout. Give `peft_config=LoraConfig(target_modules=language_layers(model), ...)` "
+            "A vision-language model is trained with LoRA on its language part, since all roles share its frozen "
+            "vision tower. Give `peft_config=LoraConfig(target_modules=language_layers(model), ...)` "
             "(`rlhf_recipes.models.images`)."
         )
     inside = f"{base.base_model_prefix}.language_model."
@@ -108,6 +105,22 @@ def check_reads_images(model: Any) -> None:
                 f"An adapter is on {name!r}, outside of the language part: its pictures would look otherwise to each "
                 "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models.images`)."
             )
+
+
+def check_model_type(model: Any) -> Any:
+    """Return the base of a model, with or without adapters, and refuse one that reads pictures in another way.
+
+    Raises:
+        ValueError: If its language part reads more than embeddings, or no pictures at all.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
+            f"pictures as embeddings alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts without pictures "
+            "give the processor's `tokenizer`."
+        )
+    return base
 
 
 class ImageReader:
@@ -120,8 +133,30 @@ class ImageReader:
 
     def __init__(self, processor: ProcessorMixin, model: Any) -> None:
         self.processor: Any = processor
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._model, self._image_token_id = base, base.config.image_token_id
+        self._model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A copy of the processor's tokenizer that has the processor's chat template."""
+        tokenizer = copy.deepcopy(self.processor.tokenizer)
+        tokenizer.chat_template = self.processor.chat_template or tokenizer.chat_template
+        return tokenizer
+
+    def pixels(self, row: Mapping[str, Any]) -> Tensor | None:
+        """Pixels of the pictures of a row `(pictures, channels, height, width)`, or `None` without one.
+
+        Raises:
+            BadRow: If one cannot be read.
+        """
+        images = images_of(row)
+        if not images:
+            return None
+        values: Tensor = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return values
+
+    def without_images(self, ids: Sequence[int]) -> list[int]:
+        """Token ids without those that stand for pictures."""
+        return [token for token in ids if token != self._model.config.image_token_id]
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Put the pictures of rows into the messages of their prompts, in RGB, and leave their column out."""
@@ -156,39 +191,69 @@ class ImageReader:
             raise BadRow(f"cannot be read by the processor ({type(error).__name__}: {error})") from error
         return [each["input_ids"][0].tolist() for each in encoded], [each.get("pixel_values") for each in encoded]
 
-    @torch.no_grad()
-    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
-        """Embed prompts, with the features of their pictures in the places of the image tokens.
+    def encode_answers(
+        self, row: Mapping[str, Any], answers: Sequence[Any], end_ids: Collection[int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Encode the prompt of a row with its pictures, and answers to it, as PPO reads them.
 
         Args:
-            prompt_ids: Token ids of `B` prompts.
-            pixels: The pixels of their pictures.
+            row: `prompt`, a chat, and its pictures.
+            answers: Lists of messages.
+            end_ids: Ids that end a completion of the policy.
 
         Returns:
-            For each prompt its embeddings, shape `(P, H)`.
+            Token ids of the prompt, and those of each answer up to and with its end token.
 
         Raises:
-            ValueError: If a prompt has more or fewer image tokens than its pictures have features.
+            BadRow: If there is no prompt, or it cannot be read with its pictures.
+            ValueError: As of `encode_answer`.
         """
-        trunk, device = self._model.base_model, self._model.device
-        ids = [torch.tensor(row, device=device) for row in prompt_ids]
-        embeddings: list[Tensor] = [trunk.get_input_embeddings()(row) for row in ids]
-        given = [row for row in pixels if row is not None]
-        if not given:
-            return embeddings
-        values = torch.cat(given).to(device, self._model.dtype)
-        features = iter(trunk.get_image_features(pixel_values=values, return_dict=True).pooler_output)
-        for row, (own, tokens) in enumerate(zip(pixels, ids, strict=True)):
-            pictures = list(islice(features, 0 if own is None else len(own)))
-            places, wanted = tokens == self._image_token_id, sum(map(len, pictures))
-            if int(places.sum()) != wanted:
-                raise ValueError(
-                    f"Prompt {row} has {int(places.sum())} image tokens, and its pictures {wanted} features. Take the "
-                    "image token out of the text, and use the model's own processor."
-                )
-            if pictures:
-                embeddings[row][places] = torch.cat(pictures).to(embeddings[row])
+        if not row.get("prompt"):
+            raise BadRow("is missing, and pictures belong to one. Give rows a column `prompt`")
+        chat, options = chat_with_images(row), options_of(dict(row))
+        [prompt_ids], _ = self.encode([chat], **(options["template_kwargs"] or {}))
+        texts = [prepare_multimodal_messages(answer) for answer in answers]
+        return prompt_ids, [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
+
+    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
+        """Embed prompts and their pictures, as `embed_prompts` does."""
+        return embed_prompts(self._model, prompt_ids, pixels)
+
+
+@torch.no_grad()
+def embed_prompts(model: Any, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
+    """Embed prompts, with the features of their pictures in the places of the image tokens.
+
+    Args:
+        model: The model without adapters.
+        prompt_ids: Token ids of `B` prompts.
+        pixels: The pixels of their pictures.
+
+    Returns:
+        For each prompt its embeddings, shape `(P, H)`.
+
+    Raises:
+        ValueError: If a prompt has more or fewer image tokens than its pictures have features.
+    """
+    trunk, device = model.base_model, model.device
+    ids = [torch.tensor(row, device=device) for row in prompt_ids]
+    embeddings: list[Tensor] = [trunk.get_input_embeddings()(row) for row in ids]
+    given = [row for row in pixels if row is not None]
+    if not given:
         return embeddings
+    values = torch.cat(given).to(device, model.dtype)
+    features = iter(trunk.get_image_features(pixel_values=values, return_dict=True).pooler_output)
+    for row, (own, tokens) in enumerate(zip(pixels, ids, strict=True)):
+        pictures = list(islice(features, 0 if own is None else len(own)))
+        places, wanted = tokens == model.config.image_token_id, sum(map(len, pictures))
+        if int(places.sum()) != wanted:
+            raise ValueError(
+                f"Prompt {row} has {int(places.sum())} image tokens, and its pictures {wanted} features. Take the "
+                "image token out of the text, and use the model's own processor."
+            )
+        if pictures:
+            embeddings[row][places] = torch.cat(pictures).to(embeddings[row])
+    return embeddings
 
 
 def chat_with_images(row: Mapping[str, Any]) -> list[dict[str, Any]]:

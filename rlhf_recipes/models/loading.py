@@ -22,6 +22,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.llava import LlavaForSequenceClassification
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.quiet import held_back
 
@@ -279,13 +280,27 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
             f"transformers has no sequence classifier of the family of {path!r}, so it cannot become a reward model. "
             "Take a reward model of another family, with a tokenizer of its own, or a reward function."
         ) from None
+    _check_trunk_is_complete(model, path, missing)
+    return model, missing
+
+
+def load_image_classifier(path: str | None, **options: Any) -> PreTrainedModel:
+    """Load a LLaVA with a new head of one output: the start of a reward model that sees pictures.
+
+    The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
+    """
+    model, missing, _ = _load(LlavaForSequenceClassification, path, num_labels=1, **options)
+    _check_trunk_is_complete(model, path, missing)
+    return model
+
+
+def _check_trunk_is_complete(model: PreTrainedModel, path: str | None, missing: set[str]) -> None:
     strange = {key for key in missing if set(key.split(".")).isdisjoint(HEAD_MODULES)}
     if strange:
         raise ValueError(
             f"The files of {path!r} lack {len(strange)} weights of a {type(model).__name__} beside its head, "
             f"{min(strange)!r} among them. Give the folder of a complete model."
         )
-    return model, missing
 
 
 def upcast_trainable(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ Every role is a named PEFT adapter on the same (4-bit) base; a role that returns
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,6 +30,7 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
+from rlhf_recipes.models.images import embed_prompts
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
@@ -236,12 +237,23 @@ class Roles:
         values: Tensor = self.heads[role](hidden_states.float())
         return values.squeeze(-1)
 
+    def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Tensor | None]) -> list[Tensor]:
+        """Embed prompts with pictures, which are the same for every role; see `models.images.embed_prompts`."""
+        return embed_prompts(self._base, prompt_ids, pixels)
+
     def scores(self, role: str, sequences: list[list[int]], pad_token_id: int, batch_size: int) -> Tensor:
         """Score whole token sequences with a reward role, shape `(B,)`; the arguments are those of `prefix_scores`."""
         return torch.stack([prefix[-1] for prefix in self.prefix_scores(role, sequences, pad_token_id, batch_size)])
 
     @torch.no_grad()
-    def prefix_scores(self, role: str, sequences: list[list[int]], pad_token_id: int, batch_size: int) -> list[Tensor]:
+    def prefix_scores(
+        self,
+        role: str,
+        sequences: list[list[int]],
+        pad_token_id: int,
+        batch_size: int,
+        prompt_embeds: list[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Read a reward role's score of every prefix of token sequences, in one forward pass.
 
         Args:
@@ -249,6 +261,8 @@ class Roles:
             sequences: Token ids of prompt and completion, with the end-of-sequence token where it was produced.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
+            prompt_embeds: Embeddings of prompts with pictures, each `(P, H)`, which are read in place of the first
+                `P` ids; `None` without pictures.
 
         Returns:
             For each sequence the scores after each of its tokens, shape `(L,)`; the last is the sequence's score.
@@ -262,14 +276,21 @@ class Roles:
                 chunk = order[start : start + batch_size]
                 input_ids, mask = pad_rows([sequences[row] for row in chunk], pad_token_id, self.model.device)
                 rows = Rows(mask, self.packed)
-                values = self.apply_head(role, self.hidden_states(rows.join(input_ids), **rows.arguments))
+                read = self._input(input_ids, chunk, prompt_embeds)
+                network_input = {name: rows.join(values) for name, values in read.items()}
+                values = self.apply_head(role, self.hidden_states(**network_input, **rows.arguments))
                 by_row = zip(chunk, rows.split(values), strict=True)
                 scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
     def last_token_attention(
-        self, role: str, sequences: list[list[int]], pad_token_id: int, batch_size: int
+        self,
+        role: str,
+        sequences: list[list[int]],
+        pad_token_id: int,
+        batch_size: int,
+        prompt_embeds: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Attention of each sequence's last token in the last layer, averaged over the heads.
 
@@ -278,6 +299,7 @@ class Roles:
             sequences: Token ids.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
+            prompt_embeds: As of `prefix_scores`.
 
         Returns:
             For each sequence the attention to each of its tokens, shape `(L,)`, with sum 1.
@@ -294,13 +316,26 @@ class Roles:
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
                     input_ids, attention_mask = pad_rows(chunk, pad_token_id, self.model.device)
-                    self.hidden_states(input_ids, attention_mask=attention_mask)
+                    indices = range(start, start + len(chunk))
+                    read = self._input(input_ids, indices, prompt_embeds)
+                    self.hidden_states(**read, attention_mask=attention_mask)
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
         finally:
             self._base.set_attn_implementation(kernel)
             handle.remove()
         return attention
+
+    def _input(
+        self, input_ids: Tensor, indices: Sequence[int], prompt_embeds: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What the network reads of padded sequences `(B, L)`, whose prompts may be embedded: ids or embeddings."""
+        if prompt_embeds is None:
+            return {"input_ids": input_ids}
+        embeds = self.embeddings(input_ids)
+        for row, index in enumerate(indices):
+            embeds[row, : len(prompt_embeds[index])] = prompt_embeds[index]
+        return {"inputs_embeds": embeds}
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from rlhf_recipes.data.chat_templates import with_first_space
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT
-from rlhf_recipes.models.images import images_in
+from rlhf_recipes.models.images import chat_with_images, images_in
 
 
 def tokenized_prompts(trainer: Any, prompts: list[Any]) -> list[list[int]]:
@@ -39,14 +39,20 @@ def as_scored(
     Returns:
         The rows with `prompt_ids` and `finished` (an adapter scores the very tokens that were sampled, and shows a
         model an end token only where there is one), with `reward_prompt_ids` where they have a column `reward_prompt`,
-        and with `images`, a list of pictures each, where there is a processor; and the completions as they go on from
-        their prompts.
+        and where there is a processor with `images`, a list of pictures each, and `pixels`, what networks see of them;
+        and the completions as they go on from their prompts.
     """
-    columns: dict[str, Any] = {"prompt_ids": tokenized_prompts(trainer, prompts), "finished": ended}
-    if REWARD_PROMPT in rows[0]:
-        columns["reward_prompt_ids"] = tokenized_prompts(trainer, [row[REWARD_PROMPT] for row in rows])
+    graded = [row[REWARD_PROMPT] for row in rows] if REWARD_PROMPT in rows[0] else None
+    columns: dict[str, Any] = {"finished": ended}
     if getattr(trainer, "image_reader", None) is not None:
         columns["images"] = list(map(images_in, prompts))
+        columns["pixels"] = [trainer.image_reader.pixels({"images": images}) for images in columns["images"]]
+        if graded is not None:
+            texts_and_images = zip(graded, columns["images"], strict=True)
+            graded = [chat_with_images({"prompt": chat, "images": images}) for chat, images in texts_and_images]
+    columns["prompt_ids"] = tokenized_prompts(trainer, prompts)
+    if graded is not None:
+        columns["reward_prompt_ids"] = tokenized_prompts(trainer, graded)
     more = zip(*columns.values(), strict=True)
     texts = zip(prompts, completions, completion_ids, strict=True)
     return (

@@ -133,12 +133,16 @@ def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: A
     """
     columns = getattr(train_dataset, "column_names", None) or ()
     reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
-    readers = [reward for reward in rewards if hasattr(reward, "needs_reward_prompt")]
-    if reason is None and readers and set(COLUMNS) & set(columns):
-        reason = f"{readers[0].__name__!r} reads text and does not see the pictures"
+    blind = [reward for reward in rewards if hasattr(reward, "needs_reward_prompt") and not _reads_images(reward)]
+    if reason is None and blind and set(COLUMNS) & set(columns):
+        reason = f"{blind[0].__name__!r} reads text and does not see the pictures"
     if reason is None and REWARD_PROMPT in columns:
         reason = "the rows of `train_dataset` have it, and scores are compared"
     return replace(rules, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
+
+
+def _reads_images(reward: Any) -> bool:
+    return bool(getattr(reward, "reads_images", False))
 
 
 def _needed(reward: Any) -> str:
@@ -218,7 +222,8 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
     else:
         _check_chats(dataset, name, rules)
     if REWARD_PROMPT in dataset.column_names:
-        rows = dataset.select_columns(["prompt", REWARD_PROMPT]).with_format(None)
+        images = [column for column in COLUMNS if column in dataset.column_names]
+        rows = dataset.select_columns(["prompt", REWARD_PROMPT, *images]).with_format(None)
         problems = {index: problem for index, row in enumerate(rows) if (problem := _reward_problem(row, rules))}
         if problems:
             index, what = next(iter(problems.items()))
@@ -331,7 +336,11 @@ def _reward_problem(row: dict[str, Any], rules: PromptRules) -> str | None:
         return problem
     if not rules.reward_prompts_fit:
         return None  # read by other models, which say themselves what does not fit
-    found = rules.problem(rules.encode([row[REWARD_PROMPT]])[0])
+    try:
+        chat = row[REWARD_PROMPT] if rules.images is None else chat_with_images({**row, "prompt": row[REWARD_PROMPT]})
+        found = rules.problem(rules.encode([chat])[0])
+    except BadRow as problem:
+        found = str(problem), "Correct or remove such rows"
     return None if found is None else f"`{REWARD_PROMPT}` {found[0]}. {found[1]}"
 
 

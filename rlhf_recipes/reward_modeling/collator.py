@@ -14,6 +14,7 @@ from trl.trainer.utils import pad
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlhf_recipes.models.images import ImageReader
     from rlhf_recipes.reward_modeling.config import Objective
 
 Row = dict[str, Any]
@@ -85,13 +86,14 @@ class PreferenceCollator(DataCollatorMixin):
     completions of the first row first; `ranks` `(N, K)`, if the rows compare; and the targets of the objective:
     `label` and `margin` `(N,)` (nan where there is no margin), `best` `(N,)`, `ratings` `(N, K)`, `token_labels`
     `(S, T)` (nan where there is none). With `per_token` also `completion_mask` `(S, T)`, 1 at the tokens after the
-    prompt.
+    prompt. With pictures also `pixel_values` `(pictures, channels, height, width)`, those of each of the `S` texts.
 
     Args:
         pad_token_id: What fills the ends of shorter sequences.
         objective: Whose targets to put into the batch.
         per_token: Whether the loss needs to know which tokens belong to the prompt.
         pad_to_multiple_of: Lengthen the batch to a multiple of this.
+        images: What reads the pictures of rows; `None` without a processor.
 
     Example:
         >>> collate = PreferenceCollator(pad_token_id=0, objective="best_of_k")
@@ -105,6 +107,7 @@ class PreferenceCollator(DataCollatorMixin):
     objective: Objective = "pairwise"
     per_token: bool = False
     pad_to_multiple_of: int | None = None
+    images: ImageReader | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[Row]) -> dict[str, Tensor]:
@@ -115,6 +118,10 @@ class PreferenceCollator(DataCollatorMixin):
         batch = {"group_mask": _filled([[True] * len(group) for group in groups], False)}
         batch["input_ids"] = self._pad(sequences, self.pad_token_id)
         batch["attention_mask"] = self._pad([[1] * len(ids) for ids in sequences], 0)
+        if self.images is not None:
+            pixels = zip(map(self.images.pixels, examples), groups, strict=True)
+            of_texts = [values for values, group in pixels if values is not None for _ in group]
+            batch |= {"pixel_values": torch.cat(of_texts)} if of_texts else {}
         ranks = [ranks_of(row) for row in examples]
         if None not in ranks:
             batch["ranks"] = _filled(ranks, 0.0)

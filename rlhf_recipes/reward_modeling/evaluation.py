@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
     from trl import RewardTrainer
+
+    from rlhf_recipes.models.images import ImageReader
 
 
 def evaluate_pairs(trainer: RewardTrainer) -> dict[str, Any]:
@@ -51,11 +53,21 @@ def evaluate_pairs(trainer: RewardTrainer) -> dict[str, Any]:
     starts = [n for lengths in rows["prompt_lengths"] for n in lengths] if readout != "last" else None
     with trainer.accelerator.autocast():
         sequences = [ids for group in groups for ids in group]
-        scores = score_sequences(model, sequences, trainer.args.per_device_eval_batch_size, readout, starts)
+        size, pixels = trainer.args.per_device_eval_batch_size, _pixels_of(trainer, groups)
+        scores = score_sequences(model, sequences, size, readout, starts, pixels)
     firsts = list(itertools.accumulate(map(len, groups), initial=0))
     left, right = (scores[[firsts[pair[0]] + pair[side] for pair in pairs]] for side in (1, 2))
     labels = torch.tensor([pair[3] for pair in pairs], dtype=torch.float64)
     return pairwise_evaluation(left, right, labels=labels, clusters=[pair[0] for pair in pairs])
+
+
+def _pixels_of(trainer: Any, groups: list[list[list[int]]]) -> Callable[[int], Tensor | None] | None:
+    """What reads the pictures of each of the sequences of the held-out rows, where the trainer sees pictures."""
+    reader: ImageReader | None = getattr(trainer, "image_reader", None)
+    if reader is None:
+        return None
+    rows = [index for index, group in enumerate(groups) for _ in group]
+    return lambda number: reader.pixels(trainer.eval_dataset[rows[number]])
 
 
 @torch.no_grad()
@@ -65,6 +77,7 @@ def score_sequences(
     batch_size: int = 32,
     readout: ReadoutName = "last",
     prompt_lengths: Sequence[int] | None = None,
+    pixels: Callable[[int], Tensor | None] | None = None,
 ) -> Tensor:
     """Score token sequences with a reward model in evaluation mode (and leave it in the mode it was in).
 
@@ -75,6 +88,8 @@ def score_sequences(
         batch_size: Sequences per forward pass.
         readout: `"last"` for the model's own score, or `"sum"` or `"mean"` of its scores at the completion's tokens.
         prompt_lengths: For those two: how many of each sequence's tokens belong to its prompt.
+        pixels: Takes the number of a sequence and gives the pixels of its pictures `(pictures, channels, height,
+            width)`, or `None` where it has none.
 
     Returns:
         Scores in float32 on the CPU, shape `(N,)`.
@@ -105,6 +120,9 @@ def score_sequences(
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         mask = torch.arange(input_ids.size(1), device=model.device) < lengths[:, None]
         call = {"input_ids": input_ids, "attention_mask": mask.long(), "use_cache": False}
+        seen = [] if pixels is None else [pixels(start + number) for number in range(len(rows))]
+        if given := [values for values in seen if values is not None]:
+            call["pixel_values"] = torch.cat(given).to(model.device)
         if readout == "last":
             scores.append(model(**call).logits.squeeze(-1).float().cpu())
             continue

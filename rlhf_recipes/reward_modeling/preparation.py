@@ -16,7 +16,7 @@ from rlhf_recipes.data.chat_templates import (
     options_of,
     warn_about_template,
 )
-from rlhf_recipes.data.dialogues import split_dialogue
+from rlhf_recipes.data.dialogues import BadRow, split_dialogue
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 from rlhf_recipes.models.loading import padding_tokens
 from rlhf_recipes.models.readout import fit_normalization
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
     from trl import RewardTrainer
+
+    from rlhf_recipes.models.images import ImageReader
 
 _NAMED = 8  # tokens, of what may be hundreds
 _LOOKED_AT = 16  # rows, for what they are and what a chat template makes of them
@@ -97,9 +99,12 @@ def normalize_score_head(trainer: RewardTrainer, samples: int = 256) -> float:
             "Use a decoder, or remove the setting."
         )
     rows: Any = trainer.train_dataset
-    sequences = [ids for row in islice(rows, samples) for ids in sequences_of(row)][:samples]
+    first = [(row, ids) for row in islice(rows, samples) for ids in sequences_of(row)][:samples]
+    reader: ImageReader | None = getattr(trainer, "image_reader", None)
+    pixels = None if reader is None else lambda number: reader.pixels(first[number][0])
     with trainer.accelerator.autocast():
-        scores = score_sequences(model, sequences, trainer.args.per_device_eval_batch_size)
+        size = trainer.args.per_device_eval_batch_size
+        scores = score_sequences(model, [ids for _, ids in first], size, pixels=pixels)
     gain, _ = fit_normalization(scores)
     heads[0].mul_(gain)
     return gain
@@ -158,7 +163,11 @@ def _check_ids(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
 
 
 def with_chat_ids(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], name: str
+    rows: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Collection[int],
+    name: str,
+    images: ImageReader | None = None,
 ) -> Dataset | IterableDataset:
     """Encode the chats among preferences as PPO will read them: generation prompt, answer, and its end token.
 
@@ -170,12 +179,14 @@ def with_chat_ids(
         tokenizer: The tokenizer.
         end_ids: Ids that end a completion of the policy.
         name: What the progress bar calls the rows.
+        images: What reads the pictures of rows; `None` without a processor.
 
     Returns:
         The rows; chats have `chosen_ids` and `rejected_ids`, or `completion_ids`.
 
     Raises:
-        ValueError: If a chat cannot be encoded, with its row, or the rows are text and the tokenizer ends prompts too.
+        ValueError: If a chat cannot be encoded, with its row, or the rows are text and the tokenizer ends prompts too,
+            or sees no pictures in them.
     """
     first_rows = list(islice(rows, _LOOKED_AT))
     group = bool(first_rows) and "completions" in first_rows[0]
@@ -184,6 +195,11 @@ def with_chat_ids(
     if not first_rows:
         return rows
     if not (chats := [chat for row in first_rows for chat in _chats_of(row)[:1]]):
+        if images is not None:
+            raise ValueError(
+                f"The {name} rows are text, and pictures need chats. Give lists of messages with `role` and `content` "
+                "as `prompt`, `chosen` and `rejected`, or the processor's `tokenizer` for rows without pictures."
+            )
         check_prompts_stay_open(tokenizer)
         return rows
     consequence = f"The reward model is trained with {tokenizer.eos_token!r} there, which a policy may never write."
@@ -193,10 +209,16 @@ def with_chat_ids(
         if group and row.get("completion_ids"):
             return {"completion_ids": row["completion_ids"]}
         try:
-            answers = [encode_answer(tokenizer, *chat, end_ids, **options_of(row)) for chat in _chats_of(row)]
+            if images is not None:
+                prompt_ids, answer_ids = images.encode_answers(row, [side for _, side in _chats_of(row)], end_ids)
+                ids = [[*prompt_ids, *answer] for answer in answer_ids]
+            else:
+                answers = [encode_answer(tokenizer, *chat, end_ids, **options_of(row)) for chat in _chats_of(row)]
+                ids = [[*answer.prompt_ids, *answer.ids] for answer in answers]
+        except BadRow as error:
+            raise ValueError(f"The prompt of row {index} of the {name} rows {error}.") from error
         except ValueError as error:
             raise ValueError(f"Row {index} of the {name} rows: {error}") from error
-        ids = [[*answer.prompt_ids, *answer.ids] for answer in answers]
         return {"completion_ids": ids} if group else dict(zip(names, ids, strict=True))
 
     more = {"desc": f"Encoding {name} chats"} if isinstance(rows, Dataset) else {}

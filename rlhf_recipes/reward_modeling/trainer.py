@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 from trl import RewardTrainer
 
 from rlhf_recipes.checkpoints import KeptRates, load_finished
@@ -16,7 +16,13 @@ from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.data.reward_prompts import with_graded_prompts
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
-from rlhf_recipes.models.images import check_no_images
+from rlhf_recipes.models.images import (
+    COLUMNS,
+    ImageReader,
+    check_model_type,
+    check_no_images,
+    check_reads_images,
+)
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout, read_scores
 from rlhf_recipes.models.resumed import check_same_adapter
@@ -63,6 +69,9 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     scored once, and `per_device_train_batch_size` counts prompts. The loss is the mean over the prompts of an
     optimizer step, however they are cut into micro-batches.
 
+    With a processor as `processing_class` it sees pictures: rows are chats with `prompt` and `images`, or `image`, and
+    the model is `load_image_classifier`'s with LoRA on its language part (`language_layers`).
+
     Rows may have a column `reward_prompt`, which is then read in place of `prompt`; PPO will ask for it too.
     Rows with `chosen` and `rejected` may have a column `label`, the probability that `chosen` wins (missing: 1). With
     neither that nor another setting of `PreferenceConfig` changed, everything is TRL's own, to the last bit.
@@ -73,8 +82,11 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
 
     Raises:
         TypeError: If `args` is no `PreferenceConfig`, or streamed rows are to be learned in another way than TRL's.
-        ValueError: If a row does not fit the objective (it names the row and the fix), or the model's 4-bit weights
-            are repacked.
+        ValueError: If a row does not fit the objective (it names the row and the fix), the model's 4-bit weights are
+            repacked, or it cannot read the pictures.
+
+    Attributes:
+        image_reader: What reads chats with pictures; `None` with a tokenizer.
     """
 
     args: PreferenceConfig
@@ -83,9 +95,15 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"`args` must be a PreferenceConfig, got {type(args).__name__}: it says what is learned.")
         self._given_model = kwargs.get("model")  # TRL prepares the rows before it keeps the model
+        self.image_reader: ImageReader | None = None
+        if isinstance(kwargs.get("processing_class"), ProcessorMixin):
+            self.image_reader = _image_reader(kwargs["processing_class"], self._given_model, args)
+            kwargs["processing_class"] = self.image_reader.tokenizer
         self._readout = Readout(args.readout, reward_prompt=check_reward_prompts(**kwargs))
         super().__init__(args=args, **kwargs)
         own: Any = self.model
+        if self.image_reader is not None:
+            check_reads_images(own)
         keep_4bit_differentiable(own)
         if args.disable_dropout:
             disable_dropout(own)  # TRL leaves on what is no module
@@ -97,13 +115,15 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         rows = [dataset for dataset in (self.train_dataset, *evals.values()) if dataset is not None]
         # TRL's batches, and with them its loss, unless something is asked for that they cannot say.
-        if own_collator is None and not all(_is_trl(dataset, config) for dataset in rows):
+        plain = self.image_reader is None and all(_is_trl(dataset, config) for dataset in rows)
+        if own_collator is None and not plain:
             collator: Any = self.data_collator
             self.data_collator = PreferenceCollator(
                 pad_token_id=collator.pad_token_id,
                 objective=config.objective,
                 per_token=_per_token(config),
                 pad_to_multiple_of=collator.pad_to_multiple_of,
+                images=self.image_reader,
             )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -120,12 +140,13 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     ) -> Any:
         """Check the rows against the objective, and tokenize them: texts as TRL does, chats as PPO reads them."""
         ends = end_token_ids(self._given_model, processing_class)
-        check_no_images(dataset, dataset_name)
+        if self.image_reader is None:
+            check_no_images(dataset, dataset_name)
         dataset = with_graded_prompts(dataset)
         if _is_trl(dataset, args):
             if isinstance(dataset, Dataset):
                 check_rows(dataset, args, dataset_name)
-            dataset = with_chat_ids(dataset, processing_class, ends, dataset_name)
+            dataset = with_chat_ids(dataset, processing_class, ends, dataset_name, self.image_reader)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -135,7 +156,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
         if "prompt_lengths" in dataset.column_names:
             return dataset  # prepared before
         dataset = check_rows(dataset, args, dataset_name)
-        dataset = with_chat_ids(dataset, processing_class, ends, dataset_name)
+        dataset = with_chat_ids(dataset, processing_class, ends, dataset_name, self.image_reader)
         if is_table(dataset.column_names):
             dataset = self._tokenized(dataset, processing_class, args, dataset_name)
         else:
@@ -173,7 +194,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         names: Any = self._signature_columns
-        names += [name for name in ("completion_ids", "prompt_lengths", *_TARGETS) if name not in names]
+        names += [name for name in ("completion_ids", "prompt_lengths", *COLUMNS, *_TARGETS) if name not in names]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -209,6 +230,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
         """Run the model: its output, the scores of all completions `(S,)`, and those at their tokens `(S, T)`."""
         call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        call |= {name: inputs[name] for name in ("pixel_values",) if name in inputs}
         if "completion_mask" not in inputs:
             outputs = model(**call)
             return outputs, outputs.logits.squeeze(-1).float(), None
@@ -271,9 +293,29 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
         if len(ends) > 1:
             GenerationConfig(eos_token_id=ends).save_pretrained(output_dir or str(self.args.output_dir))
         folder = output_dir or str(self.args.output_dir)
-        save_with_first_rows(self, folder, lambda row: sequences_of(row)[0], raw_score)
+        reader = self.image_reader
+        if reader is None:
+            save_with_first_rows(self, folder, lambda row: sequences_of(row)[0], raw_score)
+        else:
+            reader.processor.save_pretrained(folder)
+            save_with_first_rows(self, folder, lambda row: reader.without_images(sequences_of(row)[0]), raw_score)
         if self._readout != Readout():
             self._readout.save(folder)
+
+
+def _image_reader(processor: ProcessorMixin, model: Any, config: PreferenceConfig) -> ImageReader:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`processing_class` is a processor, but `model` is a {type(model).__name__}. Give the model that "
+            "`load_image_classifier` (`rlhf_recipes.models`) loads."
+        )
+    if _per_token(config):
+        raise ValueError(
+            "With a processor, which puts many tokens in the place of a picture, scores are read at the last token. "
+            "Set `readout: last`, and another `objective` than 'token'."
+        )
+    check_model_type(model)
+    return ImageReader(processor, model)
 
 
 def _per_token(config: PreferenceConfig) -> bool:

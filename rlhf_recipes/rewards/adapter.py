@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from rlhf_recipes.models.readout import Readout
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.rewards.record import RewardRecord
@@ -18,7 +20,7 @@ class AdapterReward:
 
     TRL scores reward models on decoded text without special tokens, where a finished completion looks like one that
     was cut off. The adapter shares the policy's tokenizer, so it reads the very tokens that were sampled, with the
-    end token exactly where it was produced.
+    end token exactly where it was produced. It sees the pictures that the policy sees.
 
     Args:
         roles: The roles on the shared base.
@@ -31,6 +33,8 @@ class AdapterReward:
             (`Readout.token_rewards`), from the same forward pass, or `"attention"`, its last token's attention. It
             writes that into the `RewardRecord` that it is called with.
     """
+
+    reads_images = True
 
     def __init__(
         self,
@@ -54,9 +58,10 @@ class AdapterReward:
         completion_ids: list[list[int]],
         reward_record: Sequence[RewardRecord] = (),
         reward_prompt_ids: list[list[int]] | None = None,
+        pixels: list[Tensor | None] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion, read after its reward prompt where the rows have one.
+        """Return one score per completion, read after its reward prompt where the rows have one, and its pictures.
 
         Raises:
             ValueError: If a score is not finite; it names the completion. If the adapter was trained on reward
@@ -65,13 +70,14 @@ class AdapterReward:
         self._readout.check_reward_prompts(self.__name__, reward_prompt_ids)
         before = prompt_ids if reward_prompt_ids is None else reward_prompt_ids
         sequences = [prompt + completion for prompt, completion in zip(before, completion_ids, strict=True)]
-        prefixes = self._roles.prefix_scores(self.role, sequences, *self._options)
+        embeds = None if pixels is None else self._roles.embed_prompts(before, pixels)
+        prefixes = self._roles.prefix_scores(self.role, sequences, *self._options, embeds)
         lengths = [len(completion) for completion in completion_ids]
         tails = [scores[-length:] for scores, length in zip(prefixes, lengths, strict=True)]
         if reward_record and self._reads == "redistributed":
             reward_record[0].token_rewards[self.__name__] = [self._readout.token_rewards(tail) for tail in tails]
         elif reward_record and self._reads == "attention":
-            weights = self._roles.last_token_attention(self.role, sequences, *self._options)
+            weights = self._roles.last_token_attention(self.role, sequences, *self._options, embeds)
             reward_record[0].attention = [row[-length:] for row, length in zip(weights, lengths, strict=True)]
         scores = [self._readout.score(tail).item() for tail in tails]
         bad = [row for row, score in enumerate(scores) if not math.isfinite(score)]

@@ -47,6 +47,12 @@ class CombinedReward:
         """Whether a member was trained on rows with a column `reward_prompt`."""
         return any(getattr(member, "needs_reward_prompt", False) for member in self.members)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether every member sees the pictures of rows that have some: adapters and functions do."""
+        text_readers = [member for member in self.members if hasattr(member, "needs_reward_prompt")]
+        return all(getattr(member, "reads_images", False) for member in text_readers)
+
     def with_members(self, functions: Sequence[Callable[..., Any]]) -> CombinedReward:
         """Copy the reward with functions in place of its folders."""
         copied = copy.copy(self)

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from rlhf_recipes import PPOTrainer
 from rlhf_recipes.evaluation import evaluate_policy
 from rlhf_recipes.models.images import ImageReader, chat_with_images, images_of, language_layers
-from rlhf_recipes.models.tiny_vision import tiny_llava
 from rlhf_recipes.ppo.passes import sample_from
 from rlhf_recipes.ppo.prompts import PromptRules, check_rows
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer
@@ -33,14 +32,8 @@ def picture(colour, size=(28, 28)):
 
 
 @pytest.fixture
-def built():
-    """A random LLaVA whose weights are spread so far that every mistake shows, and its processor."""
-    model, processor = tiny_llava([*COLOURS, *"a square which colour ?".split()])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0.0, 0.2, generator=generator)
-    return model, processor
+def built(built_llava):
+    return built_llava
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from PIL import ImageColor
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.models.readout import Readout
@@ -116,11 +117,13 @@ def test_every_stage_runs(load, load_stage, repo_root, tmp_path, capsys):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"captions": 64, "max_steps": 2, "evaluation_rows": 8}, id="two steps"),
+        pytest.param(
+            {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8}, id="two steps"
+        ),
         pytest.param({}, id="whole", marks=pytest.mark.slow),
     ],
 )
-def test_ppo_with_pictures(load, tmp_path, sizes):
+def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
     script = load("vision")
     image, colour, number = script.picture(random.Random(3))
     assert len([pixel for pixel in image.get_flattened_data() if pixel != (255, 255, 255)]) == 100 * (
@@ -129,10 +132,34 @@ def test_ppo_with_pictures(load, tmp_path, sizes):
     said = [f"{number} squares , {colour} .", f"{colour} and {colour}", "three four .", ""]
     scores = script.true_statements([[{"content": text}] for text in said], [colour] * 4, [number] * 4)
     assert scores == [2.0, 1.0, 1.0 if number == "three" else -1.0, 0.0]
-    start(script, output_dir=tmp_path / "vision", **sizes)
-    evaluation = json.loads((tmp_path / "vision" / "evaluation.json").read_text())
-    gold = {side: evaluation[side]["gold_score"] for side in ("policy", "reference")}
+    out = tmp_path / "vision"
+    start(script, output_dir=out, **sizes)
+    sft, reward, ppo = (
+        json.loads((out / stage / "evaluation.json").read_text()) for stage in ("sft", "reward", "ppo")
+    )
+    assert Readout.load(out / "reward").reward_prompt
+    assert (sft["n"], reward["n"]) == (sizes.get("evaluation_rows", 256),) * 2
+    gold = {side: ppo[side]["gold_score"] for side in ("policy", "reference")}
     assert -2.0 <= gold["reference"] <= 2.0
     if not sizes:
+        assert reward["accuracy_ci"][0] > 0.8
         assert gold["policy"] > gold["reference"] + 0.3
-    assert (tmp_path / "vision" / "processor_config.json").exists()
+        assert ppo["win_rate_ci"][0] > 0.5
+    assert (out / "ppo" / "processor_config.json").exists()
+    capsys.readouterr()
+    start(script, output_dir=out, **sizes)
+    assert capsys.readouterr().out.count("is there: nothing to do") == 4
+
+
+def test_choices_are_of_the_picture_and_the_facts(load):
+    script = load("vision")
+    rng = random.Random(0)
+    for _ in range(50):
+        row = script.choice(rng)
+        [asked] = row["reward_prompt"]
+        _, _, number, colour, *_ = asked["content"].split()
+        better, worse = script.true_statements([row["chosen"], row["rejected"]], [colour] * 2, [number] * 2)
+        assert better > worse
+        drawn = [pixel for pixel in row["images"][0].get_flattened_data() if pixel != (255, 255, 255)]
+        assert len(drawn) == 100 * (1 + script.NUMBERS.index(number))
+        assert set(drawn) == {ImageColor.getrgb(colour)}
