@@ -61,8 +61,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         peft_config=lora_config(model_args, "SEQ_CLS", model),
     )
     upcast_trainable(trainer.model)
-    if model_args.start_adapter is not None:
-        start_from(trainer.model, model_args.start_adapter)
+    start_from(trainer.model, model_args.start_adapter)
     check_score_head(trainer)
     check_tokenized(trainer, given=rows)
     if training_args.normalize_head and checkpoint is None:

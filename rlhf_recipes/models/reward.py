@@ -66,17 +66,19 @@ def load_scoring_model(path: str, tolerance: float, trust_remote_code: bool) -> 
         raise FileNotFoundError(f"`critic_model` {path!r} cannot be loaded: {error}") from error
 
 
-def start_from(model: Any, folder: str | Path) -> None:
+def start_from(model: Any, folder: str | Path | None) -> None:
     """Give a fresh adapter and its head the weights of a trained reward model, to be trained further.
 
     Args:
         model: A sequence classifier with a fresh adapter, as the reward stage makes it.
-        folder: Folder of the trained adapter. Its gain and bias (`reward_model.json`) are of its scores, not of its
-            weights, and do not go on.
+        folder: Folder of the trained adapter; `None` changes nothing. Its gain and bias (`reward_model.json`) are of
+            its scores, not of its weights, and do not go on.
 
     Raises:
         ValueError: If the folder holds no adapter of this kind on this base, or no head.
     """
+    if folder is None:
+        return
     if not is_adapter(folder):
         raise ValueError(
             f"`start_adapter` is {str(folder)!r}, which holds no adapter. Give the output folder of a reward stage "

@@ -14,6 +14,7 @@ from rlhf_recipes import GRPOAdapterConfig, PolicyArguments, PPOArguments, PPOCo
 from rlhf_recipes.config import DataArguments, parse_stage, read_config, write_config
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.rewards import RemoteReward
+from rlhf_recipes.tools.commands.fields import read_fields
 from rlhf_recipes.tracking import differing_settings, read_run, read_settings, start_run
 from rlhf_recipes.tracking.settings import FILE, resolve_settings, write_settings
 
@@ -34,9 +35,9 @@ def resolved(stage, argv):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_settings_of_every_recipe_give_the_same_dataclasses(stage, repo_root, tmp_path):
-    fields = read_fields(repo_root / "recipes" / f"{stage}.py").keys()
+    fields = read_fields(repo_root / "recipes" / f"{stage}.py").keys()  # others are for a script of their own
     files = sorted(repo_root.glob(f"recipes/*/{stage}.yaml"))
-    files = [file for file in files if yaml.safe_load(file.read_text()).keys() <= fields]  # others have their own script
+    files = [file for file in files if yaml.safe_load(file.read_text()).keys() <= fields]
     assert files
     for number, file in enumerate(files):
         argv = ["--config", str(file), *CPU, "--report_to", "none", "--lora_target_modules", "q_proj", "v_proj"]

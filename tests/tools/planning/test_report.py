@@ -4,19 +4,22 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig
 from trl import ModelConfig
 
 from rlhf_recipes.models.parameter_table import roles_table
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.tools.cli import main
+from rlhf_recipes.tools.commands.fields import read_fields
 from rlhf_recipes.tools.planning import report
 from rlhf_recipes.tools.planning.phases import PHASES, ppo_memory
 from rlhf_recipes.tools.planning.run import longest_prompt, optimizer_bytes, run_sizes
 
 ROOT = Path(__file__).resolve().parents[3]
 FIELDS = read_fields(ROOT / "recipes" / "ppo.py").keys()  # a recipe whose script has fields of its own is not planned
-CONFIGS = [path for path in sorted(ROOT.glob("recipes/*/ppo.yaml")) if yaml.safe_load(path.read_text()).keys() <= FIELDS]
+PPO_YAMLS = sorted(ROOT.glob("recipes/*/ppo.yaml"))
+CONFIGS = [path for path in PPO_YAMLS if yaml.safe_load(path.read_text()).keys() <= FIELDS]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "ppo.yaml"
 
 
