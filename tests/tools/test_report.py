@@ -130,10 +130,10 @@ def test_several_runs_are_compared(tmp_path):
         == result[2][1:]
         == [
             "0.800 [0.750, 0.850]",
-            *("2.000", "2.100", "2.500", "18.000", "1", "64", "32", "gold_score"),
+            *("-", "2.000", "2.100", "2.500", "18.000", "1", "64", "32", "gold_score"),
         ]
     )
-    assert result[3] == ["○reference", "0.5", "0.000", "0.100", "2.500", "18.000", "1", "", "", ""]
+    assert result[3] == ["○reference", "0.5", "0.5", "0.000", "0.100", "2.500", "18.000", "1", "", "", ""]
     assert "one/seed two/seed reward gold_score" in text  # the legend of one plot with all four curves
     assert len(list((tmp_path / "out").glob("ppo-kl*.png"))) == 1
     [first, second] = read_runs(runs)
