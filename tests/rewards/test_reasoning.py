@@ -95,8 +95,8 @@ def test_what_is_paid():
     results = check_verifier(gym_accuracy, rows, template="<think>So.</think><answer>{answer}</answer>")
     refuse_if_bought(results, bound=0.0)
     paid = {entry.kind: entry.paid for entry in results}
-    assert paid["true"] == paid["spaces"] == 1.0
-    assert paid["negated"] == paid["sentence"] == paid["empty"] == 0.0
+    assert paid["true"] == paid["spaces"] == paid["sentence"] == 1.0
+    assert paid["negated"] == paid["twice"] == paid["empty"] == 0.0
     for row in rows:
         asked = row["prompt"].partition("problem: ")[2].strip(" =\n")
         assert int(row["answer"]) == eval(asked)
