@@ -122,5 +122,5 @@ def test_questions_and_texts_of_r1(load_script, repo_root, tmp_path, capsys):
         thought, _, answer = worked.removeprefix("<think>").removesuffix("</answer>").partition("</think><answer>")
         assert answer == answers[f"{prompt}\n"] == thought.rpartition(" = ")[2]
         assert all(eval(step.partition(" = ")[0]) == int(step.partition(" = ")[2]) for step in thought.split(", "))
-    with pytest.raises(ValueError, match="`texts` are worked sums, of chain_sum, but `task` is 'gcd'"):
+    with pytest.raises(ValueError, match="`texts` are worked sums, of the task chain_sum, but `task` is 'gcd'"):
         script.main(script.TaskArguments(str(tmp_path / "other"), task="gcd", texts=1))
