@@ -115,18 +115,18 @@ def lines(journal, event):
     return [int(step) for name, step in found if name == event]
 
 
-def wait_for_the_moment(process, run, journal, folders, steps_before, files, pause):
-    """Wait until so many files of a new checkpoint are there (or, without a number, a moment after a step)."""
+def wait_for_the_moment(process, run, journal, folders, saves_before, files, pause):
+    """Wait until so many files of a new checkpoint are there (or, without a number, a moment after one is whole)."""
     patience, resumed_at = time.monotonic() + 60, None
     while process.is_alive() and time.monotonic() < patience:
         if files is not None:
             new = set(run.glob("checkpoint-*")) - folders
             if sum(len(list(folder.rglob("*.*"))) for folder in new) > files:
                 return
-        elif steps := len(lines(journal, "stepped")) - steps_before:  # first of all it has to train again
+        elif saves := len(lines(journal, "saved")) - saves_before:  # else a slow disk might never have a whole one
             resumed_at = resumed_at or time.monotonic()
             # A fast machine makes all its steps in the pause: three are enough
-            if steps >= 3 or time.monotonic() - resumed_at > pause:
+            if saves >= 3 or time.monotonic() - resumed_at > pause:
                 return
         time.sleep(0.0005)
 
@@ -154,10 +154,10 @@ def test_a_run_that_is_killed_ten_times_ends_like_one_that_is_not(sft_adapter, r
             resume = "true"
         else:
             shutil.rmtree(run, ignore_errors=True)
-        steps_before, folders = len(lines(journal, "stepped")), set(run.glob("checkpoint-*"))
+        saves_before, folders = len(lines(journal, "saved")), set(run.glob("checkpoint-*"))
         process = start(run, journal, resume)
         files = chance.randrange(8) if kill % 2 else None
-        wait_for_the_moment(process, run, journal, folders, steps_before, files, chance.uniform(0.0, 0.3))
+        wait_for_the_moment(process, run, journal, folders, saves_before, files, chance.uniform(0.0, 0.3))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
