@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import trange
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.data.synthetic import Annotator, Completion, GoldScore
 from rlhf_recipes.data.synthetic.grammar import Style, write_review
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer
-from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.generation import sample_after_texts
 from rlhf_recipes.tracking import start_run
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -67,7 +66,8 @@ def main(args: RankingArguments) -> None:
     sizes = [rng.randint(args.min_completions, args.max_completions) for _ in shown]
     torch.manual_seed(args.seed)
     repeated = [prompt for prompt, size in zip(shown, sizes, strict=True) for _ in range(size)]
-    samples = iter(sample(model, tokenizer, repeated, args))
+    ids = sample_after_texts(model, tokenizer, repeated, args.max_new_tokens, batch_size=args.batch_size)
+    samples = iter(ids)
 
     # The annotator reads texts and sees whether they came to their end; the reward model gets the very tokens, so that
     # a review which was cut off has no end token. The same review twice is shown once.
@@ -96,23 +96,6 @@ def main(args: RankingArguments) -> None:
         f"{len(rows)} rankings of {sum(len(row['ranks']) for row in rows)} completions, {pairs} pairs, in {folder}; "
         f"{args.prompts - len(rows)} prompts with too few different completions are left out."
     )
-
-
-def sample(model, tokenizer, prompts: list[str], args: RankingArguments) -> list[list[int]]:
-    """Sample token ids of one completion per prompt, with the end token where it was sampled."""
-    ends = [tokenizer.eos_token_id]
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    completions = []
-    for start in trange(0, len(prompts), args.batch_size, desc="sampling", disable=None):
-        prompt_ids = tokenizer(prompts[start : start + args.batch_size])["input_ids"]
-        completions += sample_after(model, prompt_ids, config, temperature=1.0, ends=ends)
-    return completions
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

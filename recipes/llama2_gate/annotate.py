@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import trange
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
@@ -22,7 +21,7 @@ from rlhf_recipes.data.preferences import LLAMA2_LARGE_MARGINS
 from rlhf_recipes.data.synthetic import Annotator, Completion, GoldScore
 from rlhf_recipes.data.synthetic.grammar import topic_of
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer
-from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.generation import sample_after_texts
 from rlhf_recipes.tracking import start_run
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -59,7 +58,8 @@ def main(args: AnnotationArguments) -> None:
     all_prompts = list(load_rows(args.world, split="prompts_train")["prompt"])
     prompts = random.Random(args.seed).choices(all_prompts, k=args.pairs)
     torch.manual_seed(args.seed)
-    pairs = list(zip(*(sample(model, tokenizer, prompts, args) for _ in range(2)), strict=True))
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    pairs = list(zip(*(sample_after_texts(model, tokenizer, prompts, **options) for _ in range(2)), strict=True))
 
     start_run(stage="preferences", output_dir=args.output_dir, config=asdict(args), parent=args.sft_adapter)
     (folder / "safety.json").write_text(json.dumps(safety_of(f"{args.world}/gold.json"), indent=1) + "\n")
@@ -100,23 +100,6 @@ def compare(annotator: Annotator, tokenizer, prompt: str, pair, margins: str) ->
     for side, index in (("chosen", chosen), ("rejected", not chosen)):
         row |= {side: f" {texts[index]}", f"{side}_ids": tokenizer(prompt)["input_ids"] + pair[index]}
     return row
-
-
-def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> list[list[int]]:
-    """Sample token ids of one completion per prompt, with the end token where it was sampled."""
-    ends = [tokenizer.eos_token_id]
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    completions = []
-    for start in trange(0, len(prompts), args.batch_size, desc="sampling", disable=None):
-        prompt_ids = tokenizer(prompts[start : start + args.batch_size])["input_ids"]
-        completions += sample_after(model, prompt_ids, config, temperature=1.0, ends=ends)
-    return completions
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

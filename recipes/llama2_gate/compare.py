@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.data.synthetic import GoldScore
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer
-from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.generation import sample_after_texts
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -41,20 +41,12 @@ def main(args: ComparisonArguments) -> None:
     tokenizer = load_tokenizer(f"{args.world}/base")
     prompts = load_rows(f"{args.annotated}/prompts", split="test").select(range(args.rows))
     golds = [GoldScore.from_file(path) for path in (f"{args.world}/gold.json", f"{args.annotated}/safety.json")]
-    prompt_ids, ends = tokenizer(list(prompts["prompt"]))["input_ids"], [tokenizer.eos_token_id]
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     table = {}
     print(f"{'':32}{'tagged':>10}{'helpful':>10}{'safe':>10}{'promises something':>20}")
     for policy in args.policies:
         model = load_policy(load_causal_lm(f"{args.world}/base", quantization_config=FOUR_BIT), policy).eval()
         torch.manual_seed(args.seed)
-        ids = sample_after(model, prompt_ids, config, temperature=1.0, ends=ends)
+        ids = sample_after_texts(model, tokenizer, prompts["prompt"], args.max_new_tokens)
         texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in ids]
         scores = [gold(list(prompts["prompt"]), texts, completion_ids=ids) for gold in golds]
         rows = list(zip(prompts["unsafe"], *scores, strict=True))

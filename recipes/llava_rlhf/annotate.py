@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer
-from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.generation import sample_after_texts
 from rlhf_recipes.tracking import start_run
 
 
@@ -45,10 +44,8 @@ def main(args: AnnotationArguments) -> None:
     model = load_policy(load_causal_lm(f"{args.world}/base"), args.sft_adapter).eval()
     prompts = load_rows(f"{args.world}/prompts_annotated.jsonl").to_list()[: args.pairs]
     torch.manual_seed(args.seed)
-    ids = [tokenizer(row["prompt"])["input_ids"] for row in prompts]
-    config = GenerationConfig(do_sample=True, max_new_tokens=args.max_new_tokens, top_k=0)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    sides = [sample_after(model, ids, config, 1.0, [tokenizer.eos_token_id]) for _ in range(2)]
+    asked = [row["prompt"] for row in prompts]
+    sides = [sample_after_texts(model, tokenizer, asked, args.max_new_tokens) for _ in range(2)]
 
     rows = []
     for row, *pair in zip(prompts, *sides, strict=True):

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import trange
 from transformers import BitsAndBytesConfig
 
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.data.synthetic import Annotator, Completion, GoldScore
 from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer
+from rlhf_recipes.models.generation import sample_after_texts
 from rlhf_recipes.tracking import start_run
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -52,7 +52,8 @@ def main(args: AnnotationArguments) -> None:
     prompts = load_rows(args.world, split="prompts_train")["prompt"]
     prompts = random.Random(args.seed).choices(list(prompts), k=args.pairs)
     torch.manual_seed(args.seed)
-    firsts, seconds = (sample(model, tokenizer, prompts, args) for _ in range(2))
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    firsts, seconds = (sample_after_texts(model, tokenizer, prompts, **options) for _ in range(2))
 
     # The annotator reads texts and sees whether they came to their end; the reward model gets the very tokens, so
     # that a review which was cut off has no end token.
@@ -82,20 +83,6 @@ def main(args: AnnotationArguments) -> None:
         f"{len(choices)} choices and {len(rows) - len(choices)} ties in {folder}, {alike} pairs of the same text left "
         f"out; {agree:.3f} of the choices agree with the gold score."
     )
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts: list[str], args: AnnotationArguments) -> list[list[int]]:
-    """Sample token ids of one completion per prompt, with the end token where it was sampled."""
-    completions = []
-    for start in trange(0, len(prompts), args.batch_size, desc="sampling", disable=None):
-        batch = prompts[start : start + args.batch_size]
-        inputs = tokenizer(batch, return_tensors="pt", padding=True).to(model.device)
-        sequences = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=True, top_k=0, top_p=1.0)
-        for ids in sequences[:, inputs["input_ids"].size(1) :].tolist():
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            completions.append(ids[:end])
-    return completions
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
+from tqdm import trange
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -244,6 +246,40 @@ def sample_after(
     rows = sequences[:, ids.size(1) :].tolist()
     first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[: end + 1] for row, end in zip(rows, first_ends, strict=True)]
+
+
+def sample_after_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+) -> list[list[int]]:
+    """Sample one completion after each prompt, where there is no trainer: for rows that people or judges compare.
+
+    Args:
+        model: A causal model, with or without adapters.
+        tokenizer: Its tokenizer, with a padding and an end token.
+        prompts: Texts.
+        max_new_tokens: Length at which completions are cut off.
+        batch_size: Completions that are sampled at a time, with a progress bar on a terminal; `None`: all.
+
+    Returns:
+        Token ids of the completions, with the end token where it was sampled.
+    """
+    ends = [tokenizer.eos_token_id]
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    size, completions = batch_size or max(len(prompts), 1), list[list[int]]()
+    for start in trange(0, len(prompts), size, desc="sampling", disable=True if batch_size is None else None):
+        prompt_ids = tokenizer(list(prompts[start : start + size]))["input_ids"]
+        completions += sample_after(model, prompt_ids, config, temperature=1.0, ends=ends)
+    return completions
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.generation import (
     EnoughEnded,
     ignored_settings,
     read_prompts,
     sample,
+    sample_after_texts,
     sample_with_transformers,
 )
 from rlhf_recipes.models.packing import pack
@@ -225,3 +227,24 @@ def test_greedy_search_and_another_temperature_do_not_pass_the_guard():
             sample_with_transformers(make_model(), config, 1.0, input_ids=ids, attention_mask=mask)
         with pytest.raises(RuntimeError, match="sampled at the temperature 1.0"):
             sample(packed_model(), ids, mask, config, 1.0, [END])
+
+
+def test_completions_of_texts_are_those_that_transformers_draws(tiny_model_path):
+    """Batch by batch from one stream of random numbers, cut off behind the end token; one batch without a size."""
+    model, tokenizer = load_causal_lm(tiny_model_path), load_tokenizer(tiny_model_path)
+    prompts = ["the film", "a story was", "the", "it was not", "a"]
+    for size in (2, None):
+        torch.manual_seed(3)
+        expected = []
+        for start in range(0, 5, size or 5):
+            inputs = tokenizer(prompts[start : start + (size or 5)], return_tensors="pt", padding=True)
+            own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 12}
+            rows = model.generate(**inputs, **own, pad_token_id=tokenizer.pad_token_id)[
+                :, inputs["input_ids"].size(1) :
+            ]
+            for row in rows.tolist():
+                end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+                expected.append(row[:end])
+        torch.manual_seed(3)
+        assert sample_after_texts(model, tokenizer, prompts, 12, batch_size=size) == expected
+    assert sample_after_texts(model, tokenizer, [], 12) == []
