@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from accelerate import Accelerator
-    from transformers import TrainerState, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.critics import Critic
@@ -160,15 +160,27 @@ def save_models(run: Run, folder: Path, reader: Any, prompts: Sequence[Any]) -> 
 
 
 def _save_policy(run: Run, folder: Path, reader: Any, prompts: Sequence[Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    policy, tokenizer = run.model, run.processing_class
-    if policy is not run.roles.model:
-        policy_alone(policy).save_pretrained(str(folder))
+    if run.model is run.roles.model:
+        save_adapter(run.roles, folder, run.processing_class, prompts)
     else:
-        run.roles.save_policy(folder)
-        if len(prompts):
-            save_trained_on(folder, policy, [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]], log_probs)
+        policy_alone(run.model).save_pretrained(str(folder))
     reader.save_pretrained(folder)
+
+
+def save_adapter(roles: Roles, folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> None:
+    """Save the adapter of a policy, and what it says of a few prompts (`trained_on.json`).
+
+    Args:
+        roles: The roles.
+        folder: Where to; it is made.
+        tokenizer: Reads the prompts.
+        prompts: Prompts of the run; without any the file is left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    roles.save_policy(folder)
+    if len(prompts):
+        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[:ROWS]]
+        save_trained_on(folder, roles.model, rows, log_probs)
 
 
 def load_models(run: Run, folder: str | Path) -> None:

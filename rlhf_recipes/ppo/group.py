@@ -20,20 +20,19 @@ from transformers import ProcessorMixin, set_seed
 from trl import GRPOTrainer, RLOOTrainer
 
 from rlhf_recipes.checkpoints import KeptRates
-from rlhf_recipes.data.chat_templates import check_prompt_format, encode_prompt
+from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.models.adapters import POLICY, is_adapter
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.roles import REFERENCE
-from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo import setup
 from rlhf_recipes.ppo._trl import as_scored
-from rlhf_recipes.ppo.checkpoint import folder_of
+from rlhf_recipes.ppo.checkpoint import folder_of, save_adapter
 from rlhf_recipes.ppo.checks import check_not_sharded, check_rewards
 from rlhf_recipes.ppo.console import show_roles, show_steps
 from rlhf_recipes.ppo.group_config import GRPOAdapterConfig, RLOOAdapterConfig
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, with_reward_prompts
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, with_columns_of_rewards
 from rlhf_recipes.rewards.encoding import which_ended
 from rlhf_recipes.tracking.console import QuietModelCard
 
@@ -69,10 +68,10 @@ class _AdapterTraining(QuietModelCard):
         policy, self.roles, _ = setup.build_policy(model, args, quantization_config, peft_config, with_reference=False)
         tokenizer = processing_class or setup.load_base_tokenizer(policy, args)
         args.model_init_kwargs = None  # used
-        rules = prompt_rules(policy, tokenizer, args, reward_funcs)
+        rules = prompt_rules(policy, tokenizer, args)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
-        rules = with_reward_prompts(rules, reward_funcs, train_dataset, self.roles)
+        rules = with_columns_of_rewards(rules, reward_funcs, train_dataset, self.roles)
         train_dataset = check_rows(train_dataset, "train_dataset", rules, args.prompts_per_rollout)
         check_prompt_format(train_dataset, tokenizer, policy, rules.template_kwargs)
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
@@ -159,12 +158,8 @@ class _AdapterTraining(QuietModelCard):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.roles.save_policy(folder)
-            if isinstance(self.train_dataset, Dataset):
-                prompts = self.train_dataset["prompt"][:ROWS]
-                rows = [encode_prompt(self.processing_class, prompt) for prompt in prompts]
-                save_trained_on(folder, self.model, rows, log_probs)
+            prompts = self.train_dataset["prompt"] if isinstance(self.train_dataset, Dataset) else []
+            save_adapter(self.roles, folder, self.processing_class, prompts)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")  # Trainer compares it when it resumes
 

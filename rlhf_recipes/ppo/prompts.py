@@ -16,7 +16,6 @@ from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
 from rlhf_recipes.models.images import COLUMNS, chat_with_images
-from rlhf_recipes.rewards.gate import GatedReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +85,6 @@ def prompt_rules(
     policy: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: Config,
-    reward_funcs: Any = (),
     images: ImageReader | None = None,
 ) -> PromptRules:
     """Derive the rules from a policy, and check its tokenizer.
@@ -95,7 +93,6 @@ def prompt_rules(
         policy: The policy, with or without an adapter.
         tokenizer: Its tokenizer.
         args: `max_completion_length`, and `chat_template_kwargs`.
-        reward_funcs: The rewards as the trainer gets them, of which a gate may read a column.
         images: What reads the pictures of rows, with a processor.
 
     Raises:
@@ -117,13 +114,11 @@ def prompt_rules(
                 "`model.resize_token_embeddings(len(tokenizer))` first."
             )
     template: Any = args.chat_template_kwargs or {}  # text, by its annotation, on the command line only
-    gates = [reward for reward in _listed(reward_funcs) if isinstance(reward, GatedReward)]
-    columns = {column: gate.__name__ for gate in gates for column in gate.columns}
-    return PromptRules(tokenizer, longest, embeddings, template, columns, images=images)
+    return PromptRules(tokenizer, longest, embeddings, template, images=images)
 
 
-def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
-    """Add what holds for the column `reward_prompt`: rewards may need it, and all rows have it or none.
+def with_columns_of_rewards(rules: PromptRules, rewards: list[Any], train_dataset: Any, roles: Roles) -> PromptRules:
+    """Add what holds for the columns that rewards read: a gate's, and `reward_prompt`, which all rows have or none.
 
     Args:
         rules: The other rules.
@@ -138,7 +133,8 @@ def with_reward_prompts(rules: PromptRules, rewards: list[Any], train_dataset: A
         reason = f"{blind[0].__name__!r} reads text and does not see the pictures"
     if reason is None and REWARD_PROMPT in columns:
         reason = "the rows of `train_dataset` have it, and scores are compared"
-    return replace(rules, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
+    needed = {name: reward.__name__ for reward in rewards for name in getattr(reward, "needed_columns", ())}
+    return replace(rules, columns=needed, for_rewards=reason, reward_prompts_fit=bool(roles.heads))
 
 
 def _reads_images(reward: Any) -> bool:
@@ -283,10 +279,6 @@ def endless(stream: IterableDataset, needed: int, seed: int | None) -> IterableD
                 )
 
     return IterableDataset.from_generator(passes, features=stream.features)
-
-
-def _listed(reward_funcs: Any) -> list[Any]:
-    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
 
 
 def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:

@@ -42,7 +42,7 @@ from rlhf_recipes.ppo.passes import (
     sample_completions,
 )
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
-from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_reward_prompts
+from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_columns_of_rewards
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
@@ -139,10 +139,10 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         )
         tokenizer, self.image_reader = setup.build_readers(processing_class, policy, args)
         args.model_init_kwargs = None  # used
-        self.prompt_rules = prompt_rules(policy, tokenizer, args, reward_funcs, self.image_reader)
+        self.prompt_rules = prompt_rules(policy, tokenizer, args, self.image_reader)
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
-        self.prompt_rules = with_reward_prompts(self.prompt_rules, reward_funcs, train_dataset, self.roles)
+        self.prompt_rules = with_columns_of_rewards(self.prompt_rules, reward_funcs, train_dataset, self.roles)
         self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)

@@ -102,7 +102,7 @@ class GatedReward(CombinedReward):
         self.threshold, self.unsafe_column = threshold, unsafe_column
 
     @property
-    def columns(self) -> list[str]:
+    def needed_columns(self) -> list[str]:
         """Columns of the rows that it cannot do without."""
         return [] if self.unsafe_column is None else [self.unsafe_column]
 

@@ -52,10 +52,10 @@ def test_it_is_a_reward_function_and_logs_its_parts():
         "rewards/both/safety": pytest.approx(sum(SAFE) / 5),
         "rewards/both/gated": pytest.approx(3 / 5),
     }
-    assert reward.columns == ["unsafe"]
+    assert reward.needed_columns == ["unsafe"]
     without = GatedReward(constant(HELPFUL), constant(SAFE), 0.15)
     assert without(prompts=["a"] * 5) == [-4.0, -1.0, -1.8, 0.5, 4.0], "tags that no column was named for"
-    assert without.columns == []
+    assert without.needed_columns == []
 
 
 @pytest.mark.parametrize(
