@@ -5,7 +5,7 @@ accelerate launch recipes/grpo.py --config recipes/grpo_rloo/grpo.yaml [--beta 0
 
 from functools import partial
 
-from rlhf_recipes import GRPOAdapterConfig, PolicyArguments
+from rlhf_recipes import GRPOAdapterConfig, PolicyArguments, RLOOAdapterConfig
 from rlhf_recipes.config import DataArguments, parse_stage
 
 # The library is first: it knows what others say on import and nobody needs to hear.
@@ -16,16 +16,21 @@ ARGUMENTS = (PolicyArguments, DataArguments, GRPOAdapterConfig, ModelConfig)
 
 
 def main(
-    args: PolicyArguments, data_args: DataArguments, training_args: GRPOAdapterConfig, model_args: ModelConfig
+    args: PolicyArguments,
+    data_args: DataArguments,
+    training_args: GRPOAdapterConfig | RLOOAdapterConfig,  # rloo.py is this stage with the other
+    model_args: ModelConfig,
 ) -> None:
     # Imported here, so that --help does not wait for them.
-    from rlhf_recipes import GRPOAdapterTrainer
+    from rlhf_recipes import GRPOAdapterTrainer, RLOOAdapterTrainer
     from rlhf_recipes.checkpoints import check_output_dir, is_finished, load_finished
     from rlhf_recipes.data import load_splits, to_prompts
     from rlhf_recipes.evaluation import evaluate_policy, watch_training, write_evaluation
     from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, model_options
     from rlhf_recipes.tracking import log_outputs, start_stage
 
+    with_rloo = isinstance(training_args, RLOOAdapterConfig)
+    stage, trainer_class = ("rloo", RLOOAdapterTrainer) if with_rloo else ("grpo", GRPOAdapterTrainer)
     checkpoint = check_output_dir(training_args)
     if is_finished(training_args, checkpoint):
         return
@@ -42,14 +47,14 @@ def main(
     reward_funcs = args.rewards()
     if not reward_funcs:
         raise ValueError(
-            "GRPO needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or append one."
+            f"{stage.upper()} needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or append one."
         )
     if args.gold_score is not None:
         training_args.reward_weights = [*(training_args.reward_weights or [1.0] * len(reward_funcs)), 0.0]
         reward_funcs.append(args.judge())
 
     # 3. Train. The hooks watch, on held-out prompts, how the score grows with the KL, and for a hacked reward.
-    trainer = GRPOAdapterTrainer(
+    trainer = trainer_class(
         model=policy,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -61,7 +66,7 @@ def main(
     judge = None if args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], args, gold=judge)
     parents = [args.sft_adapter, args.reward_adapter, args.gate_adapter, *(args.reward_adapters or [])]
-    run = start_stage("grpo", training_args, args, data_args, model_args, parents=parents, python=reward_funcs)
+    run = start_stage(stage, training_args, args, data_args, model_args, parents=parents, python=reward_funcs)
     if load_finished(trainer, checkpoint) is None:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

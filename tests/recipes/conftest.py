@@ -33,10 +33,11 @@ _TINY = {
 
 
 @pytest.fixture
-def load_script():
+def load_script(monkeypatch):
     """Import a script anew."""
 
     def load(path):
+        monkeypatch.syspath_prepend(str(path.parent))  # as a script's own folder is
         spec = importlib.util.spec_from_file_location(f"recipes_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
