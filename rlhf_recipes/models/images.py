@@ -13,7 +13,6 @@ import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
+from rlhf_recipes.models.image_embeddings import embed_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -221,41 +221,6 @@ class ImageReader:
 
 
 @torch.no_grad()
-def embed_prompts(model: Any, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
-    """Embed prompts, with the features of their pictures in the places of the image tokens.
-
-    Args:
-        model: The model without adapters.
-        prompt_ids: Token ids of `B` prompts.
-        pixels: The pixels of their pictures.
-
-    Returns:
-        For each prompt its embeddings, shape `(P, H)`.
-
-    Raises:
-        ValueError: If a prompt has more or fewer image tokens than its pictures have features.
-    """
-    trunk, device = model.base_model, model.device
-    ids = [torch.tensor(row, device=device) for row in prompt_ids]
-    embeddings: list[Tensor] = [trunk.get_input_embeddings()(row) for row in ids]
-    given = [row for row in pixels if row is not None]
-    if not given:
-        return embeddings
-    values = torch.cat(given).to(device, model.dtype)
-    features = iter(trunk.get_image_features(pixel_values=values, return_dict=True).pooler_output)
-    for row, (own, tokens) in enumerate(zip(pixels, ids, strict=True)):
-        pictures = list(islice(features, 0 if own is None else len(own)))
-        places, wanted = tokens == model.config.image_token_id, sum(map(len, pictures))
-        if int(places.sum()) != wanted:
-            raise ValueError(
-                f"Prompt {row} has {int(places.sum())} image tokens, and its pictures {wanted} features. Take the "
-                "image token out of the text, and use the model's own processor."
-            )
-        if pictures:
-            embeddings[row][places] = torch.cat(pictures).to(embeddings[row])
-    return embeddings
-
-
 def chat_with_images(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Put the pictures of a row into its prompt's messages.
 

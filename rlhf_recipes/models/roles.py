@@ -30,7 +30,7 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
-from rlhf_recipes.models.images import embed_prompts
+from rlhf_recipes.models.image_embeddings import embed_prompts
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
@@ -238,7 +238,7 @@ class Roles:
         return values.squeeze(-1)
 
     def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Tensor | None]) -> list[Tensor]:
-        """Embed prompts with pictures, which are the same for every role; see `models.images.embed_prompts`."""
+        """Embed prompts with pictures, which are the same for every role (`image_embeddings.py`)."""
         return embed_prompts(self._base, prompt_ids, pixels)
 
     def scores(self, role: str, sequences: list[list[int]], pad_token_id: int, batch_size: int) -> Tensor:
