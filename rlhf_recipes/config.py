@@ -190,7 +190,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     if unknown:
         option = next((text.partition("=")[0] for text in unknown if text.startswith("--")), unknown[0])
         raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
-    _show_bars_on_terminals_only()
+    show_bars_on_terminals_only()
     for config in configs:
         validate_fields(config)
         setattr(config, _GIVEN, {name: given[name] for name in _annotations(type(config)) if name in given})
@@ -291,8 +291,13 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     return default.value if isinstance(default, Enum) else default
 
 
-def _show_bars_on_terminals_only() -> None:
-    import datasets
+def show_bars_on_terminals_only() -> None:
+    """Turn the progress bars of transformers and datasets off where the standard error is a file or a pipe.
+
+    Example:
+        >>> show_bars_on_terminals_only()
+    """
+    import datasets  # only programs that load models or rows wait for these two
     import transformers
 
     if not sys.stderr.isatty():
