@@ -44,6 +44,8 @@ class PhaseMemory:
         logits: The output layer: tiles of logits, or the logits of one step of generation.
         cache: Keys and values of generation.
         rest: The rollout's tensors, and what a run holds beside tensors.
+        buffers: Of several GPUs: weights that are gathered, and gradients on their way.
+        vllm: What a vLLM in the same process takes.
     """
 
     weights: float = 0.0
@@ -53,6 +55,8 @@ class PhaseMemory:
     logits: float = 0.0
     cache: float = 0.0
     rest: float = 0.0
+    buffers: float = 0.0
+    vllm: float = 0.0
 
     @property
     def total(self) -> float:
@@ -74,7 +78,7 @@ def weight_bytes(network: NetworkSizes, bytes_per_weight: int, bits: int = 0) ->
         bits: 4, 8, or 0 without quantization.
 
     Example:
-        >>> sizes = NetworkSizes(64, 1, 2, 2, 32, 128, 100, True, 7, 40_960, 12_992, 8192, 6400)
+        >>> sizes = NetworkSizes(64, 1, 2, 2, 32, 128, 100, True, 7, 40_960, 12_992, 8192, 6400, 6400, False)
         >>> weight_bytes(sizes, 4), weight_bytes(sizes, 4, bits=4)
         (215808, 80760.0)
     """

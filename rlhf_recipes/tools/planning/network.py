@@ -57,7 +57,7 @@ def network_sizes(model: PreTrainedModel) -> NetworkSizes:
         The shape. The width of the MLP is that of the widest linear layer beside the output layer.
     """
     config: Any = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     sizes = [linear.weight.numel() for linear in linears]
     parameters = [parameter.numel() for parameter in model.parameters()]
@@ -78,6 +78,8 @@ def network_sizes(model: PreTrainedModel) -> NetworkSizes:
         other_parameters=sum(parameters) - sum(sizes),
         largest_linear=max(sizes),
         largest_parameter=max(parameters),
+        embedding=head.weight.numel(),
+        tied=head.weight is model.get_input_embeddings().weight,
     )
 
 

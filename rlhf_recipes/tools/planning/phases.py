@@ -17,20 +17,29 @@ from rlhf_recipes.tools.planning.memory import (
     kept_per_layer,
     logits_memory,
     rollout_bytes,
-    weight_bytes,
     working_memory,
 )
-from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
+from rlhf_recipes.tools.planning.sharding import (
+    adapters_on_a_gpu,
+    base_on_a_gpu,
+    base_while_loading,
+    buffers_on_a_gpu,
+    gradients_on_a_gpu,
+    optimizer_on_a_gpu,
+)
+from rlhf_recipes.tools.planning.sizes import AdapterSizes, Layout, NetworkSizes, RunSizes
 
 PHASES = ("load", "generate", "score", "train")
+ONE_GPU = Layout()
 
 
-def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
-    """Peak memory of each phase of a PPO run.
+def ppo_memory(sizes: RunSizes, layout: Layout = ONE_GPU) -> dict[str, PhaseMemory]:
+    """Peak memory of each phase of a PPO run, on each of its GPUs.
 
     - load: the weights, on a GPU the largest tensor twice, and on a CPU the whole file while it is converted or
       quantized. A file that is used as it is is mapped, and counts from the first forward pass on.
-    - generate: keys and values of a whole rollout and the logits of one step, or one layer's work on all prompts.
+    - generate: keys and values of a whole rollout and the logits of one step, or one layer's work on all prompts; or
+      what a vLLM in the same process takes, and nothing where it is a server.
     - score: old and reference log-probabilities, values and rewards, a micro-batch at a time, without gradients: one
       layer's work, or the output layer's.
     - train: gradients and optimizer states, and the largest of three moments: the backward pass of the policy's
@@ -40,37 +49,47 @@ def ppo_memory(sizes: RunSizes) -> dict[str, PhaseMemory]:
 
     Args:
         sizes: The run.
+        layout: How it lies on GPUs; by default on one.
 
     Returns:
         By the names in `PHASES`, in bytes.
     """
-    network = sizes.network
-    weights = weight_bytes(network, sizes.weight_bytes, sizes.quantized_bits) + sizes.others
     common = PhaseMemory(
-        weights=weights,
-        adapters=4 * (sizes.trained + sizes.frozen + (sizes.heads - 1) * network.hidden),
-        optimizer=sizes.trained * sizes.optimizer_bytes,
+        weights=base_on_a_gpu(sizes, layout) + sizes.others,
+        adapters=adapters_on_a_gpu(sizes, layout),
+        optimizer=optimizer_on_a_gpu(sizes, layout),
         rest=FIXED_BYTES[sizes.device] + rollout_bytes(sizes),
+        vllm=layout.vllm_bytes if layout.vllm == "colocate" and not layout.sleeps else 0.0,
     )
-    return dict(
-        zip(
-            PHASES,
-            (_load(sizes, common), _generate(sizes, common), _score(sizes, common), _train(sizes, common)),
-            strict=True,
-        )
+    generate, score, train = (
+        replace(common, buffers=buffers_on_a_gpu(sizes, layout, phase)) for phase in ("generate", "score", "train")
     )
+    train = replace(
+        train,
+        optimizer=common.optimizer + gradients_on_a_gpu(sizes, layout),  # gradients live only here
+        rest=common.rest + TRAINING_BYTES[sizes.device],
+    )
+    return {
+        "load": _load(sizes, layout, common),
+        "generate": _generate(sizes, layout, generate),
+        "score": _score(sizes, score),
+        "train": _train(sizes, layout, train),
+    }
 
 
-def _load(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
+def _load(sizes: RunSizes, layout: Layout, common: PhaseMemory) -> PhaseMemory:
     largest = 4 * sizes.network.largest_parameter if sizes.device == "cuda" else 0
-    after = replace(common, optimizer=0)
+    after = replace(common, optimizer=0, vllm=0)
     if sizes.device == "cpu" and sizes.file_bytes == 0:
         return replace(after, weights=sizes.others)
-    while_reading = replace(after, adapters=0, weights=common.weights + sizes.file_bytes + largest)
+    weights = base_while_loading(sizes, layout) + sizes.others
+    while_reading = replace(after, adapters=0, weights=weights + sizes.file_bytes + largest)
     return max(while_reading, after, key=lambda memory: memory.total)
 
 
-def _generate(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
+def _generate(sizes: RunSizes, layout: Layout, common: PhaseMemory) -> PhaseMemory:
+    if layout.vllm != "none":
+        return replace(common, vllm=layout.vllm_bytes if layout.vllm == "colocate" else 0.0)
     prompts = replace(common, activations=working_memory(sizes, sizes.rollout * sizes.prompt, backward=False))
     first_token = replace(common, logits=first_logits_memory(sizes))
     last_token = replace(
@@ -88,12 +107,7 @@ def _score(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
     return max(layer, output, key=lambda memory: memory.total)
 
 
-def _train(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
-    common = replace(
-        common,
-        optimizer=sizes.trained * (4 + sizes.optimizer_bytes),  # gradients live only here
-        rest=common.rest + TRAINING_BYTES[sizes.device],
-    )
+def _train(sizes: RunSizes, layout: Layout, common: PhaseMemory) -> PhaseMemory:
     in_layers = _backward(sizes, sizes.network, sizes.policy)
     activations = kept_activations(sizes, sizes.network, sizes.policy)
     moments = [
@@ -102,7 +116,8 @@ def _train(sizes: RunSizes, common: PhaseMemory) -> PhaseMemory:
     ]
     if sizes.critic is not None:
         own = _backward(sizes, sizes.critic_network or sizes.network, sizes.critic)
-        moments.append(replace(common, activations=own, optimizer=common.optimizer + 4 * sizes.policy.parameters))
+        kept = 4 * sizes.policy.parameters / (layout.processes if layout.divides_states else 1)
+        moments.append(replace(common, activations=own, optimizer=common.optimizer + kept))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -114,33 +129,36 @@ def _backward(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes) -> 
     return kept_activations(sizes, network, adapter) + again + working
 
 
-def peak(sizes: RunSizes) -> tuple[str, float]:
+def peak(sizes: RunSizes, layout: Layout = ONE_GPU) -> tuple[str, float]:
     """The phase that takes most, and its bytes."""
-    phases = ppo_memory(sizes)
+    phases = ppo_memory(sizes, layout)
     name = max(PHASES, key=lambda phase: phases[phase].total)
     return name, phases[name].total
 
 
-def largest_micro_batch(sizes: RunSizes, budget: float, candidates: Iterable[int]) -> int | None:
+def largest_micro_batch(
+    sizes: RunSizes, budget: float, candidates: Iterable[int], layout: Layout = ONE_GPU
+) -> int | None:
     """The largest micro-batch of training whose phases all fit.
 
     Args:
         sizes: The run; its rollout stays as it is.
         budget: Bytes.
         candidates: Micro-batches that may be taken.
+        layout: How it lies on GPUs.
 
     Returns:
         The largest one, or `None` if none fits.
     """
-    fitting = [size for size in candidates if peak(replace(sizes, micro_batch=size))[1] <= budget]
+    fitting = [size for size in candidates if peak(replace(sizes, micro_batch=size), layout)[1] <= budget]
     return max(fitting, default=None)
 
 
-def largest_rollout(sizes: RunSizes, budget: float) -> int:
+def largest_rollout(sizes: RunSizes, budget: float, layout: Layout = ONE_GPU) -> int:
     """The most completions of one process that can be generated together; 0 if not even one."""
 
     def fits(rollout: int) -> bool:
-        return ppo_memory(replace(sizes, rollout=rollout))["generate"].total <= budget
+        return ppo_memory(replace(sizes, rollout=rollout), layout)["generate"].total <= budget
 
     if not fits(1):
         return 0

@@ -1,4 +1,4 @@
-"""Sizes that the memory of a PPO run depends on: shapes of model and adapters, lengths, batches, number formats."""
+"""Sizes that the memory of a PPO run depends on: shapes of model and adapters, lengths, batches, formats, GPUs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class NetworkSizes:
         other_parameters: All the rest: embeddings, norms, biases, the output layer where it is not the embedding.
         largest_linear: Weights of the largest one.
         largest_parameter: Numbers in the largest single tensor.
+        embedding: Numbers of the embedding of tokens, and of the output layer.
+        tied: Whether the two are one tensor.
     """
 
     hidden: int
@@ -39,6 +41,13 @@ class NetworkSizes:
     other_parameters: int
     largest_linear: int
     largest_parameter: int
+    embedding: int
+    tied: bool
+
+    @property
+    def ends(self) -> int:
+        """Numbers of embedding and output layer together."""
+        return self.embedding * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -126,3 +135,46 @@ class RunSizes:
     def compute_bytes(self) -> int:
         """Bytes of an activation."""
         return 2 if self.autocast else self.weight_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on GPUs.
+
+    Attributes:
+        processes: Processes that train, one for each GPU; each has a rollout and micro-batches of its own.
+        machines: Machines that they are on.
+        sharding: What is divided among them. `"none"`: nothing, as DDP; `"zero2"`: gradients and optimizer states;
+            `"fsdp2"` and `"zero3"`: weights too.
+        shards_quantized: Whether the 4-bit weights lie in tensors of floats (`bnb_4bit_quant_storage`), which can be
+            divided. Those of bytes cannot.
+        vllm: Who generates: `"none"` (transformers, on the weights that are trained), or vLLM as a `"server"` on GPUs
+            of its own, or in the trainers' processes (`"colocate"`).
+        tensor_parallel: GPUs that divide one copy of vLLM's model among them.
+        vllm_bytes: What vLLM takes of each of its GPUs: `gpu_memory_utilization` times their memory.
+        sleeps: Whether a colocated vLLM gives its memory back while the trainer works (`vllm_enable_sleep_mode`).
+    """
+
+    processes: int = 1
+    machines: int = 1
+    sharding: Literal["none", "fsdp2", "zero2", "zero3"] = "none"
+    shards_quantized: bool = False
+    vllm: Literal["none", "server", "colocate"] = "none"
+    tensor_parallel: int = 1
+    vllm_bytes: float = 0.0
+    sleeps: bool = False
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether a GPU holds only its part of the weights."""
+        return self.processes > 1 and self.sharding in ("fsdp2", "zero3")
+
+    @property
+    def divides_states(self) -> bool:
+        """Whether a GPU holds only its part of gradients and optimizer states."""
+        return self.processes > 1 and self.sharding != "none"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed divides."""
+        return self.processes > 1 and self.sharding in ("zero2", "zero3")

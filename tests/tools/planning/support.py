@@ -17,6 +17,8 @@ NETWORK = NetworkSizes(
     other_parameters=1640,
     largest_linear=128,
     largest_parameter=800,
+    embedding=800,
+    tied=False,
 )
 ADAPTER = AdapterSizes(parameters=600, ranks=14, inputs=64, shared_inputs=40)
 SIZES = RunSizes(

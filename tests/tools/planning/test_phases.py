@@ -7,7 +7,7 @@ from hypothesis import given
 
 from rlhf_recipes.tools.planning.memory import FIXED_BYTES, TRAINING_BYTES
 from rlhf_recipes.tools.planning.phases import PHASES, largest_micro_batch, largest_rollout, peak, ppo_memory
-from rlhf_recipes.tools.planning.sizes import AdapterSizes
+from rlhf_recipes.tools.planning.sizes import AdapterSizes, Layout
 from tests.tools.planning.support import NETWORK
 from tests.tools.planning.support import SIZES as CPU
 
@@ -70,12 +70,43 @@ def test_critic_takes_what_it_is():
     assert own.activations - adapter.activations == 2 * 10 * 576
 
 
+def test_several_gpus_numbers():
+    one, ddp = ppo_memory(SIZES), ppo_memory(SIZES, Layout(4))
+    assert ddp["load"] == one["load"]
+    for name in PHASES[1:]:  # a copy of the gradients
+        assert ddp[name] == replace(one[name], buffers=4 * TRAINED)
+    sharded = ppo_memory(SIZES, Layout(4, sharding="fsdp2"))
+    assert sharded["load"].total == WEIGHTS + 4 * 800 + 6 * 128  # each process reads the base
+    for name in ("generate", "score"):
+        assert (sharded[name].weights, sharded[name].adapters) == (WEIGHTS / 4, ADAPTERS / 4)
+        assert sharded[name].optimizer == 8 * TRAINED / 4
+    small = replace(CPU, network=replace(NETWORK, vocabulary=1))
+    train = ppo_memory(small, Layout(4, sharding="fsdp2"))["train"]
+    assert train.optimizer == (12 * TRAINED + 4 * 600) / 4
+    assert train.activations == ppo_memory(small)["train"].activations
+    assert ppo_memory(replace(small, others=777), Layout(4, sharding="fsdp2"))["score"].weights == WEIGHTS / 4 + 777
+
+
+def test_vllm_takes_what_it_is_given():
+    server = ppo_memory(SIZES, Layout(1, vllm="server", vllm_bytes=5000))["generate"]
+    assert (server.cache, server.logits, server.activations, server.vllm) == (0, 0, 0, 0)
+    assert server.weights == WEIGHTS
+    awake, asleep = (
+        ppo_memory(SIZES, Layout(vllm="colocate", vllm_bytes=5000, sleeps=each)) for each in (False, True)
+    )
+    assert [awake[name].vllm for name in PHASES] == [0, 5000, 5000, 5000]
+    assert [asleep[name].vllm for name in PHASES] == [0, 5000, 0, 0]
+    assert replace(awake["train"], vllm=0) == asleep["train"] == ppo_memory(SIZES)["train"]
+
+
 def test_peak_names_the_largest_phase():
     phases = ppo_memory(CPU)
     name, most = peak(CPU)
     assert most == max(memory.total for memory in phases.values()) == phases[name].total
     assert name == "train"
     assert peak(replace(CPU, rollout=50_000))[0] == "generate"
+    layout = Layout(4, sharding="fsdp2")
+    assert peak(SIZES, layout)[1] == max(memory.total for memory in ppo_memory(SIZES, layout).values())
 
 
 @given(
@@ -104,6 +135,9 @@ def test_largest_micro_batch_is_one_of_the_candidates():
     _, most = peak(replace(SIZES, micro_batch=6))
     assert largest_micro_batch(SIZES, most, [1, 2, 4, 8]) == 4
     assert largest_micro_batch(SIZES, 1000, [1, 2]) is None
+    layout = Layout(4)
+    _, most = peak(replace(SIZES, micro_batch=6), layout)
+    assert largest_micro_batch(SIZES, most, [1, 2, 4, 8], layout) == 4
 
 
 @given(budget=st.integers(10_000, 20_000_000))
