@@ -3,6 +3,7 @@
 The examples in docstrings are run by pytest itself (`--doctest-modules` over `rlhf_recipes`).
 """
 
+import argparse
 import ast
 import importlib.util
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_recipes.tools import planning
 from rlhf_recipes.tools.commands.scripts import SCRIPTS as COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,13 +90,19 @@ def flags_of_the_command():
     return set(re.findall(r'add_argument\(\s*(?:"-h", )?"--([a-z_-]+)"', sources))
 
 
+def options_of_the_plan():
+    parser = argparse.ArgumentParser(add_help=False)
+    planning.add_arguments(parser)
+    return set(vars(parser.parse_args([])))
+
+
 def problems(command):
     """What a launch command names and is not there."""
     words = [word.strip("[]") for word in shlex.split(command, comments=True)]
     if words[0] == "rlhf-recipes":
         given = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
         known = flags_of(ROOT / "recipes" / COMMANDS[words[1]]) | OF_A_COMMAND
-        known |= {"budget_gib", "prompt_length"} if words[1] == "plan" else set()
+        known |= options_of_the_plan() if words[1] == "plan" else set()
         files = [word for word in words if word.startswith("recipes/") and not PLACEHOLDER.search(word)]
         return [f"no file {file}" for file in files if not (ROOT / file).is_file()] + [
             f"no flag --{flag}" for flag in given - known

@@ -28,9 +28,13 @@ PURE = (
     "ppo.functional",
     "reward_modeling.losses",
     "tools.certificate.functional",
+    "tools.planning.fit",
     "tools.planning.memory",
     "tools.planning.phases",
+    "tools.planning.serving",
+    "tools.planning.sharding",
     "tools.planning.sizes",
+    "tools.planning.speed",
 )
 LAYERS = [
     PURE,

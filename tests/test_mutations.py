@@ -54,6 +54,7 @@ ROLLOUT, JOINED_BY_HAND = "rlhf_recipes/ppo/rollout.py", "test_micro_batches_are
 FURTHER_EPOCH = "test_a_further_epoch_has_the_same_rows_in_other_micro_batches"
 TEXTS_OF, PLACEMENTS = "test_texts_of_a_batch_by_hand", "test_each_placement_by_its_name"
 GRADIENTS = "rlhf_recipes/ppo/functional/gradients.py"
+UPDATE_OF_SEVERAL = "test_update_seconds_of_several_gpus_numbers"
 BACKWARD = "test_backward_now_gives_the_value_and_the_gradient_and_frees_the_graph"
 AVERAGED = "test_probabilities_are_averaged_over_both_orders"
 NUMBERS = "rlhf_recipes/statistics/numbers.py"
@@ -61,7 +62,9 @@ TEXTS_BY_HAND = "test_texts_side_by_side_by_hand"
 ROWS, PACKED, PADDED = "rlhf_recipes/models/rows.py", "test_packed_rows_by_hand", "test_padded_rows_by_hand"
 MEAN_WEIGHTS = "rlhf_recipes/reward_modeling/finished.py"
 ENSEMBLE = "rlhf_recipes/rewards/ensemble.py"
-MEMORY, PHASES = "rlhf_recipes/tools/planning/memory.py", "rlhf_recipes/tools/planning/phases.py"
+PLANNING = "rlhf_recipes/tools/planning"
+MEMORY, PHASES, SHARDING = (f"{PLANNING}/{name}.py" for name in ("memory", "phases", "sharding"))
+SERVING, SPEED, FIT = (f"{PLANNING}/{name}.py" for name in ("serving", "speed", "fit"))
 
 
 class Bug(NamedTuple):
@@ -91,6 +94,7 @@ BUGS = [
         "test_kept_per_layer_numbers",
     ),
     Bug(PHASES, "sizes.trained * sizes.optimizer_bytes", "sizes.trained", "test_generate_numbers"),
+    Bug(PHASES, "common.optimizer + gradients_on_a_gpu(sizes, layout)", "common.optimizer", "test_train_numbers"),
     Bug(PHASES, "low, high = 1, 2", "low, high = 2, 3", "test_largest_rollout_fits_and_the_next_does_not"),
     Bug(PHASES, "weights=sizes.others)", "weights=common.weights)", "test_load_numbers"),
     Bug(PHASES, "sizes.rollout * sizes.prompt, backward", "sizes.rollout, backward", "test_generate_numbers"),
@@ -104,6 +108,36 @@ BUGS = [
         "min(fitting, default=None)",
         "test_largest_micro_batch_is_one_of_the_candidates",
     ),
+    Bug(SHARDING, "and layout.shards_quantized else 0", "else 0", "test_base_bytes_numbers"),
+    Bug(SHARDING, "return whole + divided / layout.processes", "return whole + divided", "test_base_on_a_gpu_numbers"),
+    Bug(SHARDING, "if sizes.quantized_bits or layout", "if layout", "test_base_on_a_gpu_numbers"),
+    Bug(SHARDING, "numbers * sizes.compute_bytes", "numbers * 4", "test_adapters_numbers"),
+    Bug(SHARDING, "(4 if layout.is_zero else 0)", "0", "test_optimizer_and_gradients_numbers"),
+    Bug(SHARDING, "(6 if in_16_bits else 4)", "4", "test_optimizer_and_gradients_numbers"),
+    Bug(SHARDING, "- network.ends * sizes.weight_bytes", "", "test_buffers_numbers"),
+    Bug(SHARDING, "min(divided, MAX_LIVE * sizes.compute_bytes)", "divided", "test_buffers_numbers"),
+    Bug(SERVING, "layout.vllm_bytes - weights - working", "layout.vllm_bytes - weights", "test_server_numbers"),
+    Bug(SERVING, "max(1.0, network.kv_heads", "(network.kv_heads", "test_cache_of_a_token_numbers"),
+    Bug(SERVING, "4 * sizes.policy.parameters", "4 * sizes.trained", "test_only_the_policys_adapter_travels"),
+    Bug(
+        SPEED, "outputs * 2 * network.embedding\n\n\ndef training", "0\n\n\ndef training", "test_forward_flops_numbers"
+    ),
+    Bug(SPEED, "+ 2 * attention + again", "+ attention + again", "test_training_flops_numbers"),
+    Bug(SPEED, "== 4 and rows > 1", "== 4", "test_decoding_bytes_numbers"),
+    Bug(SPEED, "min(inside, pace.network)", "inside", "test_link_bandwidth_numbers"),
+    Bug(SPEED, "0.0 if layout.is_zero else adapters_on", "adapters_on", "test_gather_seconds_numbers"),
+    Bug(SPEED, "max(reading, computing)", "reading", "test_generation_seconds_numbers"),
+    Bug(SPEED, "micro_batches) + reduced", "micro_batches)", UPDATE_OF_SEVERAL),
+    Bug(
+        SPEED, "layout.processes * sizes.rollout * sizes.completion", "sizes.rollout", "test_tokens_per_second_numbers"
+    ),
+    Bug(
+        FIT,
+        '_with(found, "`bnb_4bit_quant_storage: bfloat16`")',
+        "found",
+        "test_divided_4_bit_weights_must_lie_in_floats",
+    ),
+    Bug(FIT, "sequences > 0", "sequences >= 0", "test_room_for_vllm"),
     Bug(MASKS, "masked_fill(~mask.bool(), 0.0)", "mul(mask)", "test_counted_stops_values_and_gradients"),
     Bug(
         MASKS,
@@ -525,7 +559,7 @@ def test_bug_is_caught(bug, monkeypatch):
 PURE_FILES = (
     *("masks.py", "functional/*.py", "losses/*.py", "shaping/*.py", "statistics/*.py"),
     *(f"tools/ranking/{name}.py" for name in ("active", "ranking", "ratings", "score_intervals", "votes")),
-    *("tools/planning/memory.py", "tools/planning/phases.py"),
+    *(f"tools/planning/{name}.py" for name in ("memory", "phases", "sharding", "serving", "speed", "fit")),
     *("evaluation/hacking_signs.py", "models/readout.py", "rewards/ensemble.py"),
     *("ppo/rollout.py", "models/rows.py"),
 )

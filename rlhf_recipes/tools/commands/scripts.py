@@ -33,7 +33,7 @@ def describe(command: str) -> str:
         'Stage 1: supervised fine-tuning. A '
     """
     if command == "plan":
-        return "Print what memory a PPO run takes, before it is started."
+        return "Print what memory and time a PPO run takes, on one GPU or several, before it is started."
     return summary(recipes_folder() / SCRIPTS[command])
 
 
@@ -142,6 +142,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description=describe(command),
         epilog="Every field is also a key of the YAML. The command line wins; `null` unsets a field.",
         add_help=False,
+        conflict_handler="resolve",  # a field of vLLM that a recipe sets is an option of the plan too
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this page")
     parser.add_argument("--help-all", action="store_true", help="show every field, which takes seconds")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,10 @@ from rlhf_recipes.models.adapters import is_adapter
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.tools.planning.network import adapter_sizes, empty_model, network_sizes, whole_model_sizes
-from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
+from rlhf_recipes.tools.planning.serving import SERVER_SHARE
+from rlhf_recipes.tools.planning.sizes import AdapterSizes, Layout, NetworkSizes, RunSizes
+
+_FLOATS = ("bfloat16", "float16", "float32")  # of `bnb_4bit_quant_storage`; by default it is uint8
 
 
 def run_sizes(
@@ -82,6 +87,50 @@ def run_sizes(
         file_bytes=_file_bytes(network, config, weight_bytes, bits) if device == "cpu" else 0,
     )
     return sizes, notes
+
+
+def run_layout(
+    own: argparse.Namespace, training_args: PPOConfig, model_args: ModelConfig, gpu_bytes: float | None
+) -> Layout:
+    """Find how a run lies on GPUs, from the options of the plan and, where they are not given, fields of the stage.
+
+    Args:
+        own: Options, as `add_arguments` names them; `None` where one is not given.
+        training_args: Fields of the stage.
+        model_args: The base.
+        gpu_bytes: Memory of a GPU, of which vLLM takes a share.
+
+    Raises:
+        ValueError: If they contradict each other.
+    """
+    processes, machines = own.num_processes or 1, own.num_machines or 1
+    sharding: Any = own.sharding or "none"
+    if processes % machines:
+        raise ValueError(f"`--num_processes` {processes} cannot be spread over `--num_machines` {machines} evenly.")
+    if sharding != "none" and processes == 1:
+        raise ValueError(f"`--sharding {sharding}` divides a run among GPUs: give `--num_processes`, 2 or more.")
+    layout = Layout(processes, machines, sharding, model_args.bnb_4bit_quant_storage in _FLOATS)
+    if not (training_args.use_vllm if own.use_vllm is None else own.use_vllm):
+        given = [name for name in vars(own) if name.startswith("vllm_") and getattr(own, name) is not None]
+        if given:
+            raise ValueError(f"`--{given[0]}` is an option of vLLM: add `--use_vllm`, or leave it out.")
+        return layout
+    if gpu_bytes is None:
+        raise ValueError("vLLM takes a share of a GPU: say which by `--gpu`, or its memory by `--budget_gib`.")
+    mode: Any = own.vllm_mode or training_args.vllm_mode
+    share = own.vllm_gpu_memory_utilization
+    if share is None:
+        share = SERVER_SHARE if mode == "server" else training_args.vllm_gpu_memory_utilization
+    if share > 1:
+        raise ValueError(f"`--vllm_gpu_memory_utilization` is a share of a GPU, above 0 and at most 1, got {share}.")
+    parallel = own.vllm_tensor_parallel_size or training_args.vllm_tensor_parallel_size
+    if mode == "colocate" and processes % parallel:
+        raise ValueError(
+            f"`--vllm_tensor_parallel_size` {parallel} does not divide `--num_processes` {processes}, in whose "
+            "processes vLLM is."
+        )
+    sleeps = training_args.vllm_enable_sleep_mode if own.vllm_enable_sleep_mode is None else own.vllm_enable_sleep_mode
+    return replace(layout, vllm=mode, tensor_parallel=parallel, vllm_bytes=share * gpu_bytes, sleeps=sleeps)
 
 
 def _checkpointed(training_args: PPOConfig) -> int:

@@ -1,5 +1,6 @@
 """The short help of a script's command is read from source; here it is compared with the real dataclasses."""
 
+import argparse
 import dataclasses
 import importlib.util
 import re
@@ -10,6 +11,7 @@ from types import UnionType
 
 import pytest
 
+from rlhf_recipes.tools import planning
 from rlhf_recipes.tools.cli import main
 from rlhf_recipes.tools.commands.fields import read_arguments, read_fields
 from rlhf_recipes.tools.commands.folder import recipes_folder
@@ -39,6 +41,12 @@ def classes_of(script):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.ARGUMENTS
+
+
+def options_of_the_plan():
+    parser = argparse.ArgumentParser(add_help=False)
+    planning.add_arguments(parser)
+    return set(vars(parser.parse_args([])))
 
 
 def default_of(field):
@@ -103,7 +111,7 @@ def test_the_page_shows_own_fields_and_those_that_the_recipes_set(command):
     shown = own | (set(keys_of_recipes(script)) & set(read_fields(script)))
     of_the_command = {"help", "help-all", "config"}
     of_the_command |= {"accelerate_config", "num_processes"} if command in STAGES else set()
-    of_the_command |= {"budget_gib", "prompt_length"} if command == "plan" else set()
+    of_the_command |= options_of_the_plan() if command == "plan" else set()
     assert set(re.findall(r" --([a-z0-9_-]+)", page.split("Every field is")[0])) >= shown | of_the_command
     without_spaces = re.sub(r"\s", "", page)  # lines are broken at hyphens too
     for name in shown:

@@ -94,15 +94,93 @@ def test_budget_gives_the_largest_micro_batch(plan):
     assert 1 <= int(some[1]) <= 16
 
 
-def test_budget_that_is_too_small_names_phase_and_need(plan):
-    with pytest.raises(
-        ValueError, match=r"0\.001 GiB are too few: .* the phase '\w+' needs at least 0\.0\d GiB\. What"
-    ):
-        plan(budget_gib=0.001)
-    with pytest.raises(
-        ValueError, match=r"the phase 'generate' needs .* \(`steps_per_generation`; \d+ completions fit"
-    ):
-        plan(budget_gib=0.1, steps_per_generation=8192)
+def test_budget_that_is_too_small_names_phase_and_need_and_what_fits(plan):
+    text = plan(budget_gib=0.001)
+    assert re.search(r"0\.001 GiB are too few: .* the phase '\w+' needs at least 0\.0\d GiB\.", text)
+    assert "No change of a few fields makes it fit" in text
+    text = plan(budget_gib=0.5005, use_cpu="false")  # half a GiB is for the context
+    assert re.search(r"0\.5 GiB are too few: .*\nWhat fits: `--gpu rtx4090`", text)
+    text = plan(budget_gib=0.1, steps_per_generation=8192)
+    assert re.search(r"the phase 'generate' needs at least .*\nWhat fits: a rollout of one optimizer step", text)
+
+
+GPUS = {"use_cpu": "false", "gpu": "h100"}
+
+
+def test_several_gpus(plan):
+    one, ddp = plan(**GPUS), plan(num_processes=4, **GPUS)
+    assert "DDP: each holds everything" in ddp
+    assert "buffers" in ddp
+    assert "buffers" not in one
+    text = plan(num_processes=4, num_machines=2, sharding="fsdp2", load_in_4bit="false", **GPUS)
+    assert "processes  4 on 2 machines, FSDP2: each holds 1/4 of weights" in text
+    assert "every GPU holds all weights" in text
+    assert "16,384 completion tokens at most" in text  # four times those of one process
+    assert "stay whole on every GPU" not in text
+    four_bits = plan(num_processes=4, sharding="fsdp2", **GPUS)
+    assert "4-bit weights in tensors of bytes stay whole" in four_bits
+    floats = plan(num_processes=4, sharding="zero3", bnb_4bit_quant_storage="bfloat16", **GPUS)
+    assert "ZeRO-3: each holds 1/4" in floats
+    assert "stay whole" not in floats
+    assert "but 1/4 of gradients and optimizer states" in plan(num_processes=4, sharding="zero2", **GPUS)
+
+
+def test_speed_is_a_range_with_its_assumptions(plan):
+    text = plan(**GPUS)
+    low, high = re.search(r"([\d.,]+) to ([\d.,]+) completion tokens per second: an update takes", text).groups()
+    assert 0 < float(low.replace(",", "")) < float(high.replace(",", ""))
+    assert "Computed, not measured." in text
+    assert "H100 SXM 80 GB has 3,350 GB/s, 989 TFLOP/s" in text
+    assert "completion tokens per second" not in plan(use_cpu="false", budget_gib=80)
+    assert "completion tokens per second" not in plan(budget_gib=0.5005, **GPUS)  # only other GPUs would do
+    with_changes = plan(budget_gib=0.55, steps_per_generation=8192, **GPUS)
+    assert re.search(r"What fits: .*\n\nWith these changes [\d.,]+ to", with_changes)
+
+
+def test_vllm(plan):
+    text = plan(QUICKSTART, "--use_vllm", vllm_mode="server", vllm_tensor_parallel_size=2, **GPUS)
+    assert re.search(r"vllm       on GPUs of its own, 2 for a copy of the model: on each 0\.0 GiB of weights", text)
+    assert re.search(r"sync       \d+ MiB after each update: the policy's adapter", text)
+    assert "generated together" not in text
+    text = plan(QUICKSTART, "--use_vllm", vllm_gpu_memory_utilization=0.25, **GPUS)  # colocate is TRL's default
+    quarter = next(line.split() for line in text.splitlines() if line.split()[:1] == ["train"])[-2]
+    assert quarter == f"{81_559 / 4:,.0f}"
+    awake = peaks_of(text)
+    asleep = peaks_of(plan(QUICKSTART, "--use_vllm", "--vllm_enable_sleep_mode", **GPUS))
+    assert asleep["train"] < awake["train"]
+    crowded = plan(QUICKSTART, "--use_vllm", vllm_mode="colocate", vllm_gpu_memory_utilization=0.0001, **GPUS)
+    assert "0.00796 GiB for vLLM are too few" in crowded
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_processes", "3", "--num_machines", "2"], "`--num_processes` 3 cannot be spread over"),
+        (["--sharding", "fsdp2"], "`--sharding fsdp2` divides a run among GPUs: give `--num_processes`, 2 or more."),
+        (["--sharding", "megatron"], "invalid choice: 'megatron'"),
+        (["--gpu", "h900"], "invalid choice: 'h900'"),
+        (["--num_processes", "0"], "`--num_processes` must be above 0, got 0."),
+        (["--vllm_mode", "server"], "`--vllm_mode` is an option of vLLM: add `--use_vllm`"),
+        (["--use_vllm", "perhaps"], "expected true or false, got 'perhaps'"),
+        (["--use_vllm", "--vllm_gpu_memory_utilization", "1.5"], "above 0 and at most 1, got 1.5"),
+        (["--use_vllm", "--num_processes", "3", "--vllm_tensor_parallel_size", "2"], "2 does not divide"),
+        (
+            ["--num_processes", "2", "--generation_batch_size", "128", "--steps_per_generation", "null"],
+            "`generation_batch_size` counts the completions of all processes",
+        ),
+    ],
+)
+def test_bad_layouts_are_named(plan, words, message):
+    gpus = {} if "--gpu" in words else GPUS
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(QUICKSTART, *words, **gpus)
+
+
+def test_gpus_that_are_missing_are_named(plan):
+    with pytest.raises(ValueError, match="`--gpu` plans for a GPU, and this run is on a CPU"):
+        plan(gpu="h100")
+    with pytest.raises(ValueError, match="vLLM takes a share of a GPU: say which by `--gpu`"):
+        plan(QUICKSTART, "--use_vllm", use_cpu="false")
 
 
 @pytest.mark.parametrize(
