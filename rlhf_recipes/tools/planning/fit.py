@@ -132,6 +132,12 @@ def _in_4_bits(setting: Setting) -> Setting | None:
     return _with(setting, "`load_in_4bit: true`", layout, quantized_bits=4)
 
 
+def _in_floats(setting: Setting) -> Setting | None:
+    if setting.sizes.quantized_bits != 4 or not setting.layout.divides_weights or setting.layout.shards_quantized:
+        return None
+    return replace(setting, layout=replace(setting.layout, shards_quantized=True))  # `smallest_change` says it
+
+
 def _in_16_bits(setting: Setting) -> Setting | None:
     if not setting.sizes.quantized_bits or not setting.layout.divides_weights:
         return None  # whole on each GPU, they take more; divided, each GPU reads its part
@@ -143,6 +149,7 @@ _CHANGES: tuple[Callable[[Setting], Setting | None], ...] = (
     _evaluated_in_turn,
     _short_rollout,
     _sharded,
+    _in_floats,
     _in_4_bits,
     _in_16_bits,
 )

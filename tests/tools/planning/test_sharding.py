@@ -62,6 +62,7 @@ def test_base_on_a_gpu_numbers():
     assert base_on_a_gpu(IN_4_BITS, replace(FSDP, shards_quantized=True)) == SCALES + (PACKED + 2 * OTHER) / 4
     assert base_while_loading(SIZES, FSDP) == 4 * WEIGHTS  # each process reads it
     assert base_while_loading(SIZES, ZERO_3) == WEIGHTS
+    assert base_while_loading(IN_4_BITS, replace(ZERO_3, shards_quantized=True)) == SCALES + PACKED + 2 * OTHER
     assert base_while_loading(IN_4_BITS, replace(FSDP, shards_quantized=True)) == SCALES + PACKED + 2 * OTHER
 
 
