@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ.get("VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 # As on a user's machine: what the tests set for themselves is not for the server
 QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-PATIENCE = 600  # seconds for a server to start, on a machine that has other work
+PATIENCE = 1800  # seconds for a server to start, on a machine that has other work
 
 
 class Server:
