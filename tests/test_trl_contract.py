@@ -154,6 +154,19 @@ def test_rollout_has_the_keys_that_are_read(key):
     assert f'"{key}": ' in source, moved(f"a rollout has no `{key}`", "PPOTrainer._generate_and_score_completions")
 
 
+def test_log_probs_of_another_sampler_are_handed_on_without_an_engine_of_trl():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    message = moved("`sampling_per_token_logps` is handed on differently", "`follow_sampler` in ppo/off_policy.py")
+    assert 'if sampling_per_token_logps is not None:\n            output["sampling_per_token_logps"]' in source, (
+        message
+    )
+    source = inspect.getsource(GRPOTrainer.__init__)
+    message = moved(
+        "`use_vllm` is read in another way", "PPOTrainer.__init__, which keeps TRL from an engine of its own"
+    )
+    assert source.count("args.use_vllm") == source.count("self.use_vllm = args.use_vllm") == 1, message
+
+
 def test_old_logps_may_be_left_out_of_the_rollout():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     message = moved("`old_per_token_logps` is handed on differently", "PPOTrainer._generate_and_score_completions")

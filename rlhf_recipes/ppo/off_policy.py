@@ -94,8 +94,8 @@ def follow_sampler(
 def _mean_and_max(accelerator: Any, values: Tensor, mask: Tensor) -> tuple[float, float]:
     """Mean and maximum over the tokens of all processes."""
     total, tokens = accelerator.reduce(torch.stack([values.sum(), mask.sum()]), reduction="sum").tolist()
-    highest = accelerator.gather(values.masked_fill(~mask.bool(), float("-inf")).max()[None]).max().item()
-    return total / max(tokens, 1.0), highest
+    highest = accelerator.gather(values.masked_fill(~mask.bool(), float("-inf")).max()[None]).max()
+    return total / max(tokens, 1.0), highest.nan_to_num(neginf=0.0).item()  # 0 where no token counts
 
 
 @torch.no_grad()

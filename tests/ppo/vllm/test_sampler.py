@@ -1,6 +1,7 @@
 """Runs whose completions a server samples: with the policy's adapter as it is, or not at all."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -145,15 +146,20 @@ def test_a_run_goes_on_where_a_server_was_lost(make, engine, tmp_path):
     whole = make(**fields, output_dir=str(tmp_path / "whole"))
     rows = noted(whole)
     whole.train()
-    run = make(**fields, vllm_server_timeout=0.3)
+    run = make(**fields)
     sample = run.sampler
-    run.sampler = lambda *args: setattr(engine, "away", 10**6 if run.state.global_step == 4 else 0) or sample(*args)
+
+    def sample_until_it_is_lost(*args):
+        if run.state.global_step == 4:
+            engine.away, sample._engine._timeout = 10**6, 0.2
+        return sample(*args)
+
+    run.sampler = sample_until_it_is_lost
     with pytest.raises(SamplingStopped, match=r"has not answered for [\d.]+ seconds.*vllm serve") as stopped:
         run.train()
     folder = tmp_path / "run" / "checkpoint-4"
-    assert f"stopped after step 4, and nothing of it is lost.*resume_from_checkpoint: {folder}".replace(
-        ".*", " To go on from there: `"
-    ) in str(stopped.value)
+    assert "stopped after step 4, and nothing of it is lost" in str(stopped.value)
+    assert f"`resume_from_checkpoint: {folder}`" in str(stopped.value)
     engine.away = 0
     resumed = make(**fields, output_dir=str(tmp_path / "resumed"))
     rest = noted(resumed)
@@ -194,8 +200,6 @@ def test_completions_that_are_off_are_weighted(make, engine):
     run = make(vllm_tolerance=0.5, max_steps=2, vllm_importance_sampling_clip_max=1.02)
     complete = engine.complete
     engine.complete = lambda request: complete(request | {"temperature": 1.05} if "seed" in request else request)
-    batches, prepare = [], run._prepare_inputs
-    run._prepare_inputs = lambda batch: batches.append(prepare(batch)) or batches[-1]
     run.train()
     gap, largest, mean = (
         logged(run, f"sampling/{name}")[0]
@@ -208,11 +212,6 @@ def test_completions_that_are_off_are_weighted(make, engine):
     assert 0.001 < gap < largest < 0.5
     assert logged(run, "sampling/importance_sampling_ratio/max") == [pytest.approx(1.02)]
     assert 0.9 < mean < 1.02
-    rows = [
-        (ids, engine_row)
-        for ids, engine_row in zip(batches[0]["prompt_ids"], batches[0]["completion_ids"], strict=True)
-    ]
-    assert len(rows) == 4
     assert logged(run, "ppo/ratio_mean")[0] == pytest.approx(1.0), (
         "the policy's own log-probabilities are the old ones"
     )
@@ -243,5 +242,5 @@ def test_an_evaluation_samples_from_the_same_policy(make, engine):
     run.train()
     loads = len(engine.loaded)
     metrics = run.evaluate()
-    assert metrics["eval_reward"] == pytest.approx(metrics["eval_reward"])
+    assert math.isfinite(metrics["eval_reward"])
     assert len(engine.loaded) == loads + 1, "the version after the last update"
