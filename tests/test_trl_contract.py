@@ -37,6 +37,7 @@ METHODS = {
     "_prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
     "_prepare_inputs": "self generation_batch",
     "_save": "self output_dir state_dict",
+    "_save_checkpoint": "self model trial",
     "_save_optimizer_and_scheduler": "self output_dir",
     "_save_rng_state": "self output_dir",
     "_tokenize_prompts": "self prompts",
@@ -183,7 +184,7 @@ def test_every_seam_in_use_is_pinned():
     pinned = {*METHODS, *ATTRIBUTES.split(), *CLASS_ATTRIBUTES.split(), "_get_per_token_logps_and_entropies"}
     of_trl = {*dir(GRPOTrainer), *re.findall(r"self\.(_\w+)", inspect.getsource(grpo_trainer))}
     used = set()
-    for path in PPO.glob("*.py"):
+    for path in PPO.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             used |= {node.attr} if isinstance(node, ast.Attribute) else set()
             used |= {node.name} if isinstance(node, ast.FunctionDef) else set()
