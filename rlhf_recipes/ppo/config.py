@@ -12,6 +12,7 @@ from rlhf_recipes.config import ChosenDefaults, validate_fields
 from rlhf_recipes.models.roles import checkpoint_contexts
 from rlhf_recipes.ppo.functional import AdvantageEstimator
 from rlhf_recipes.ppo.unused import check_unused
+from rlhf_recipes.ppo.vllm.settings import VLLMSettings
 from rlhf_recipes.shaping import RewardPlacement
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _MOST_NATS_PER_TOKEN = 1.0  # more is the KL of a whole completion in the field 
 
 
 @dataclass
-class PPOConfig(ChosenDefaults, GRPOConfig):
+class PPOConfig(ChosenDefaults, VLLMSettings, GRPOConfig):
     r"""Configuration for `PPOTrainer`.
 
     The fields of TRL's `GRPOConfig` that steer generation, batches, the optimizer and logging keep their meaning.

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from trl import GRPOTrainer
 
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.states import states_at
-from rlhf_recipes.ppo.functional import masked_mean
+from rlhf_recipes.ppo.functional import importance_weights, masked_mean
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts
+    from rlhf_recipes.ppo.rollout import Batch
 
 _TOKENS = 128  # for which the second moment takes logits over the whole vocabulary
 _SHARE_OF_ROWS = 8  # one row in so many is enough for it
+_ROUNDING, _ROUNDING_IN_16_BITS = 2.5e-5, 5e-3  # nats per token; a quarter of what the first update may differ by
 
 
 def off_policy_metrics(surprise: Tensor, mask: Tensor, moments: Tensor, processes: int = 1) -> dict[str, Tensor]:
@@ -42,6 +44,58 @@ def off_policy_metrics(surprise: Tensor, mask: Tensor, moments: Tensor, processe
     seen, expected = moments.unbind()
     spread = torch.where(expected > 1e-9 * processes, seen / expected, 1.0)
     return {"ppo/off_policy_gap": masked_mean(surprise, mask), "ppo/off_policy_spread": spread}
+
+
+@torch.no_grad()
+def follow_sampler(
+    trainer: Any, sampled: Batch, old_logps: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take into account that another engine than the trainer's networks sampled a rollout.
+
+    Where the two agree to rounding, the old log-probabilities are the sampler's: those of what drew the tokens. Else
+    they are the policy's, and tokens are weighted (`vllm_importance_sampling_correction`) by way of their advantages,
+    in which the loss is linear. Distance and weights are logged.
+
+    Args:
+        trainer: The PPO trainer.
+        sampled: What TRL sampled: with `sampling_per_token_logps` `(B, T)` where another engine did.
+        old_logps: Log-probabilities of the policy at the rollout in nats, shape `(B, T)`.
+        advantages: Advantages, shape `(B, T)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+
+    Returns:
+        Old log-probabilities and advantages, each `(B, T)`.
+    """
+    sampled_logps = sampled.get("sampling_per_token_logps")
+    if sampled_logps is None or not trainer.model.training:
+        return old_logps, advantages
+    args, accelerator = trainer.args, trainer.accelerator
+    distance = (old_logps - sampled_logps).abs().masked_fill(~mask.bool(), 0.0)
+    gap, largest = _mean_and_max(accelerator, distance, mask)
+    same = gap <= (_ROUNDING_IN_16_BITS if trainer.half_precision else _ROUNDING)
+    weights = mask.to(old_logps.dtype)
+    if not same and args.vllm_importance_sampling_correction:
+        bounds = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        weights = importance_weights(old_logps, sampled_logps, mask, args.vllm_importance_sampling_mode, *bounds)
+    mean, highest = _mean_and_max(accelerator, weights, mask)
+    _, lowest = _mean_and_max(accelerator, -weights, mask)
+    metrics = {
+        "sampling_logp_difference/mean": gap,
+        "sampling_logp_difference/max": largest,
+        "importance_sampling_ratio/min": -lowest,
+        "importance_sampling_ratio/mean": mean,
+        "importance_sampling_ratio/max": highest,
+    }
+    for name, value in metrics.items():  # TRL's names
+        trainer._metrics["train"][f"sampling/{name}"].append(value)
+    return sampled_logps if same else old_logps, advantages * weights
+
+
+def _mean_and_max(accelerator: Any, values: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and maximum over the tokens of all processes."""
+    total, tokens = accelerator.reduce(torch.stack([values.sum(), mask.sum()]), reduction="sum").tolist()
+    highest = accelerator.gather(values.masked_fill(~mask.bool(), float("-inf")).max()[None]).max()
+    return total / max(tokens, 1.0), highest.nan_to_num(neginf=0.0).item()  # 0 where no token counts
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ _NEXT_ROLLOUT = (
     *("truncate_tokens", "truncate_after", "score_clip", "missing_eos_penalty", "missing_eos_mode"),
     *("length_penalty", "overlong_buffer", "overlong_penalty", "ngram_penalty", "gamma", "gae_lambda"),
     *("gae_lambda_alpha", "critic_lambda", "whiten_rewards", "whiten_advantages"),
+    *("use_vllm", "vllm_mode", "vllm_tolerance"),
+    *(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min")),
     *("whiten_unbiased", "kl_coef", "kl_controller", "kl_target", "kl_target_per", "kl_horizon"),
 )
 _RATES = ("learning_rate", "critic_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")

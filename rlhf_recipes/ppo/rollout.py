@@ -28,7 +28,7 @@ class Rollout(Texts):
         ref_per_token_logps: Log-probabilities of the reference in nats, shape `(B, T)`.
         old_values: The critic's values before each token at the rollout, in reward units, shape `(B, T)`.
         value_mask: 1 where the critic learns, shape `(B, T)`.
-        advantages: Advantages, whitened if the configuration says so, shape `(B, T)`.
+        advantages: Advantages, whitened if the configuration says so, weighted where vLLM sampled, shape `(B, T)`.
         returns: What the critic learns, in reward units, shape `(B, T)`.
         items_in_rollout: Tokens or completions over which the loss of the rollout is averaged, of all processes.
         row: Number of each completion within the rollout that was sampled, shape `(B,)`.

@@ -30,7 +30,7 @@ from rlhf_recipes.ppo.images import ImageTrainer
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
 from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
-from rlhf_recipes.ppo.off_policy import sampled_moments
+from rlhf_recipes.ppo.off_policy import follow_sampler, sampled_moments
 from rlhf_recipes.ppo.out_of_memory import phase
 from rlhf_recipes.ppo.passes import (
     KeptPass,
@@ -39,11 +39,11 @@ from rlhf_recipes.ppo.passes import (
     keep_states,
     policy_pass,
     reference_pass,
-    sample_completions,
 )
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_columns_of_rewards
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
+from rlhf_recipes.ppo.sampling import build_sampler
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
@@ -103,7 +103,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
 
     Raises:
         ValueError: If the model, the adapters, the prompts or the configuration do not fit together.
-        RuntimeError: In training, if policy and reference, or old and new policy, differ before the first update.
+        RuntimeError: If policy and reference, or old and new policy, differ before the first update, or vLLM fails.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -149,9 +149,11 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
+        uses_vllm, args.use_vllm = args.use_vllm, False  # TRL's would merge the adapter, and send all weights
         super().__init__(
             policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
         )
+        args.use_vllm = uses_vllm
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
@@ -160,6 +162,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
         try_out(self, self.half_precision)
+        self.sampler = build_sampler(self)
         self.updates, self.evaluated = UpdateControl(args, self.accelerator), EvaluatedRows(self.accelerator)
         self.step_metrics = {mode: StepMetrics(self.accelerator) for mode in ("train", "eval")}
         self.kept_pass, self.last_rollout, self.average = KeptPass(), dict[str, float](), setup.keep_average(self)
@@ -207,7 +210,8 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
             if (finished := load_finished(self, folder)) is not None:
                 checkpoint.load_controls(self, folder)
                 return finished
-        return super().train(folder, *args, **kwargs)
+        with checkpoint.saved_when_stopped(self):
+            return super().train(folder, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -272,7 +276,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, *others: Any) -> Any:
         # TRL spends time on padding, and on rows that have ended
-        return sample_completions(self, prompt_ids, self.embed_tokenized(prompt_ids, fields)), None
+        return self.sampler(prompt_ids, self.embed_tokenized(prompt_ids, fields))
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return None, None, None  # TRL asks for the old policy's, which come with the values in one pass of ours
@@ -302,8 +306,8 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
-        texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows]))
-        texts = self.with_embeddings(texts, rows)
+        sampled = super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows])
+        texts = self.with_embeddings(texts_of(sampled), rows)
         setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)
@@ -332,10 +336,11 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         self._log_rollout(facts, advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
         if args.whiten_advantages and self.model.training:  # over a rollout, and an evaluation has none
             advantages = self._whiten(advantages, mask)
+        old_logps, advantages = follow_sampler(self, sampled, old.logps, advantages, mask)
         anchor = old if args.kl_anchor == "old" else ref
         return Rollout(
             **vars(texts),
-            old_per_token_logps=old.logps,
+            old_per_token_logps=old_logps,
             ref_per_token_logps=ref.logps,
             old_values=critic.values,
             value_mask=value_mask,

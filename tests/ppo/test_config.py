@@ -37,7 +37,6 @@ def test_groups_must_still_divide_the_rollout(make_config):
         ("value_clip", 0.0, "`value_clip` must be positive"),
         ("beta", 0.1, "`beta` is 0.1, but PPO does not use it: .*`kl_coef`"),
         ("loss_type", "grpo", "`loss_type` is 'grpo', but PPO does not use it"),
-        ("use_vllm", True, "`use_vllm` is True, but PPO does not use it"),
         ("top_p", 0.9, "sampled from the policy itself"),
         ("repetition_penalty", 1.1, "sampled from the policy itself"),
         ("gae_lambda_alpha", 0.0, "`gae_lambda_alpha` must be positive, or null to turn it off"),

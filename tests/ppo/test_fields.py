@@ -11,6 +11,11 @@ GENERATION = """
     num_generations num_generations_eval max_completion_length shuffle_dataset pad_to_multiple_of generation_batch_size
     steps_per_generation temperature generation_kwargs chat_template_kwargs cache_implementation
 """
+VLLM = """
+    use_vllm vllm_mode vllm_model_impl vllm_server_base_url vllm_server_timeout vllm_gpu_memory_utilization
+    vllm_max_model_length vllm_importance_sampling_correction vllm_importance_sampling_mode
+    vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+"""
 LOSS = """
     num_iterations epsilon epsilon_high delta importance_sampling_level reward_weights mask_truncated_completions
     entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
@@ -50,7 +55,7 @@ NOTHING_TO_DO = """
 
 def test_every_field_is_decided_about():
     """When this fails, TRL or transformers has a new field: find out what PPO does with it, then add it here."""
-    groups = (GENERATION, LOSS, OPTIMIZER, MACHINE, LOGS_AND_CHECKPOINTS, REFUSED_ELSEWHERE, NOTHING_TO_DO)
+    groups = (GENERATION, VLLM, LOSS, OPTIMIZER, MACHINE, LOGS_AND_CHECKPOINTS, REFUSED_ELSEWHERE, NOTHING_TO_DO)
     decided = [*" ".join(groups).split(), *NOT_HONOURED]
     assert len(decided) == len(set(decided))
     assert set(decided) == {field.name for field in fields(GRPOConfig)}

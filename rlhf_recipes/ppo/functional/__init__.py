@@ -19,6 +19,7 @@ from rlhf_recipes.ppo.functional.losses import (
     clipped_value_loss,
     entropy,
     importance_ratio,
+    importance_weights,
     total_loss,
 )
 from rlhf_recipes.ppo.functional.statistics import (
@@ -43,6 +44,7 @@ __all__ = [
     "first_token_mask",
     "gae",
     "importance_ratio",
+    "importance_weights",
     "length_adaptive_lambda",
     "masked_mean",
     "masked_moments",

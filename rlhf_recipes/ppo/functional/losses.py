@@ -12,6 +12,7 @@ from rlhf_recipes.masks import check_shapes, counted
 from rlhf_recipes.ppo.functional.statistics import Aggregation, aggregate, masked_mean
 
 Level = Literal["token", "sequence", "sequence_product"]
+Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 def importance_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor, level: Level = "token") -> Tensor:
@@ -56,6 +57,54 @@ def importance_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor, level: Leve
     elif level != "token":
         raise ValueError(f"`level` must be 'token', 'sequence' or 'sequence_product', got {level!r}.")
     return counted(log_ratio.exp(), mask)
+
+
+def importance_weights(
+    old_logps: Tensor,
+    sampled_logps: Tensor,
+    mask: Tensor,
+    mode: Correction = "token_truncate",
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
+    """Weights of completions that another engine sampled, whose distributions are not quite the policy's.
+
+    The ratio `p_old / p_sampled`, of each token or of the whole completion, within bounds: one outside is moved to the
+    bound (`truncate`), or counts nothing (`mask`).
+
+    Source: Ionides 2008, Truncated Importance Sampling, equation 2; the modes are those of TRL's GRPO
+    (`vllm_importance_sampling_mode`).
+
+    Args:
+        old_logps: Log-probability of each token under the policy at the rollout, in nats, shape `(B, T)`.
+        sampled_logps: The same under the engine that sampled, shape `(B, T)`.
+        mask: 1 where a token counts, shape `(B, T)`.
+        mode: `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`.
+        low: Lower bound; `None`: there is none.
+        high: Upper bound; `None`: there is none.
+
+    Returns:
+        The weights, shape `(B, T)`, without gradients; 0 where `mask` is 0.
+
+    Raises:
+        ValueError: If the shapes differ, or the mode is unknown.
+
+    Example:
+        >>> old, sampled = torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[0.25, 0.05]]).log()
+        >>> importance_weights(old, sampled, torch.ones(1, 2), "token_truncate", high=3.0)
+        tensor([[2., 3.]])
+        >>> importance_weights(old, sampled, torch.ones(1, 2), "token_mask", high=3.0)
+        tensor([[2., 0.]])
+    """
+    level, _, bounded = mode.partition("_")
+    if level not in ("token", "sequence") or bounded not in ("truncate", "mask"):
+        raise ValueError(f"`mode` must be 'token_' or 'sequence_' and 'truncate' or 'mask', got {mode!r}.")
+    ratio = importance_ratio(
+        old_logps.detach(), sampled_logps, mask, "token" if level == "token" else "sequence_product"
+    )
+    within = ratio.clamp(low, high) if low is not None or high is not None else ratio
+    weights = within if bounded == "truncate" else ratio.where(within == ratio, 0.0)
+    return counted(weights, mask)
 
 
 def clipped_policy_loss(

@@ -17,6 +17,7 @@ from rlhf_recipes.ppo.functional.losses import (
     clipped_value_loss,
     entropy,
     importance_ratio,
+    importance_weights,
     total_loss,
 )
 from rlhf_recipes.shaping import full_kl
@@ -84,6 +85,29 @@ class TestImportanceRatio:
         message = "`level` must be 'token', 'sequence' or 'sequence_product', got 'word'"
         with pytest.raises(ValueError, match=message):
             importance_ratio(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), "word")
+
+
+class TestImportanceWeights:
+    def test_numbers(self):
+        log_ratios, mask = row(0.1, -2.0, 1.5, torch.nan), torch.tensor([[1, 1, 1, 0]])
+        sampled = torch.full_like(log_ratios, -3.0)
+        product = 0.67032  # exp(0.1 - 2.0 + 1.5)
+        expected = {  # bounds, then what becomes of 1.10517, 0.13534 and 4.48169
+            ("token_truncate", None, 3.0): row(1.10517, 0.13534, 3.0, 0.0),
+            ("token_truncate", 0.5, None): row(1.10517, 0.5, 4.48169, 0.0),
+            ("token_mask", 0.5, 3.0): row(1.10517, 0.0, 0.0, 0.0),
+            ("token_mask", None, None): row(1.10517, 0.13534, 4.48169, 0.0),
+            ("sequence_truncate", None, 3.0): row(product, product, product, 0.0),
+            ("sequence_truncate", None, 0.5): row(0.5, 0.5, 0.5, 0.0),
+            ("sequence_mask", 0.7, 3.0): row(0.0, 0.0, 0.0, 0.0),
+            ("sequence_mask", 0.6, 3.0): row(product, product, product, 0.0),
+        }
+        for (mode, low, high), weights in expected.items():
+            got = importance_weights(sampled + log_ratios, sampled, mask, mode, low, high)
+            assert_close(got, weights, rtol=0, atol=5e-6)
+        assert not importance_weights(sampled.requires_grad_(), sampled, mask).requires_grad
+        with pytest.raises(ValueError, match="'truncate' or 'mask', got 'word'"):
+            importance_weights(sampled, sampled, mask, "word")
 
 
 class TestClippedPolicyLoss:
