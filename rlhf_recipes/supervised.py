@@ -169,15 +169,14 @@ class ImageCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (-100 at prompts and padding), each `(B, L)`, padded on the
-            right; and `pixel_values` `(pictures, channels, height, width)`, if there are pictures.
+            right; and the pictures as the model's processor hands them over, if there are any.
         """
         encoded = [self._encode(row) for row in rows]
         padding: int = self._reader.tokenizer.pad_token_id
         ids, mask = pad_rows([[*prompt, *answer] for prompt, answer in encoded], padding)
         labels, _ = pad_rows([[-100] * len(prompt) + answer for prompt, answer in encoded], -100)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        pixels = [values for row in rows if (values := self._reader.pixels(row)) is not None]
-        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+        return batch | self._reader.network_fields(ids, list(map(self._reader.pixels, rows)))
 
     def text_ids(self, row: dict[str, Any]) -> list[int]:
         """Token ids of a row without those that stand for pictures."""
@@ -227,7 +226,7 @@ def _image_collator(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`processing_class` is a processor, but `model` is a {type(model).__name__}. Give a loaded model: "
-            "`LlavaForConditionalGeneration.from_pretrained(...)`."
+            "that of `load_image_model` (`rlhf_recipes.models`)."
         )
     check_model_type(model)
     if args is None or args.max_length is not None:

@@ -4,6 +4,7 @@ from rlhf_recipes.models.adapters import is_adapter, load_policy
 from rlhf_recipes.models.loading import (
     load_causal_lm,
     load_image_classifier,
+    load_image_model,
     load_sequence_classifier,
     load_tokenizer,
     lora_config,
@@ -15,6 +16,7 @@ from rlhf_recipes.models.parameter_table import stage_table
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.reward import load_reward_model, start_from
 from rlhf_recipes.models.roles import Roles
+from rlhf_recipes.models.vision import load_processor
 
 __all__ = [
     "Roles",
@@ -22,7 +24,9 @@ __all__ = [
     "keep_4bit_differentiable",
     "load_causal_lm",
     "load_image_classifier",
+    "load_image_model",
     "load_policy",
+    "load_processor",
     "load_reward_model",
     "load_sequence_classifier",
     "load_tokenizer",

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from rlhf_recipes.models.arguments import CACHE
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
 from rlhf_recipes.models.rows import Rows, pad_rows
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def sample_after(
     temperature: float,
     ends: Sequence[int],
     packed: bool = False,
-    prompt_embeds: Sequence[Tensor] | None = None,
+    embedded: Sequence[EmbeddedPrompt] | None = None,
 ) -> list[list[int]]:
     """Sample one completion after each prompt.
 
@@ -226,17 +227,18 @@ def sample_after(
         temperature: At which log-probabilities are computed.
         ends: Ids of tokens that end a completion.
         packed: Whether to spend no time on padding, with a model that reads texts one after another.
-        prompt_embeds: Embeddings of the prompts, each `(P, H)`, to be read in place of their ids.
+        embedded: The prompts as embeddings, to be read in place of their ids.
 
     Returns:
         Token ids of the completions, with the end token where it was sampled.
     """
     ids, mask = pad_rows(prompt_ids, generation_config.pad_token_id, model.device, side="left")
-    if prompt_embeds is not None:
-        embeds = torch.nn.utils.rnn.pad_sequence(list(prompt_embeds), True, 0.0, "left")
-        sampled = sample_with_transformers(
-            model, generation_config, temperature, inputs_embeds=embeds, attention_mask=mask
-        )
+    if embedded is not None:
+        inputs = pad_prompts(embedded)
+        given = {"inputs_embeds": inputs["prompt_embeds"], "attention_mask": mask}
+        if (positions := inputs.get("prompt_positions")) is not None:
+            given["position_ids"] = positions.movedim(-1, 0)
+        sampled = sample_with_transformers(model, generation_config, temperature, **given)
         sequences = torch.cat([ids, sampled], dim=1)  # after embeddings, transformers gives what is new
     elif packed:
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -2,7 +2,7 @@
 
 Vision tower and projector are frozen and carry no adapter. What they make of a picture is then the same for policy,
 reference and critic and after every update, so that it is computed once for a rollout. From there on a prompt is a
-row of embeddings.
+row of embeddings, with their positions where these are not counted (Qwen-VL's are on a grid).
 
 `B` prompts, `P` prompt tokens, `H` hidden size.
 """
@@ -10,12 +10,12 @@ row of embeddings.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -24,15 +24,22 @@ from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.models.image_embeddings import embed_prompts
+from rlhf_recipes.models.image_embeddings import (
+    EmbeddedPrompt,
+    Pixels,
+    embed_prompts,
+    has_grid_positions,
+    join_pixels,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLUMNS = ("images", "image")
-# Others read more than embeddings: positions on a grid (Qwen-VL), attention in both directions within a picture
-# (Gemma 3, PaliGemma), features in deeper layers (Qwen3-VL).
-MODEL_TYPES = ("llava",)
+TOKEN_TYPES = "mm_token_type_ids"  # 1 at image tokens, from which the model finds positions on a grid
+# Others read more than embeddings and positions: attention in both directions within a picture (Gemma 3, PaliGemma),
+# features in deeper layers (Qwen3-VL).
+MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl")
 
 
 def language_layers(model: Any) -> str:
@@ -117,8 +124,8 @@ def check_model_type(model: Any) -> Any:
     if base.config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
-            f"pictures as embeddings alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts without pictures "
-            "give the processor's `tokenizer`."
+            f"pictures as embeddings and positions alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts "
+            "without pictures give the processor's `tokenizer`."
         )
     return base
 
@@ -142,21 +149,52 @@ class ImageReader:
         tokenizer.chat_template = self.processor.chat_template or tokenizer.chat_template
         return tokenizer
 
-    def pixels(self, row: Mapping[str, Any]) -> Tensor | None:
-        """Pixels of the pictures of a row `(pictures, channels, height, width)`, or `None` without one.
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of what a network takes beside token ids, as `network_fields` makes them."""
+        return (*self._of_pictures, TOKEN_TYPES)
+
+    @cached_property
+    def _of_pictures(self) -> tuple[str, ...]:
+        taken = inspect.signature(self._model.base_model.get_image_features).parameters
+        return tuple(name for name in self.processor.image_processor.model_input_names if name in taken)
+
+    def pixels(self, row: Mapping[str, Any]) -> Pixels | None:
+        """Pixels of the pictures of a row, and their sizes where the model needs these; `None` without a picture.
 
         Raises:
             BadRow: If one cannot be read.
         """
         images = images_of(row)
-        if not images:
-            return None
-        values: Tensor = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return values
+        return self._taken(self.processor.image_processor(images, return_tensors="pt")) if images else None
+
+    def _taken(self, encoded: Mapping[str, Tensor]) -> Pixels | None:
+        return {name: encoded[name] for name in self._of_pictures if name in encoded} or None
+
+    def network_fields(self, input_ids: Tensor, pixels: Sequence[Pixels | None]) -> dict[str, Tensor]:
+        """What a network is called with beside token ids, to read pictures as its processor hands them over.
+
+        Args:
+            input_ids: Token ids of texts, shape `(B, L)`.
+            pixels: The pixels of their pictures.
+
+        Returns:
+            Nothing without a picture.
+        """
+        given = [row for row in pixels if row is not None]
+        if not given:
+            return {}
+        types = {TOKEN_TYPES: (input_ids == self._image_token).long()} if has_grid_positions(self._model) else {}
+        return {**join_pixels(given), **types}
+
+    @property
+    def _image_token(self) -> int:
+        token: int = self._model.config.image_token_id
+        return token
 
     def without_images(self, ids: Sequence[int]) -> list[int]:
         """Token ids without those that stand for pictures."""
-        return [token for token in ids if token != self._model.config.image_token_id]
+        return [token for token in ids if token != self._image_token]
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Put the pictures of rows into the messages of their prompts, in RGB, and leave their column out."""
@@ -165,7 +203,7 @@ class ImageReader:
             for row in rows
         ]
 
-    def encode(self, prompts: Sequence[Any], **template: Any) -> tuple[list[list[int]], list[Tensor | None]]:
+    def encode(self, prompts: Sequence[Any], **template: Any) -> tuple[list[list[int]], list[Pixels | None]]:
         """Encode chats as the processor does, for generation.
 
         Args:
@@ -174,7 +212,7 @@ class ImageReader:
 
         Returns:
             For each the token ids, with as many image tokens as a picture has features, and the pixels of its
-            pictures `(pictures, channels, height, width)`, or `None` without one.
+            pictures, or `None` without one.
 
         Raises:
             BadRow: If the processor refuses a chat: a text names the image token, for which there is no picture.
@@ -189,7 +227,7 @@ class ImageReader:
             ]
         except (IndexError, StopIteration, ValueError) as error:  # an image token in a text asks for one more picture
             raise BadRow(f"cannot be read by the processor ({type(error).__name__}: {error})") from error
-        return [each["input_ids"][0].tolist() for each in encoded], [each.get("pixel_values") for each in encoded]
+        return [each["input_ids"][0].tolist() for each in encoded], list(map(self._taken, encoded))
 
     def encode_answers(
         self, row: Mapping[str, Any], answers: Sequence[Any], end_ids: Collection[int]
@@ -215,12 +253,11 @@ class ImageReader:
         texts = [prepare_multimodal_messages(answer) for answer in answers]
         return prompt_ids, [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
 
-    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
+    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Pixels | None]) -> list[EmbeddedPrompt]:
         """Embed prompts and their pictures, as `embed_prompts` does."""
         return embed_prompts(self._model, prompt_ids, pixels)
 
 
-@torch.no_grad()
 def chat_with_images(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Put the pictures of a row into its prompt's messages.
 
@@ -293,8 +330,3 @@ def images_in(chat: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the pictures in the messages of a chat, in their order."""
     parts = [part for message in chat if isinstance(message["content"], list) for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]
-
-
-def pad_embeddings(embeddings: Sequence[Tensor] | None) -> Tensor | None:
-    """Pad embeddings of prompts `(P, H)` on the left: `(B, P, H)`, with zeros; `None` stays."""
-    return None if embeddings is None else nn.utils.rnn.pad_sequence(list(embeddings), True, 0.0, "left")

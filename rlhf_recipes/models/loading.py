@@ -11,7 +11,9 @@ from accelerate import PartialState
 from jinja2.exceptions import TemplateError
 from peft import LoraConfig
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -22,8 +24,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
-from rlhf_recipes.models.llava import LlavaForSequenceClassification
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.vision import image_classifier_class
 from rlhf_recipes.quiet import held_back
 
 if TYPE_CHECKING:
@@ -232,7 +234,19 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
             or the model has absolute positions and takes no `position_ids`.
         FileNotFoundError: If a local folder does not exist.
     """
-    model, missing, left_over = _load(AutoModelForCausalLM, path, **options)
+    return _load_generator(AutoModelForCausalLM, path, options)
+
+
+def load_image_model(path: str | None, **options: Any) -> PreTrainedModel:
+    """Load a vision-language model, the base of a policy that sees pictures.
+
+    Options and errors are those of `load_causal_lm`.
+    """
+    return _load_generator(AutoModelForImageTextToText, path, options)
+
+
+def _load_generator(auto_class: Any, path: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    model, missing, left_over = _load(auto_class, path, **options)
     scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
     if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
         lacking = f"lack {len(missing)} of its weights, {min(missing, default='')!r} among them"
@@ -285,11 +299,13 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
 
 
 def load_image_classifier(path: str | None, **options: Any) -> PreTrainedModel:
-    """Load a LLaVA with a new head of one output: the start of a reward model that sees pictures.
+    """Load a vision-language model with a new head of one output: the start of a reward model that sees pictures.
 
     The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
     """
-    model, missing, _ = _load(LlavaForSequenceClassification, path, num_labels=1, **options)
+    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    scorer = image_classifier_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    model, missing, _ = _load(scorer, path, num_labels=1, **options)
     _check_trunk_is_complete(model, path, missing)
     return model
 
@@ -381,8 +397,9 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
 
 
-def _check_path(path: str | None) -> None:
+def _check_path(path: str | None) -> str:
     if not path:
         raise ValueError("No model is given. Set `model_name_or_path` to a hub id or a local folder.")
     if looks_local(path) and not Path(path).is_dir():
         raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")
+    return path

@@ -30,7 +30,7 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
-from rlhf_recipes.models.image_embeddings import embed_prompts
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts, positions_after
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
@@ -237,7 +237,7 @@ class Roles:
         values: Tensor = self.heads[role](hidden_states.float())
         return values.squeeze(-1)
 
-    def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Tensor | None]) -> list[Tensor]:
+    def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Pixels | None]) -> list[EmbeddedPrompt]:
         """Embed prompts with pictures, which are the same for every role (`image_embeddings.py`)."""
         return embed_prompts(self._base, prompt_ids, pixels)
 
@@ -252,7 +252,7 @@ class Roles:
         sequences: list[list[int]],
         pad_token_id: int,
         batch_size: int,
-        prompt_embeds: list[Tensor] | None = None,
+        embedded: list[EmbeddedPrompt] | None = None,
     ) -> list[Tensor]:
         """Read a reward role's score of every prefix of token sequences, in one forward pass.
 
@@ -261,8 +261,7 @@ class Roles:
             sequences: Token ids of prompt and completion, with the end-of-sequence token where it was produced.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
-            prompt_embeds: Embeddings of prompts with pictures, each `(P, H)`, which are read in place of the first
-                `P` ids; `None` without pictures.
+            embedded: Prompts with pictures, which are read in place of the first `P` ids; `None` without pictures.
 
         Returns:
             For each sequence the scores after each of its tokens, shape `(L,)`; the last is the sequence's score.
@@ -276,9 +275,8 @@ class Roles:
                 chunk = order[start : start + batch_size]
                 input_ids, mask = pad_rows([sequences[row] for row in chunk], pad_token_id, self.model.device)
                 rows = Rows(mask, self.packed)
-                read = self._input(input_ids, chunk, prompt_embeds)
-                network_input = {name: rows.join(values) for name, values in read.items()}
-                values = self.apply_head(role, self.hidden_states(**network_input, **rows.arguments))
+                network_input = self._input(rows, input_ids, chunk, embedded)
+                values = self.apply_head(role, self.hidden_states(**network_input))
                 by_row = zip(chunk, rows.split(values), strict=True)
                 scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
         return [scores[row] for row in range(len(sequences))]
@@ -290,7 +288,7 @@ class Roles:
         sequences: list[list[int]],
         pad_token_id: int,
         batch_size: int,
-        prompt_embeds: list[Tensor] | None = None,
+        embedded: list[EmbeddedPrompt] | None = None,
     ) -> list[Tensor]:
         """Attention of each sequence's last token in the last layer, averaged over the heads.
 
@@ -299,7 +297,7 @@ class Roles:
             sequences: Token ids.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
-            prompt_embeds: As of `prefix_scores`.
+            embedded: As of `prefix_scores`.
 
         Returns:
             For each sequence the attention to each of its tokens, shape `(L,)`, with sum 1.
@@ -315,10 +313,9 @@ class Roles:
                 for start in range(0, len(sequences), batch_size):
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
-                    input_ids, attention_mask = pad_rows(chunk, pad_token_id, self.model.device)
+                    input_ids, mask = pad_rows(chunk, pad_token_id, self.model.device)
                     indices = range(start, start + len(chunk))
-                    read = self._input(input_ids, indices, prompt_embeds)
-                    self.hidden_states(**read, attention_mask=attention_mask)
+                    self.hidden_states(**self._input(Rows(mask, packed=False), input_ids, indices, embedded))
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
         finally:
@@ -327,15 +324,20 @@ class Roles:
         return attention
 
     def _input(
-        self, input_ids: Tensor, indices: Sequence[int], prompt_embeds: list[Tensor] | None
-    ) -> dict[str, Tensor]:
-        """What the network reads of padded sequences `(B, L)`, whose prompts may be embedded: ids or embeddings."""
-        if prompt_embeds is None:
-            return {"input_ids": input_ids}
-        embeds = self.embeddings(input_ids)
+        self, rows: Rows, input_ids: Tensor, indices: Sequence[int], embedded: list[EmbeddedPrompt] | None
+    ) -> dict[str, Any]:
+        """What the network is called with for sequences `(B, L)`, padded on the right, with prompts as embeddings."""
+        if embedded is None:
+            return rows.network_input(input_ids)
+        embeds, positions = self.embeddings(input_ids), []
         for row, index in enumerate(indices):
-            embeds[row, : len(prompt_embeds[index])] = prompt_embeds[index]
-        return {"inputs_embeds": embeds}
+            prompt = embedded[index]
+            length = len(prompt.embeds)
+            embeds[row, :length] = prompt.embeds
+            if prompt.positions is not None:
+                after = positions_after(prompt.positions, input_ids.size(1) - length)
+                positions.append(torch.cat([prompt.positions, after]))
+        return rows.network_input(embeds, torch.stack(positions) if positions else None)
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

@@ -303,7 +303,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
         texts = texts_of(super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows]))
-        texts = self.with_embeddings(texts, rows)
+        texts = self.with_pictures(texts, rows)
         setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)

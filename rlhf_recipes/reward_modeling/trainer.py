@@ -230,7 +230,8 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
         """Run the model: its output, the scores of all completions `(S,)`, and those at their tokens `(S, T)`."""
         call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-        call |= {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+        if self.image_reader is not None:
+            call |= {name: inputs[name] for name in self.image_reader.fields if name in inputs}
         if "completion_mask" not in inputs:
             outputs = model(**call)
             return outputs, outputs.logits.squeeze(-1).float(), None

@@ -115,15 +115,18 @@ def test_every_stage_runs(load, load_stage, repo_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("model", "sizes"),
     [
         pytest.param(
-            {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8}, id="two steps"
+            "qwen2_5_vl",
+            {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8},
+            id="two steps",
         ),
-        pytest.param({}, id="whole", marks=pytest.mark.slow),
+        pytest.param("llava", {}, id="whole", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", {}, id="whole, Qwen2.5-VL", marks=pytest.mark.slow),
     ],
 )
-def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
+def test_every_stage_with_pictures(load, tmp_path, capsys, model, sizes):
     script = load("vision")
     image, colour, number = script.picture(random.Random(3))
     assert len([pixel for pixel in image.get_flattened_data() if pixel != (255, 255, 255)]) == 100 * (
@@ -133,7 +136,7 @@ def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
     scores = script.true_statements([[{"content": text}] for text in said], [colour] * 4, [number] * 4)
     assert scores == [2.0, 1.0, 1.0 if number == "three" else -1.0, 0.0]
     out = tmp_path / "vision"
-    start(script, output_dir=out, **sizes)
+    start(script, output_dir=out, model=model, **sizes)
     sft, reward, ppo = (
         json.loads((out / stage / "evaluation.json").read_text()) for stage in ("sft", "reward", "ppo")
     )
@@ -147,7 +150,7 @@ def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
         assert ppo["win_rate_ci"][0] > 0.5
     assert (out / "ppo" / "processor_config.json").exists()
     capsys.readouterr()
-    start(script, output_dir=out, **sizes)
+    start(script, output_dir=out, model=model, **sizes)
     assert capsys.readouterr().out.count("is there: nothing to do") == 4
 
 
