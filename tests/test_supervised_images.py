@@ -6,8 +6,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from PIL import Image
 
-from rlhf_recipes.models import load_image_model, load_policy
-from rlhf_recipes.models.images import chat_with_images, language_layers
+from rlhf_recipes.models import language_layers, load_image_model, load_policy
+from rlhf_recipes.models.images import chat_with_images
 from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, evaluate_completions
 
 COLOURS = ("red", "green", "blue")

@@ -18,8 +18,14 @@ from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.evaluation import evaluate_policy, write_evaluation
-from rlhf_recipes.models import load_image_classifier, load_image_model, load_policy, load_processor
-from rlhf_recipes.models.images import ImageReader, chat_with_images, language_layers
+from rlhf_recipes.models import (
+    language_layers,
+    load_image_classifier,
+    load_image_model,
+    load_policy,
+    load_processor,
+)
+from rlhf_recipes.models.images import ImageReader, chat_with_images
 from rlhf_recipes.models.tiny_vision import tiny_llava, tiny_qwen2_5_vl
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer, evaluate_pairs, pairs_table
 from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, completions_table, evaluate_completions

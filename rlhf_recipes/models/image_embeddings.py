@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Pixels = dict[str, Tensor]  # of the pictures of a prompt: what the model's `get_image_features` takes
+Pixels = dict[str, Tensor]  # of the pictures of a prompt, and what a model asks for besides, such as their sizes
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def embed_prompts(
         ValueError: If a prompt has more or fewer image tokens than its pictures have features.
     """
     trunk, device = model.base_model, model.device
-    ids = [torch.tensor(row) for row in prompt_ids]
-    embeddings: list[Tensor] = [trunk.get_input_embeddings()(row.to(device)) for row in ids]
+    ids, image_token = [torch.tensor(row) for row in prompt_ids], model.config.image_token_id
+    # Some have no embedding for the image token
+    embeddings = [trunk.get_input_embeddings()(row.masked_fill(row == image_token, 0).to(device)) for row in ids]
     given = [row for row in pixels if row is not None]
     features = iter(_features(model, given) if given else ())
     for row, (own, tokens) in enumerate(zip(pixels, ids, strict=True)):
         pictures = list(islice(features, 0 if own is None else _count(own)))
-        places, wanted = tokens == model.config.image_token_id, sum(map(len, pictures))
+        places, wanted = tokens == image_token, sum(map(len, pictures))
         if int(places.sum()) != wanted:
             raise ValueError(
                 f"Prompt {row} has {int(places.sum())} image tokens, and its pictures {wanted} features. Take the "

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
+from rlhf_recipes.data.formats import IMAGE_COLUMNS
 from rlhf_recipes.models.image_embeddings import (
     EmbeddedPrompt,
     Pixels,
@@ -31,45 +31,18 @@ from rlhf_recipes.models.image_embeddings import (
     has_grid_positions,
     join_pixels,
 )
+from rlhf_recipes.models.vision import language_part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COLUMNS = ("images", "image")
+_NESTED = (
+    5  # dimensions of pixels that a processor (Idefics3's) lays out by text: of a single one, pictures come first
+)
 TOKEN_TYPES = "mm_token_type_ids"  # 1 at image tokens, from which the model finds positions on a grid
 # Others read more than embeddings and positions: attention in both directions within a picture (Gemma 3, PaliGemma),
 # features in deeper layers (Qwen3-VL).
-MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl")
-
-
-def language_layers(model: Any) -> str:
-    r"""Return LoRA's `target_modules` for all linear layers of a vision-language model's language part.
-
-    Args:
-        model: The model without adapters.
-
-    Returns:
-        A regular expression for full names of modules.
-
-    Raises:
-        ValueError: If the model has no language part beside others.
-
-    Example:
-        >>> model = nn.Module()
-        >>> model.base_model = nn.Module()
-        >>> model.base_model.language_model = nn.ModuleDict({"q_proj": nn.Linear(2, 2)})
-        >>> language_layers(model)
-        '(.*\\.)?base_model\\.language_model\\.(.*\\.)?(q_proj)'
-    """
-    language = getattr(model.base_model, "language_model", None)
-    if language is None:
-        raise ValueError(
-            f"{type(model).__name__} has no `language_model` beside a vision tower. For a text model, give "
-            "`target_modules='all-linear'`."
-        )
-    prefix = next(name for name, module in model.named_modules() if module is language)
-    linear = {name.rpartition(".")[2] for name, module in language.named_modules() if isinstance(module, nn.Linear)}
-    return rf"(.*\.)?{re.escape(prefix)}\.(.*\.)?({'|'.join(sorted(linear))})"
+MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
 
 
 def check_no_images(dataset: Any, name: str) -> None:
@@ -82,7 +55,7 @@ def check_no_images(dataset: Any, name: str) -> None:
     Raises:
         ValueError: If they have a column of pictures.
     """
-    if found := [column for column in COLUMNS if column in (dataset.column_names or ())]:
+    if found := [column for column in IMAGE_COLUMNS if column in (dataset.column_names or ())]:
         raise ValueError(
             f"The {name} rows have the column {found[0]!r}, but this stage reads text and sees no pictures. Remove "
             "it, and write what is to be known of the pictures into the texts (`reward_prompt` for reward models)."
@@ -103,14 +76,14 @@ def check_reads_images(model: Any) -> None:
         raise ValueError(
             "A vision-language model is trained with LoRA on its language part, since all roles share its frozen "
             "vision tower. Give `peft_config=LoraConfig(target_modules=language_layers(model), ...)` "
-            "(`rlhf_recipes.models.images`)."
+            "(`rlhf_recipes.models`)."
         )
-    inside = f"{base.base_model_prefix}.language_model."
+    inside = f"{language_part(base)[0]}."
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and not name.startswith(inside):
             raise ValueError(
                 f"An adapter is on {name!r}, outside of the language part: its pictures would look otherwise to each "
-                "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models.images`)."
+                "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models`)."
             )
 
 
@@ -156,7 +129,7 @@ class ImageReader:
 
     @cached_property
     def _of_pictures(self) -> tuple[str, ...]:
-        taken = inspect.signature(self._model.base_model.get_image_features).parameters
+        taken = inspect.signature(self._model.base_model.forward).parameters
         return tuple(name for name in self.processor.image_processor.model_input_names if name in taken)
 
     def pixels(self, row: Mapping[str, Any]) -> Pixels | None:
@@ -165,11 +138,13 @@ class ImageReader:
         Raises:
             BadRow: If one cannot be read.
         """
-        images = images_of(row)
-        return self._taken(self.processor.image_processor(images, return_tensors="pt")) if images else None
+        shown = [{"type": "image", "image": image} for image in images_of(row)]
+        return self.encode([[{"role": "user", "content": shown}]])[1][0] if shown else None
 
     def _taken(self, encoded: Mapping[str, Tensor]) -> Pixels | None:
-        return {name: encoded[name] for name in self._of_pictures if name in encoded} or None
+        fields = {name: encoded[name] for name in self._of_pictures if name in encoded}
+        nested = fields and fields["pixel_values"].dim() == _NESTED
+        return {name: values.movedim(1, 0) if nested else values for name, values in fields.items()} or None
 
     def network_fields(self, input_ids: Tensor, pixels: Sequence[Pixels | None]) -> dict[str, Tensor]:
         """What a network is called with beside token ids, to read pictures as its processor hands them over.
@@ -199,7 +174,8 @@ class ImageReader:
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Put the pictures of rows into the messages of their prompts, in RGB, and leave their column out."""
         return [
-            {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": chat_with_images(row)}
+            {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
+            | {"prompt": chat_with_images(row)}
             for row in rows
         ]
 

@@ -19,13 +19,14 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import is_bitsandbytes_available
 
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.models.vision import image_classifier_class
+from rlhf_recipes.models.vision import image_classifier_class, language_layers, processor_class, sees_images
 from rlhf_recipes.quiet import held_back
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
         model: The model that the adapter is for, whose layers that LoRA cannot adapt are left out.
 
     Returns:
-        The configuration. Without `lora_target_modules` every linear layer but the output head is adapted.
+        The configuration. Without `lora_target_modules` every linear layer but the output head is adapted, of a
+        vision-language model those of its language part.
 
     Raises:
         ValueError: If the adapter targets the output head, which TRL's fused log-probabilities would ignore.
@@ -121,6 +123,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
     targets: Any = model_args.lora_target_modules or "all-linear"
     if isinstance(targets, list) and len(targets) == 1:
         targets = targets[0]  # YAML's `all-linear` arrives as a list; PEFT knows the word only as a string
+    if targets == "all-linear" and model is not None and sees_images(model):
+        targets = language_layers(model)
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # TRL makes a string of one name, which PEFT would take for a pattern of whole paths
     if task_type == "CAUSAL_LM" and "lm_head" in ([targets] if isinstance(targets, str) else targets):
@@ -166,6 +170,41 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code, padding_side="left", truncation_side="left"
     )
+    return _with_special_tokens(tokenizer, path)
+
+
+def load_processor(path: str | None, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """Load the processor of a vision-language model, ready for generation in batches (padding on the left).
+
+    Where torchvision is missing, which videos need, it is one for texts and pictures alone, if the family allows that.
+
+    Args:
+        path: Hub id or local folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the processor may run.
+
+    Returns:
+        The processor.
+
+    Raises:
+        FileNotFoundError: If a local folder does not exist.
+        ImportError: If it needs a library that is not there.
+        ValueError: If the model has no processor, or its tokenizer no padding or end-of-sequence token.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loader = processor_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    processor = loader.from_pretrained(path, padding_side="left", **source)
+    if not isinstance(processor, ProcessorMixin):  # AutoProcessor falls back to a tokenizer
+        raise ValueError(
+            f"{path!r} has no processor, which makes of pictures what a model reads: there is a "
+            f"{type(processor).__name__} only. Give a vision-language model, or rows without pictures."
+        )
+    own: Any = processor
+    _with_special_tokens(own.tokenizer, path)
+    return processor
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token  # what ends an encoder's text
     if tokenizer.eos_token is None:

@@ -1,10 +1,12 @@
-"""Vision-language models: the class that gives scores, which transformers lacks, and processors."""
+"""Vision-language models: their language part, their class that gives scores, and processors without torchvision."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -12,6 +14,52 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
+
+
+def language_layers(model: Any) -> str:
+    r"""Return LoRA's `target_modules` for all linear layers of a vision-language model's language part.
+
+    Args:
+        model: The model without adapters.
+
+    Returns:
+        A regular expression for full names of modules.
+
+    Raises:
+        ValueError: If the model has no language part beside others.
+
+    Example:
+        >>> from rlhf_recipes.models.tiny_vision import tiny_llava
+        >>> language_layers(tiny_llava(["red"])[0])
+        '(.*\\.)?model\\.language_model\\.(.*\\.)?(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)'
+    """
+    name, language = language_part(model)
+    linear = {name.rpartition(".")[2] for name, module in language.named_modules() if isinstance(module, nn.Linear)}
+    return rf"(.*\.)?{re.escape(name)}\.(.*\.)?({'|'.join(sorted(linear))})"
+
+
+def language_part(model: Any) -> tuple[str, nn.Module]:
+    """Return a vision-language model's language part, without its output layer, and its name.
+
+    Args:
+        model: The model without adapters.
+
+    Raises:
+        ValueError: If the model has no language part beside others.
+    """
+    trunk = model.base_model
+    language = trunk.get_decoder()
+    if language is trunk:
+        raise ValueError(
+            f"{type(model).__name__} has no language part beside a vision tower. For a text model, give "
+            "`target_modules='all-linear'`."
+        )
+    return next((name, module) for name, module in model.named_modules() if module is language)
+
+
+def sees_images(model: Any) -> bool:
+    """Whether a model is a vision-language model."""
+    return hasattr(model.base_model, "get_image_features")
 
 
 def image_classifier_class(config: Any) -> type[PreTrainedModel]:
@@ -48,32 +96,22 @@ def image_classifier_class(config: Any) -> type[PreTrainedModel]:
     return type(name, (GenericForSequenceClassification, family), members)
 
 
-def load_processor(path: str, *, revision: str = "main", trust_remote_code: bool = False) -> ProcessorMixin:
-    """Load the processor of a vision-language model, ready for generation in batches (padding on the left).
-
-    Where torchvision is missing, which videos need, it is one for texts and pictures alone (`without_videos`).
+def processor_class(config: Any) -> type[Any]:
+    """Choose the class that loads a vision-language model's processor.
 
     Args:
-        path: Hub id or local folder.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Whether code that comes with the processor may run.
+        config: Configuration of the model.
 
-    Raises:
-        ValueError: If the model reads no pictures.
+    Returns:
+        `AutoProcessor`; where torchvision is missing, one for texts and pictures alone, if the family allows that.
     """
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    family: Any = AutoProcessor
-    config = AutoConfig.from_pretrained(path, **source)
-    if not is_torchvision_available() and type(config) in PROCESSOR_MAPPING:
-        own: Any = PROCESSOR_MAPPING[type(config)]
-        family = without_videos(own) if "video_processor" in own.get_attributes() else own
-    processor = family.from_pretrained(path, padding_side="left", **source)
-    if not isinstance(processor, ProcessorMixin):  # AutoProcessor falls back to a tokenizer
-        raise ValueError(
-            f"{path!r} has no processor, which makes of pictures what its model reads: `AutoProcessor` found a "
-            f"{type(processor).__name__}. Give a vision-language model, or rows without pictures."
-        )
-    return processor
+    if is_torchvision_available() or type(config) not in PROCESSOR_MAPPING:
+        return AutoProcessor
+    own: Any = PROCESSOR_MAPPING[type(config)]
+    # One that formats chats in a way of its own (SmolVLM's) cannot do without its part for videos
+    if "video_processor" in own.get_attributes() and own.apply_chat_template is ProcessorMixin.apply_chat_template:
+        return without_videos(own)
+    return AutoProcessor
 
 
 def without_videos(family: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -92,6 +130,6 @@ def without_videos(family: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def init(
         self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **options: Any
     ) -> None:
-        family.__init__(self, image_processor, tokenizer, chat_template=chat_template, **options)
+        family.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **options)
 
     return type(family.__name__, (family,), {"__init__": init, "__doc__": family.__doc__})

@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 
 from rlhf_recipes import PPOTrainer
 from rlhf_recipes.evaluation import evaluate_policy
+from rlhf_recipes.models import language_layers
 from rlhf_recipes.models.generation import sample_after
-from rlhf_recipes.models.images import ImageReader, chat_with_images, images_of, language_layers
+from rlhf_recipes.models.images import ImageReader, chat_with_images, images_of
 from rlhf_recipes.ppo.passes import sample_from
 from rlhf_recipes.ppo.prompts import PromptRules, check_rows
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer
@@ -273,7 +274,7 @@ def test_what_does_not_fit_is_refused_by_name(make, processor, rows, tiny_model_
     text = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM \(`model_type: llama`\) does not read pictures"):
         make(other=text, target_modules="all-linear")
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no `language_model` beside a vision tower"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no language part beside a vision tower"):
         language_layers(text)
 
 

@@ -166,3 +166,42 @@ def test_choices_are_of_the_picture_and_the_facts(load):
         drawn = [pixel for pixel in row["images"][0].get_flattened_data() if pixel != (255, 255, 255)]
         assert len(drawn) == 100 * (1 + script.NUMBERS.index(number))
         assert set(drawn) == {ImageColor.getrgb(colour)}
+
+
+def test_the_stages_see_pictures_that_rows_name(load, repo_root, run_stage, write_rows, tmp_path):
+    """From rows with paths and the YAMLs for Qwen2.5-VL to a policy, on a small one made by code."""
+    script = load("vision")
+    rng, rows = random.Random(0), []
+    for number in range(24):
+        row = script.choice(rng)
+        row["images"][0].save(tmp_path / f"{number}.png")
+        rows.append({**row, "images": [str(tmp_path / f"{number}.png")]})
+    args = script.VisionArguments(str(tmp_path), model="qwen2_5_vl", captions=0)
+    script.make_base(args, tmp_path, rng)
+
+    def run(stage, rows, **options):
+        small = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "gradient_accumulation_steps": 1}
+        config = repo_root / "recipes" / "llava_rlhf" / f"qwen2_5_vl_{stage}.yaml"
+        dataset = write_rows(rows, f"{stage}.jsonl")
+        return run_stage(stage, config=config, dataset_name=dataset, test_size=0.3, **small, **options)
+
+    answers = [{"completion": row["chosen"], **{name: row[name] for name in ("prompt", "images")}} for row in rows]
+    sft, reward = run("sft", answers), run("reward", rows)
+    prompts = [{name: row[name] for name in ("prompt", "reward_prompt", "images")} for row in rows]
+    ppo = run(
+        "ppo",
+        prompts,
+        sft_adapter=sft.folder,
+        reward_adapter=reward.folder,
+        steps_per_generation=1,
+        max_completion_length=6,
+        evaluation_rows=4,
+    )
+    for stage in (sft, reward, ppo):
+        assert (stage.folder / "processor_config.json").exists()
+        trained = [name for name, weight in stage.trainer.model.named_parameters() if weight.requires_grad]
+        assert trained
+        assert all(".language_model." in name or "score" in name or "heads" in name for name in trained)
+    seen = sft.evaluation["n"], reward.evaluation["n"]
+    assert 0 < seen[0] == seen[1] < 24, "one question about different pictures is split by the pictures"
+    assert ppo.trainer.image_reader is not None

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.models import load_image_classifier, load_image_model
-from rlhf_recipes.models.images import chat_with_images, language_layers
+from rlhf_recipes.models import language_layers, load_image_classifier, load_image_model
+from rlhf_recipes.models.images import chat_with_images
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.reward_modeling import (
     PreferenceConfig,
