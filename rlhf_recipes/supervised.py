@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_recipes.checkpoints import KeptRates
 from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow
 from rlhf_recipes.data.formats import IMAGE_COLUMNS
 from rlhf_recipes.models.adapters import name_base_absolutely
@@ -160,10 +161,11 @@ class ImageCollator:
     Args:
         reader: Reads them.
         end_ids: Ids that end a completion.
+        longest: Tokens of the model's context; `None` without a limit.
     """
 
-    def __init__(self, reader: ImageReader, end_ids: Sequence[int]) -> None:
-        self._reader, self._end_ids = reader, end_ids
+    def __init__(self, reader: ImageReader, end_ids: Sequence[int], longest: int | None = None) -> None:
+        self._reader, self._end_ids, self._longest = reader, end_ids, longest
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Make a batch of `B` rows.
@@ -212,6 +214,12 @@ class ImageCollator:
         if not isinstance(row.get("completion"), list):
             raise BadRow("has no chat as `completion`. Rows with pictures have `prompt` and `completion`, both chats")
         prompt_ids, [answer] = self._reader.encode_answers(row, [row["completion"]], self._end_ids)
+        length = len(prompt_ids) + len(answer)
+        if self._longest is not None and length > self._longest:
+            raise BadRow(
+                f"has {length} tokens with its pictures and completion, but the model's context is {self._longest}. "
+                "Make the pictures smaller, or shorten or remove such rows"
+            )
         return prompt_ids, answer
 
 
@@ -236,7 +244,7 @@ def _image_collator(
             "`max_length: null` (`max_length=None`)."
         )
     reader = ImageReader(processing_class, model)
-    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer))
+    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer), context_length(model))
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evals}.items():
         collator.check(dataset, name)

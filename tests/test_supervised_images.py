@@ -7,8 +7,8 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 
 from rlhf_recipes.models import language_layers, load_image_model, load_policy
-from rlhf_recipes.models.images import chat_with_images
-from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, evaluate_completions
+from rlhf_recipes.models.images import ImageReader, chat_with_images
+from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, ImageCollator, evaluate_completions
 
 COLOURS = ("red", "green", "blue")
 QUESTION = [{"role": "user", "content": "which colour ?"}]
@@ -111,3 +111,18 @@ def test_what_does_not_fit_is_refused_by_name(make, built_vision):
     broken = given.remove_columns("images").add_column("images", [["no/such/file.png"]] * 4)
     with pytest.raises(ValueError, match="The prompt of row 0 of the eval rows has a picture 0 that cannot be read"):
         make(given, evals=broken)
+    named = [{"role": "assistant", "content": "red <image>"}]
+    with pytest.raises(ValueError, match="The prompt of row 0 of the train rows has an answer with the image token"):
+        make(given.remove_columns("completion").add_column("completion", [named] * 4))
+
+
+@pytest.mark.parametrize("built_vision", ["qwen2_5_vl"], indirect=True)
+def test_a_picture_with_more_tokens_than_the_context_is_refused(built_vision):
+    model, processor = built_vision
+    large = Dataset.from_list([{**PAIR, "images": [Image.new("RGB", (112, 112), "red")]}])
+    reader = ImageReader(processor, model)
+    ImageCollator(reader, [1], longest=27).check(large, "train")  # of them 16 of the picture
+    with pytest.raises(
+        ValueError, match="row 0 of the train rows has 27 tokens with its pictures and completion, but"
+    ):
+        ImageCollator(reader, [1], longest=26).check(large, "train")

@@ -219,7 +219,7 @@ class ImageReader:
             Token ids of the prompt, and those of each answer up to and with its end token.
 
         Raises:
-            BadRow: If there is no prompt, or it cannot be read with its pictures.
+            BadRow: If there is no prompt, it cannot be read with its pictures, or an answer has the image token.
             ValueError: As of `encode_answer`.
         """
         if not row.get("prompt"):
@@ -227,7 +227,10 @@ class ImageReader:
         chat, options = chat_with_images(row), options_of(dict(row))
         [prompt_ids], _ = self.encode([chat], **(options["template_kwargs"] or {}))
         texts = [prepare_multimodal_messages(answer) for answer in answers]
-        return prompt_ids, [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
+        answer_ids = [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
+        if any(self._image_token in ids for ids in answer_ids):
+            raise BadRow("has an answer with the image token, for which there is no picture. Take it out of the text")
+        return prompt_ids, answer_ids
 
     def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Pixels | None]) -> list[EmbeddedPrompt]:
         """Embed prompts and their pictures, as `embed_prompts` does."""

@@ -28,7 +28,7 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
-from rlhf_recipes.models import language_layers, load_image_classifier
+from rlhf_recipes.models import language_layers, load_image_classifier, load_processor
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.image_embeddings import pad_prompts
 from rlhf_recipes.models.images import MODEL_TYPES, ImageReader, chat_with_images, check_reads_images
@@ -246,3 +246,25 @@ def test_pictures_as_embeddings_are_what_the_model_makes_of_them(family, tmp_pat
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained
     assert all(".language_model." in name or ".text_model." in name for name in trained)
+
+
+@pytest.mark.parametrize("built_vision", ["qwen2_5_vl"], indirect=True)
+def test_a_saved_processor_reads_pictures_as_before(built_vision, tmp_path):
+    model, processor = built_vision
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = load_processor(str(tmp_path))
+    assert loaded.tokenizer.padding_side == "left"
+    for row in rows():
+        before, after = plain_fields(processor, row), plain_fields(loaded, row)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_reads_no_pictures_has_no_processor(tiny_model_path):
+    with pytest.raises(ValueError, match="has no processor, which makes of pictures what a model reads: there is a"):
+        load_processor(tiny_model_path)
+    with pytest.raises(FileNotFoundError, match="Model folder './nowhere' does not exist"):
+        load_processor("./nowhere")
+    with pytest.raises(ValueError, match="`model_type: llama` reads no pictures"):
+        load_image_classifier(tiny_model_path)
