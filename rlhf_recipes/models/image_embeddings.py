@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_TYPES = "token_type_ids"
 Pixels = dict[str, Tensor]  # of the pictures of a prompt, and what a model asks for besides, such as their sizes
 
 
@@ -24,10 +26,12 @@ class EmbeddedPrompt:
         embeds: Embeddings of its tokens, shape `(P, H)`.
         positions: Where the model tells apart time, height and width: the position of each token on each of the
             three, shape `(P, 3)`. `None` where tokens are counted.
+        types: Where the tokens of a picture attend to each other: 1 at these, shape `(P,)`; else `None`.
     """
 
     embeds: Tensor
     positions: Tensor | None = None
+    types: Tensor | None = None
 
 
 @torch.no_grad()
@@ -61,12 +65,20 @@ def embed_prompts(
         if pictures:
             embeddings[row][places.to(device)] = torch.cat(pictures).to(embeddings[row])
     positions = [_grid_positions(model, *each) for each in zip(ids, pixels, strict=True)]
-    return [EmbeddedPrompt(*each) for each in zip(embeddings, positions, strict=True)]
+    marked = attends_within_pictures(model)
+    types = [(tokens == image_token).long().to(device) if marked else None for tokens in ids]
+    return [EmbeddedPrompt(*each) for each in zip(embeddings, positions, types, strict=True)]
 
 
-def has_grid_positions(model: Any) -> bool:
-    """Whether a model tells apart positions in time, height and width, as Qwen-VL does."""
-    return hasattr(model.base_model, "get_rope_index")
+def token_types(model: Any) -> str | None:
+    """The argument that tells a model which of its tokens are a picture's, as 1; `None` if it needs no such."""
+    taken = inspect.signature(model.base_model.forward).parameters
+    return next((name for name in ("mm_token_type_ids", _TYPES) if name in taken), None)
+
+
+def attends_within_pictures(model: Any) -> bool:
+    """Whether the tokens of a picture attend to each other in both directions, as Gemma 3's do."""
+    return hasattr(model.base_model, "get_image_features") and token_types(model) == _TYPES  # GPT-2 has types of texts
 
 
 def join_pixels(pixels: Sequence[Pixels]) -> Pixels:
@@ -90,7 +102,7 @@ def _count(pixels: Pixels) -> int:
 
 def _grid_positions(model: Any, ids: Tensor, pixels: Pixels | None) -> Tensor | None:
     """Positions in time, height and width, `(P, 3)`, on the model's device; `None` for a model that counts tokens."""
-    if not has_grid_positions(model):
+    if not hasattr(model.base_model, "get_rope_index"):
         return None
     types = (ids == model.config.image_token_id).int()
     sizes = {} if pixels is None else {"image_grid_thw": pixels["image_grid_thw"].cpu()}
@@ -117,10 +129,13 @@ def pad_prompts(prompts: Sequence[EmbeddedPrompt] | None) -> dict[str, Tensor]:
     """Pad embedded prompts on the left with zeros: fields of `Texts`, and none for prompts that are read as ids.
 
     Returns:
-        `prompt_embeds` `(B, P, H)`, and `prompt_positions` `(B, P, 3)` where the model has them.
+        `prompt_embeds` `(B, P, H)`, and where the model has them `prompt_positions` `(B, P, 3)` and `prompt_types`
+        `(B, P)`.
     """
     if prompts is None:
         return {}
-    embeds, positions = [each.embeds for each in prompts], [each.positions for each in prompts]
-    columns = {"prompt_embeds": embeds, "prompt_positions": [each for each in positions if each is not None]}
-    return {name: nn.utils.rnn.pad_sequence(rows, True, 0.0, "left") for name, rows in columns.items() if rows}
+    columns = {
+        f"prompt_{each.name}": [getattr(prompt, each.name) for prompt in prompts] for each in fields(prompts[0])
+    }
+    given = {name: rows for name, rows in columns.items() if rows[0] is not None}
+    return {name: nn.utils.rnn.pad_sequence(rows, True, 0.0, "left") for name, rows in given.items()}

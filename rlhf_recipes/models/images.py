@@ -2,7 +2,8 @@
 
 Vision tower and projector are frozen and carry no adapter. What they make of a picture is then the same for policy,
 reference and critic and after every update, so that it is computed once for a rollout. From there on a prompt is a
-row of embeddings, with their positions where these are not counted (Qwen-VL's are on a grid).
+row of embeddings, with positions where these are not counted (Qwen-VL's are on a grid), and marks at the tokens of a
+picture where these attend to each other (Gemma 3).
 
 `B` prompts, `P` prompt tokens, `H` hidden size.
 """
@@ -28,8 +29,8 @@ from rlhf_recipes.models.image_embeddings import (
     EmbeddedPrompt,
     Pixels,
     embed_prompts,
-    has_grid_positions,
     join_pixels,
+    token_types,
 )
 from rlhf_recipes.models.vision import language_part
 
@@ -39,10 +40,9 @@ if TYPE_CHECKING:
 _NESTED = (
     5  # dimensions of pixels that a processor (Idefics3's) lays out by text: of a single one, pictures come first
 )
-TOKEN_TYPES = "mm_token_type_ids"  # 1 at image tokens, from which the model finds positions on a grid
-# Others read more than embeddings and positions: attention in both directions within a picture (Gemma 3, PaliGemma),
-# features in deeper layers (Qwen3-VL).
-MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
+# What is not here was not tried, or reads more than this: features in deeper layers (Qwen3-VL), attention in both
+# directions in the whole prompt (PaliGemma).
+MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl", "gemma3")
 
 
 def check_no_images(dataset: Any, name: str) -> None:
@@ -91,13 +91,13 @@ def check_model_type(model: Any) -> Any:
     """Return the base of a model, with or without adapters, and refuse one that reads pictures in another way.
 
     Raises:
-        ValueError: If its language part reads more than embeddings, or no pictures at all.
+        ValueError: If its language part reads pictures in another way, or not at all.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base.config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
-            f"pictures as embeddings and positions alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts "
+            f"pictures in a way that is known here. Pictures work with {', '.join(MODEL_TYPES)}; for prompts "
             "without pictures give the processor's `tokenizer`."
         )
     return base
@@ -125,7 +125,8 @@ class ImageReader:
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of what a network takes beside token ids, as `network_fields` makes them."""
-        return (*self._of_pictures, TOKEN_TYPES)
+        name = token_types(self._model)
+        return self._of_pictures if name is None else (*self._of_pictures, name)
 
     @cached_property
     def _of_pictures(self) -> tuple[str, ...]:
@@ -159,8 +160,8 @@ class ImageReader:
         given = [row for row in pixels if row is not None]
         if not given:
             return {}
-        types = {TOKEN_TYPES: (input_ids == self._image_token).long()} if has_grid_positions(self._model) else {}
-        return {**join_pixels(given), **types}
+        name, types = token_types(self._model), (input_ids == self._image_token).long()
+        return join_pixels(given) | ({} if name is None else {name: types})
 
     @property
     def _image_token(self) -> int:
@@ -191,7 +192,8 @@ class ImageReader:
             pictures, or `None` without one.
 
         Raises:
-            BadRow: If the processor refuses a chat: a text names the image token, for which there is no picture.
+            BadRow: If the processor refuses a chat (a text names the image token, for which there is no picture), or a
+                picture is at its end.
         """
         options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **template}
         try:
@@ -203,7 +205,10 @@ class ImageReader:
             ]
         except (IndexError, StopIteration, ValueError) as error:  # an image token in a text asks for one more picture
             raise BadRow(f"cannot be read by the processor ({type(error).__name__}: {error})") from error
-        return [each["input_ids"][0].tolist() for each in encoded], list(map(self._taken, encoded))
+        prompt_ids = [each["input_ids"][0].tolist() for each in encoded]
+        if any(ids[-1] == self._image_token for ids in prompt_ids):
+            raise BadRow("ends with a picture: the chat template writes nothing behind it that asks for an answer")
+        return prompt_ids, list(map(self._taken, encoded))
 
     def encode_answers(
         self, row: Mapping[str, Any], answers: Sequence[Any], end_ids: Collection[int]

@@ -30,11 +30,11 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
-from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts, positions_after
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts, pad_prompts
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.models.rows import Rows, pad_rows
+from rlhf_recipes.models.rows import Texts, pad_rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, log_probs
 
@@ -273,12 +273,12 @@ class Roles:
         with self.use(role):
             for start in range(0, len(sequences), batch_size):
                 chunk = order[start : start + batch_size]
-                input_ids, mask = pad_rows([sequences[row] for row in chunk], pad_token_id, self.model.device)
-                rows = Rows(mask, self.packed)
-                network_input = self._input(rows, input_ids, chunk, embedded)
-                values = self.apply_head(role, self.hidden_states(**network_input))
-                by_row = zip(chunk, rows.split(values), strict=True)
-                scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
+                texts = self._texts(sequences, chunk, pad_token_id, embedded)
+                rows = texts.rows(self.packed)
+                values = self.apply_head(role, self.hidden_states(**texts.network_input(rows, self.embeddings)))
+                masks = torch.cat([texts.prompt_mask, texts.completion_mask], dim=1).bool()
+                by_row = zip(chunk, rows.split(values), masks, strict=True)
+                scores |= {row: numbers[mask] for row, numbers, mask in by_row}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
@@ -313,9 +313,8 @@ class Roles:
                 for start in range(0, len(sequences), batch_size):
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
-                    input_ids, mask = pad_rows(chunk, pad_token_id, self.model.device)
-                    indices = range(start, start + len(chunk))
-                    self.hidden_states(**self._input(Rows(mask, packed=False), input_ids, indices, embedded))
+                    texts = self._texts(sequences, range(start, start + len(chunk)), pad_token_id, embedded)
+                    self.hidden_states(**texts.network_input(texts.rows(packed=False), self.embeddings))
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
         finally:
@@ -323,21 +322,28 @@ class Roles:
             handle.remove()
         return attention
 
-    def _input(
-        self, rows: Rows, input_ids: Tensor, indices: Sequence[int], embedded: list[EmbeddedPrompt] | None
-    ) -> dict[str, Any]:
-        """What the network is called with for sequences `(B, L)`, padded on the right, with prompts as embeddings."""
-        if embedded is None:
-            return rows.network_input(input_ids)
-        embeds, positions = self.embeddings(input_ids), []
-        for row, index in enumerate(indices):
-            prompt = embedded[index]
-            length = len(prompt.embeds)
-            embeds[row, :length] = prompt.embeds
-            if prompt.positions is not None:
-                after = positions_after(prompt.positions, input_ids.size(1) - length)
-                positions.append(torch.cat([prompt.positions, after]))
-        return rows.network_input(embeds, torch.stack(positions) if positions else None)
+    def _texts(
+        self,
+        sequences: list[list[int]],
+        indices: Sequence[int],
+        pad_token_id: int,
+        embedded: list[EmbeddedPrompt] | None,
+    ) -> Texts:
+        """Some of the sequences, those without embedded prompts as prompts without completions."""
+        chosen = [sequences[index] for index in indices]
+        prompts = None if embedded is None else [embedded[index] for index in indices]
+        starts = [len(ids) for ids in chosen] if prompts is None else [len(prompt.embeds) for prompt in prompts]
+        before = [ids[:start] for ids, start in zip(chosen, starts, strict=True)]
+        after = [ids[start:] for ids, start in zip(chosen, starts, strict=True)]
+        prompt_ids, prompt_mask = pad_rows(before, pad_token_id, self.model.device, side="left")
+        completion_ids, completion_mask = pad_rows(after, pad_token_id, self.model.device)
+        return Texts(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            **pad_prompts(prompts),
+        )
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

@@ -114,16 +114,22 @@ class Rows:
         tokens = values.flatten(0, 1)[self._columns]
         return tokens[None] if self._packed else scatter_tokens(tokens, self._places, len(values), self._length)
 
-    def network_input(self, tokens: Tensor, positions: Tensor | None = None) -> dict[str, Any]:
+    def network_input(
+        self, tokens: Tensor, positions: Tensor | None = None, types: Tensor | None = None
+    ) -> dict[str, Any]:
         """What a network is called with for its tokens.
 
         Args:
             tokens: Ids of the mask's columns, shape `(B, W)`, or embeddings of them, `(B, W, H)`.
             positions: Of the mask's columns, on each axis of a grid, `(B, W, axes)`; `None`: tokens are counted.
+            types: 1 where a column is of a picture, whose tokens attend to each other, `(B, W)`; `None`: none do.
         """
-        name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
-        of_grid = {} if positions is None else {"position_ids": self.join(positions).movedim(-1, 0)}
-        return {name: self.join(tokens), **self.arguments, **of_grid}
+        given = {"input_ids" if tokens.dim() == 2 else "inputs_embeds": self.join(tokens), **self.arguments}
+        if positions is not None:
+            given["position_ids"] = self.join(positions).movedim(-1, 0)
+        if types is not None:
+            given["token_type_ids"] = self.join(types)
+        return given
 
     def split(self, states: Tensor) -> Tensor:
         """Undo `join`: `(B, W, ...)`, 0 where there is no token."""
@@ -196,6 +202,7 @@ class Texts:
             `(B, P, H)`; `None` without pictures.
         prompt_positions: Positions of their tokens in time, height and width, shape `(B, P, 3)`; `None` where the
             model counts tokens.
+        prompt_types: 1 at the tokens of pictures, shape `(B, P)`, where these attend to each other; else `None`.
 
     Example:
         >>> ids, mask = torch.tensor([[0, 5, 6], [0, 0, 7]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
@@ -210,6 +217,7 @@ class Texts:
     completion_mask: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
     prompt_embeds: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
     prompt_positions: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
+    prompt_types: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -245,10 +253,12 @@ class Texts:
         if self.prompt_embeds is None:
             return rows.network_input(self.ids)
         embeds = torch.cat([self.prompt_embeds, embeddings(self.completion_ids).to(self.prompt_embeds)], dim=1)
-        positions = self.prompt_positions
+        positions, types = self.prompt_positions, self.prompt_types
         if positions is not None:
             positions = torch.cat([positions, positions_after(positions, self.completion_ids.size(1))], dim=1)
-        return rows.network_input(embeds, positions)
+        if types is not None:
+            types = torch.cat([types, torch.zeros_like(self.completion_ids)], dim=1)
+        return rows.network_input(embeds, positions, types)
 
     def trimmed(self) -> Self:
         """Cut off the columns in which no text has a token, at least one of each left. The tensors are views."""

@@ -71,8 +71,8 @@ class PromptRules:
         if len(ids) > self.longest:
             return (
                 f"has {len(ids)} tokens, and the context leaves {self.longest} for a prompt",
-                "Shorten or remove such rows, make pictures smaller, lower `max_completion_length`, or use a model with a "
-                "longer context",
+                "Shorten or remove such rows, make pictures smaller, lower `max_completion_length`, or use a model "
+                "with a longer context",
             )
         if max(ids) >= self.embeddings:
             return (

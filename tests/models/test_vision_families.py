@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     GenerationConfig,
     GotOcr2ImageProcessorPil,
     Idefics3Config,
@@ -28,6 +33,7 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.models import language_layers, load_image_classifier, load_processor
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.image_embeddings import pad_prompts
@@ -145,7 +151,28 @@ def internvl():
     return InternVLForConditionalGeneration(config), processor
 
 
-FAMILIES = [qwen2_vl, idefics3, smolvlm, internvl]
+def gemma3():
+    tokenizer = tokenizer_of(
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=template("<start_of_image>"),
+    )
+    config = Gemma3Config(
+        text_config={"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, **text_sizes(tokenizer)},
+        vision_config={"image_size": 56, "patch_size": 14, **_LAYERS},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.vocab["<image_soft_token>"],
+        boi_token_index=tokenizer.vocab["<start_of_image>"],
+        eoi_token_index=tokenizer.vocab["<end_of_image>"],
+    )
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+FAMILIES = [qwen2_vl, idefics3, smolvlm, internvl, gemma3]
 
 
 @pytest.fixture
@@ -182,7 +209,7 @@ def plain_fields(processor, row):
 
 def with_completion(fields, ids):
     after = {"input_ids": torch.tensor([ids])}
-    after["mm_token_type_ids"] = torch.zeros_like(after["input_ids"])
+    after["mm_token_type_ids"] = after["token_type_ids"] = torch.zeros_like(after["input_ids"])
     more = {name: torch.cat([fields[name], values], dim=1) for name, values in after.items() if name in fields}
     return {**fields, **more}
 
@@ -216,8 +243,8 @@ def test_pictures_as_embeddings_are_what_the_model_makes_of_them(family, tmp_pat
     right = dict(zip(("completion_ids", "completion_mask"), pad_rows(COMPLETIONS, 0), strict=True))
     texts = Texts(**left, **right, **pad_prompts(embedded))
     pack(model)
-    assert is_packed(model)
-    for packed in (False, True):
+    assert is_packed(model) == (model.config.model_type != "gemma3")
+    for packed in {False, is_packed(model)}:
         places = texts.rows(packed)
         logits = model(**texts.network_input(places, model.get_input_embeddings()), use_cache=False).logits
         before = places.gather(logits, texts.positions_before)
@@ -268,3 +295,27 @@ def test_what_reads_no_pictures_has_no_processor(tiny_model_path):
         load_processor("./nowhere")
     with pytest.raises(ValueError, match="`model_type: llama` reads no pictures"):
         load_image_classifier(tiny_model_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, indirect=True, ids=lambda build: build.__name__)
+def test_ppo_trains(family, make_config):
+    """TRL's output layer and the roles on such a base: before the first update old and new policy are one."""
+    model, processor = family
+    chats = [{"prompt": row["prompt"], "images": row["images"]} for row in rows()] * 4
+    dataset = Dataset.from_list(chats)
+
+    def brief(completion_ids, **kwargs):
+        return [-float(len(ids)) for ids in completion_ids]
+
+    trainer = PPOTrainer(
+        model=model,
+        reward_funcs=brief,
+        args=make_config(critic_init="policy", max_steps=3),
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=language_layers(model)),
+    )
+    trainer.train()
+    [first, *_] = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert abs(first) < 1e-5

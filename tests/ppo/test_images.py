@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import GenerationConfig
 
 from rlhf_recipes import PPOTrainer
+from rlhf_recipes.data.dialogues import BadRow
 from rlhf_recipes.evaluation import evaluate_policy
 from rlhf_recipes.models import language_layers
 from rlhf_recipes.models.generation import sample_after
@@ -276,6 +277,12 @@ def test_what_does_not_fit_is_refused_by_name(make, processor, rows, tiny_model_
         make(other=text, target_modules="all-linear")
     with pytest.raises(ValueError, match="LlamaForCausalLM has no language part beside a vision tower"):
         language_layers(text)
+
+
+def test_a_template_that_asks_for_no_answer_behind_a_picture_is_refused(model, processor):
+    processor.chat_template = "{% for message in messages %}<image>{% endfor %}"
+    with pytest.raises(BadRow, match="ends with a picture: the chat template writes nothing behind it"):
+        ImageReader(processor, model).encode([chat_with_images({"prompt": QUESTION, "image": picture("red")})])
 
 
 @BOTH

@@ -179,18 +179,16 @@ def test_the_stages_see_pictures_that_rows_name(load, repo_root, run_stage, writ
     args = script.VisionArguments(str(tmp_path), model="qwen2_5_vl", captions=0)
     script.make_base(args, tmp_path, rng)
 
-    def run(stage, rows, **options):
+    dataset = write_rows(rows)
+
+    def run(stage, **options):
         small = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "gradient_accumulation_steps": 1}
         config = repo_root / "recipes" / "llava_rlhf" / f"qwen2_5_vl_{stage}.yaml"
-        dataset = write_rows(rows, f"{stage}.jsonl")
         return run_stage(stage, config=config, dataset_name=dataset, test_size=0.3, **small, **options)
 
-    answers = [{"completion": row["chosen"], **{name: row[name] for name in ("prompt", "images")}} for row in rows]
-    sft, reward = run("sft", answers), run("reward", rows)
-    prompts = [{name: row[name] for name in ("prompt", "reward_prompt", "images")} for row in rows]
+    sft, reward = run("sft"), run("reward")
     ppo = run(
         "ppo",
-        prompts,
         sft_adapter=sft.folder,
         reward_adapter=reward.folder,
         steps_per_generation=1,
