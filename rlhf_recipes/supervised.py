@@ -18,7 +18,7 @@ from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.data.formats import IMAGE_COLUMNS
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.images import ImageReader, check_model_type, check_reads_images
 from rlhf_recipes.models.resumed import check_same_adapter

@@ -31,11 +31,11 @@ from rlhf_recipes.data.dialogues import (
 )
 from rlhf_recipes.data.instructions import only_prompts
 from rlhf_recipes.data.preferences import are_preferences, best_completions, to_preference_table
+from rlhf_recipes.messages import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE_COLUMNS = ("images", "image")
 _PICTURES_AT_A_TIME = 256
 _SOURCES = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.formats import IMAGE_COLUMNS
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.loading import (
     load_causal_lm,
     load_image_classifier,

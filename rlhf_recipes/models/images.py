@@ -24,7 +24,7 @@ from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.data.formats import IMAGE_COLUMNS
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.image_embeddings import (
     EmbeddedPrompt,
     Pixels,

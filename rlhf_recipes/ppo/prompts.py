@@ -13,8 +13,9 @@ from datasets import Dataset, IterableDataset
 from rlhf_recipes.data.chat_templates import check_prompt_format
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
-from rlhf_recipes.data.formats import IMAGE_COLUMNS, encode_prompts
+from rlhf_recipes.data.formats import encode_prompts
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.images import chat_with_images
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from trl import RewardTrainer
 
 from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
-from rlhf_recipes.data.formats import IMAGE_COLUMNS
 from rlhf_recipes.data.reward_prompts import with_graded_prompts
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.images import (
