@@ -120,7 +120,7 @@ def with_completion(fields, ids):
 
 @pytest.mark.parametrize(
     ("built_vision", "critic"),
-    [("llava", "adapter"), ("llava", "head"), ("qwen2_5_vl", "adapter"), ("qwen2_5_vl", "head")],
+    [("llava", "adapter"), ("llava", "head"), ("qwen2_5_vl", "adapter")],
     indirect=["built_vision"],
 )
 def test_every_network_reads_the_pictures(make, processor, rows, critic):
@@ -168,7 +168,7 @@ def test_what_is_sampled_as_good_as_greedily_is_what_the_model_generates(make, p
     assert len(max(found, key=len)) > 2, "else nothing is said of the tokens behind the first"
 
 
-@BOTH
+@QWEN
 def test_ppo_trains_and_evaluates_and_leaves_the_vision_part_alone(make, model, tmp_path, rows):
     trainer = make(max_steps=2, num_iterations=2)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
