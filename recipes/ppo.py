@@ -31,7 +31,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     from rlhf_recipes.checkpoints import check_output_dir, is_finished
     from rlhf_recipes.data import load_rows, load_splits, to_prompts
     from rlhf_recipes.evaluation import evaluate_policy, watch_training, write_evaluation
-    from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, model_options
+    from rlhf_recipes.models import load_policy, load_policy_base, load_tokenizer, lora_config
     from rlhf_recipes.tracking import log_outputs, start_stage
 
     checkpoint = check_output_dir(training_args)
@@ -42,7 +42,7 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
     rows = load_splits(data_args, partial(to_prompts, prompt_words=ppo_args.prompt_words), tokenizer.chat_template)
-    policy = load_causal_lm(model_args.model_name_or_path, **model_options(model_args), **source)
+    policy, reader = load_policy_base(model_args, tokenizer, rows, **source)  # with a processor if rows have pictures
     if (start := ppo_args.policy_adapter or ppo_args.sft_adapter) is not None:
         policy = load_policy(policy, start, training_args.adapter_tolerance)
 
@@ -64,8 +64,8 @@ def main(ppo_args: PPOArguments, data_args: DataArguments, training_args: PPOCon
         args=training_args,
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
-        processing_class=tokenizer,
-        peft_config=lora_config(model_args, "CAUSAL_LM") if start is None else None,
+        processing_class=reader,
+        peft_config=lora_config(model_args, "CAUSAL_LM", policy) if start is None else None,
         reference_adapter=ppo_args.sft_adapter if ppo_args.policy_adapter else None,
         critic_model=ppo_args.critic_model,
         placement=placement,

@@ -7,10 +7,9 @@ from rlhf_recipes.checkpoints import check_output_dir, is_finished, save_evaluat
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import check_tokenized, context_length
 from rlhf_recipes.models import (
-    load_sequence_classifier,
+    load_reward_base,
     load_tokenizer,
     lora_config,
-    model_options,
     stage_table,
     start_from,
     upcast_trainable,
@@ -46,7 +45,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
     rows = load_reward_rows(data_args, training_args, tokenizer.chat_template)
-    model = load_sequence_classifier(model_args.model_name_or_path, **model_options(model_args), **source)
+    model, reader = load_reward_base(model_args, tokenizer, rows, **source)  # with a processor if rows have pictures
     if is_encoder(model):  # `[CLS] prompt [SEP] completion [SEP]`, as PPO reads it
         rows = encode_rows(rows, tokenizer, context_length(model), training_args.max_length)
 
@@ -57,7 +56,7 @@ def main(data_args: DataArguments, training_args: PreferenceConfig, model_args: 
         args=training_args,
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
-        processing_class=tokenizer,
+        processing_class=reader,
         peft_config=lora_config(model_args, "SEQ_CLS", model),
     )
     upcast_trainable(trainer.model)

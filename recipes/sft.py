@@ -7,10 +7,9 @@ from rlhf_recipes.checkpoints import check_output_dir, is_finished, load_finishe
 from rlhf_recipes.config import DataArguments, parse_stage
 from rlhf_recipes.data import check_completions, check_tokenized, end_token_ids, load_splits, to_completions
 from rlhf_recipes.models import (
-    load_causal_lm,
+    load_policy_base,
     load_tokenizer,
     lora_config,
-    model_options,
     stage_table,
     upcast_trainable,
 )
@@ -34,7 +33,7 @@ def main(data_args: DataArguments, training_args: CompletionConfig, model_args: 
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, **source)
     rows = load_splits(data_args, to_completions, tokenizer.chat_template)
-    model = load_causal_lm(model_args.model_name_or_path, **model_options(model_args), **source)
+    model, reader = load_policy_base(model_args, tokenizer, rows, **source)  # with a processor if rows have pictures
     check_completions(rows["train"], tokenizer, end_token_ids(model, tokenizer))
 
     # 2. TRL's trainer puts the adapter on the base, and an end token after every completion.
@@ -43,7 +42,7 @@ def main(data_args: DataArguments, training_args: CompletionConfig, model_args: 
         args=training_args,
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
-        processing_class=tokenizer,
+        processing_class=reader,
         peft_config=lora_config(model_args, "CAUSAL_LM", model),
     )
     upcast_trainable(trainer.model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+IMAGE_COLUMNS = ("images", "image")  # of rows, with the pictures that belong into the messages of their prompts
+
 
 def as_text(value: Any) -> str:
     r"""Write a prompt or a completion as text: messages become lines with their roles, nothing an empty text.

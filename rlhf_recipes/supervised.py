@@ -16,9 +16,11 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_recipes.checkpoints import KeptRates
 from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.data.chat_templates import end_token_ids
+from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.adapters import name_base_absolutely
-from rlhf_recipes.models.images import COLUMNS, ImageReader, check_model_type, check_reads_images
+from rlhf_recipes.models.images import ImageReader, check_model_type, check_reads_images
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.rows import pad_rows
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
@@ -159,25 +161,25 @@ class ImageCollator:
     Args:
         reader: Reads them.
         end_ids: Ids that end a completion.
+        longest: Tokens of the model's context; `None` without a limit.
     """
 
-    def __init__(self, reader: ImageReader, end_ids: Sequence[int]) -> None:
-        self._reader, self._end_ids = reader, end_ids
+    def __init__(self, reader: ImageReader, end_ids: Sequence[int], longest: int | None = None) -> None:
+        self._reader, self._end_ids, self._longest = reader, end_ids, longest
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Make a batch of `B` rows.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (-100 at prompts and padding), each `(B, L)`, padded on the
-            right; and `pixel_values` `(pictures, channels, height, width)`, if there are pictures.
+            right; and the pictures as the model's processor hands them over, if there are any.
         """
         encoded = [self._encode(row) for row in rows]
         padding: int = self._reader.tokenizer.pad_token_id
         ids, mask = pad_rows([[*prompt, *answer] for prompt, answer in encoded], padding)
         labels, _ = pad_rows([[-100] * len(prompt) + answer for prompt, answer in encoded], -100)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        pixels = [values for row in rows if (values := self._reader.pixels(row)) is not None]
-        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+        return batch | self._reader.network_fields(ids, list(map(self._reader.pixels, rows)))
 
     def text_ids(self, row: dict[str, Any]) -> list[int]:
         """Token ids of a row without those that stand for pictures."""
@@ -196,7 +198,7 @@ class ImageCollator:
         """
         if not isinstance(dataset, Dataset):
             return
-        if not set(COLUMNS) & set(dataset.column_names):
+        if not set(IMAGE_COLUMNS) & set(dataset.column_names):
             raise ValueError(
                 f"A processor is given, but the {name} rows have no column `images` or `image`: they have "
                 f"{dataset.column_names}. Add one (an empty list where a row has no picture), or give the processor's "
@@ -212,6 +214,12 @@ class ImageCollator:
         if not isinstance(row.get("completion"), list):
             raise BadRow("has no chat as `completion`. Rows with pictures have `prompt` and `completion`, both chats")
         prompt_ids, [answer] = self._reader.encode_answers(row, [row["completion"]], self._end_ids)
+        length = len(prompt_ids) + len(answer)
+        if self._longest is not None and length > self._longest:
+            raise BadRow(
+                f"has {length} tokens with its pictures and completion, but the model's context is {self._longest}. "
+                "Make the pictures smaller, or shorten or remove such rows"
+            )
         return prompt_ids, answer
 
 
@@ -227,7 +235,7 @@ def _image_collator(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`processing_class` is a processor, but `model` is a {type(model).__name__}. Give a loaded model: "
-            "`LlavaForConditionalGeneration.from_pretrained(...)`."
+            "that of `load_image_model` (`rlhf_recipes.models`)."
         )
     check_model_type(model)
     if args is None or args.max_length is not None:
@@ -236,7 +244,7 @@ def _image_collator(
             "`max_length: null` (`max_length=None`)."
         )
     reader = ImageReader(processing_class, model)
-    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer))
+    collator = ImageCollator(reader, end_token_ids(model, reader.tokenizer), context_length(model))
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evals}.items():
         collator.check(dataset, name)

@@ -243,13 +243,17 @@ def make_trainer(make_config, sft_adapter, reward_adapter, prompts):
 
 
 @pytest.fixture
-def built_llava():
-    """A random LLaVA whose weights are spread so far that every mistake shows, and its processor."""
+def built_vision(request):
+    """A random vision-language model whose weights are spread so far that every mistake shows, and its processor.
+
+    A LLaVA, or another that a test names: `@pytest.mark.parametrize("built_vision", [...], indirect=True)`.
+    """
     import torch
 
-    from rlhf_recipes.models.tiny_vision import tiny_llava
+    from rlhf_recipes.models import tiny_vision
 
-    model, processor = tiny_llava("red green blue white a square which colour ?".split())
+    make = getattr(tiny_vision, f"tiny_{getattr(request, 'param', 'llava')}")
+    model, processor = make("red green blue white a square which colour ?".split())
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -1,25 +1,32 @@
-"""LLaVA-RLHF on pictures: SFT, a reward model that sees the picture and reads facts, PPO; on a LLaVA made by code.
+"""LLaVA-RLHF on pictures: SFT, a reward model that sees the picture and reads facts, PPO; on a model made by code.
 
-python recipes/llava_rlhf/vision.py --output_dir outputs/llava_rlhf/vision
+python recipes/llava_rlhf/vision.py --output_dir outputs/llava_rlhf/vision [--model qwen2_5_vl]
 """
 
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image, ImageDraw
-from transformers import AutoProcessor, LlavaForConditionalGeneration, set_seed
+from transformers import set_seed
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.checkpoints import save_evaluation
 from rlhf_recipes.config import parse_stage
 from rlhf_recipes.evaluation import evaluate_policy, write_evaluation
-from rlhf_recipes.models import load_image_classifier, load_policy
-from rlhf_recipes.models.images import chat_with_images, language_layers
-from rlhf_recipes.models.tiny_vision import tiny_llava
+from rlhf_recipes.models import (
+    language_layers,
+    load_image_classifier,
+    load_image_model,
+    load_policy,
+    load_processor,
+)
+from rlhf_recipes.models.images import ImageReader, chat_with_images
+from rlhf_recipes.models.tiny_vision import tiny_llava, tiny_qwen2_5_vl
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer, evaluate_pairs, pairs_table
 from rlhf_recipes.supervised import CompletionConfig, CompletionTrainer, completions_table, evaluate_completions
 
@@ -42,6 +49,7 @@ class VisionArguments:
     """Sizes and lengths of the run."""
 
     output_dir: str = field(default="outputs/llava_rlhf/vision", metadata={"help": "Folder of all stages."})
+    model: Literal["llava", "qwen2_5_vl"] = field(default="llava", metadata={"help": "What the base is."})
     seed: int = field(default=0, metadata={"help": "Seed of pictures, model and training."})
     captions: int = field(
         default=16_000, metadata={"help": "Captioned pictures that the base learns from, each once."}
@@ -76,7 +84,8 @@ def main(args: VisionArguments) -> None:
 def make_base(args: VisionArguments, out: Path, rng: random.Random) -> None:
     """A base that has read captions of which half is guessed, and true ones where facts stand before the question."""
     words = [*COLOURS, *NUMBERS, *f"{QUESTION} facts : squares , .".split()]
-    model, processor = tiny_llava(list(dict.fromkeys(word for word in words if word != ":")), hidden_size=64)
+    make = tiny_qwen2_5_vl if args.model == "qwen2_5_vl" else tiny_llava
+    model, processor = make(list(dict.fromkeys(word for word in words if word != ":")), hidden_size=64)
     learn_captions(model, processor, [example(rng, truth=0.5) for _ in range(args.captions)])
     model.save_pretrained(out / "base")
     processor.save_pretrained(out / "base")
@@ -156,7 +165,7 @@ def train_policy(args: VisionArguments, out: Path, rng: random.Random) -> None:
 
 
 def load_base(out: Path):
-    return LlavaForConditionalGeneration.from_pretrained(out / "base"), AutoProcessor.from_pretrained(out / "base")
+    return load_image_model(str(out / "base")), load_processor(str(out / "base"))
 
 
 def picture(rng: random.Random) -> tuple[Image.Image, str, str]:
@@ -230,7 +239,7 @@ def true_statements(completions, colour, number, **kwargs):
 
 def learn_captions(model, processor, examples: list[dict], batch_size: int = 32) -> None:
     """Train all weights on captions; every second batch has facts before the question, and captions that are true."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer, reader = torch.optim.AdamW(model.parameters(), lr=1e-3), ImageReader(processor, model)
     model.train()
     for number, start in enumerate(range(0, len(examples) - batch_size + 1, batch_size)):
         batch = examples[start : start + batch_size]
@@ -248,7 +257,8 @@ def learn_captions(model, processor, examples: list[dict], batch_size: int = 32)
         answers = processor.tokenizer(texts, return_tensors="pt")["input_ids"]
         ids = torch.cat([prompts["input_ids"], answers], dim=1)
         labels = torch.cat([torch.full_like(prompts["input_ids"], -100), answers], dim=1)
-        model(input_ids=ids, pixel_values=prompts["pixel_values"], labels=labels).loss.backward()
+        pictures = {name: values for name, values in prompts.items() if name in reader.fields}
+        model(input_ids=ids, labels=labels, **reader.network_fields(ids, [pictures])).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,10 +31,12 @@ from rlhf_recipes.data.dialogues import (
 )
 from rlhf_recipes.data.instructions import only_prompts
 from rlhf_recipes.data.preferences import are_preferences, best_completions, to_preference_table
+from rlhf_recipes.messages import IMAGE_COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PICTURES_AT_A_TIME = 256
 _SOURCES = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 
 
@@ -205,6 +207,8 @@ def split_by_prompt(dataset: Dataset, test_size: float, seed: int) -> DatasetDic
 def prompt_keys(dataset: Dataset) -> list[str]:
     """Write the prompts of converted rows (see `split_by_prompt`) as JSON, to compare them.
 
+    Rows with pictures have a hash of these beside it: one question about two pictures makes two prompts.
+
     Example:
         >>> prompt_keys(Dataset.from_dict({"prompt": ["a", "b"]}))
         ['"a"', '"b"']
@@ -212,7 +216,15 @@ def prompt_keys(dataset: Dataset) -> list[str]:
     column = _columns(dataset, ["prompt"], ["messages"], ["text"])[0]
     values = dataset[column]
     prompts = (split_dialogue(value)[0] for value in values) if column == "messages" else values
-    return [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    for name in set(IMAGE_COLUMNS) & set(dataset.column_names):
+        stored = dataset.select_columns(name).with_format("arrow")  # as paths or files: nothing is decoded
+        pictures = (value for batch in stored.iter(_PICTURES_AT_A_TIME) for value in batch[name].to_pylist())
+        keys = [
+            f"{key} {hashlib.sha256(repr(picture).encode()).hexdigest()}"
+            for key, picture in zip(keys, pictures, strict=True)
+        ]
+    return keys
 
 
 def check_prompt_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:

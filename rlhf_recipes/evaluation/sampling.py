@@ -25,7 +25,7 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids, options_of
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.generation import sample_after
-from rlhf_recipes.models.images import pad_embeddings
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
 from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Texts, pad_rows
@@ -189,9 +189,9 @@ def _sample_batch(
     )
     rows = trainer.chats_of(rows) if isinstance(trainer, PPOTrainer) else rows
     prompt_ids = _prompt_ids(trainer, rows)
-    embeds = trainer.embeddings_of(prompt_ids, rows) if isinstance(trainer, PPOTrainer) else None
+    embedded = trainer.embedded_prompts(prompt_ids, rows) if isinstance(trainer, PPOTrainer) else None
     with network(trainer, of_reference) as model:
-        completion_ids = _completion_ids(trainer, model, prompt_ids, embeds, ends, max_new_tokens, mixed_lengths)
+        completion_ids = _completion_ids(trainer, model, prompt_ids, embedded, ends, max_new_tokens, mixed_lengths)
         ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, side="left")
         sampled, counts = pad_rows(completion_ids, tokenizer.pad_token_id, device)
         texts = Texts(
@@ -199,7 +199,7 @@ def _sample_batch(
             prompt_mask=mask,
             completion_ids=sampled,
             completion_mask=counts,
-            prompt_embeds=pad_embeddings(embeds),
+            **pad_prompts(embedded),
         )
         logps, entropies = _logps(trainer, model, texts)
     kl: list[float] | list[None] = [None] * len(rows)
@@ -241,13 +241,13 @@ def _completion_ids(
     trainer: Any,
     model: Any,
     prompt_ids: list[list[int]],
-    embeds: list[Tensor] | None,
+    embedded: list[EmbeddedPrompt] | None,
     ends: Sequence[int],
     max_new_tokens: int,
     mixed_lengths: bool,
 ) -> list[list[int]]:
     if isinstance(trainer, PPOTrainer):  # as in its rollouts
-        return sample_from(trainer, model, prompt_ids, embeds)
+        return sample_from(trainer, model, prompt_ids, embedded)
     temperature = getattr(trainer, "temperature", 1.0)
     config = GenerationConfig(
         do_sample=True,

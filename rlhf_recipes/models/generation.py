@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from rlhf_recipes.models.arguments import CACHE
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
 from rlhf_recipes.models.rows import Rows, pad_rows
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def sample_after(
     temperature: float,
     ends: Sequence[int],
     packed: bool = False,
-    prompt_embeds: Sequence[Tensor] | None = None,
+    embedded: Sequence[EmbeddedPrompt] | None = None,
 ) -> list[list[int]]:
     """Sample one completion after each prompt.
 
@@ -226,20 +227,19 @@ def sample_after(
         temperature: At which log-probabilities are computed.
         ends: Ids of tokens that end a completion.
         packed: Whether to spend no time on padding, with a model that reads texts one after another.
-        prompt_embeds: Embeddings of the prompts, each `(P, H)`, to be read in place of their ids.
+        embedded: The prompts as embeddings, to be read in place of their ids.
 
     Returns:
         Token ids of the completions, with the end token where it was sampled.
     """
     ids, mask = pad_rows(prompt_ids, generation_config.pad_token_id, model.device, side="left")
-    if prompt_embeds is not None:
-        embeds = torch.nn.utils.rnn.pad_sequence(list(prompt_embeds), True, 0.0, "left")
-        sampled = sample_with_transformers(
-            model, generation_config, temperature, inputs_embeds=embeds, attention_mask=mask
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if embedded is not None:
+        more = read_embedded(inner, pad_prompts(embedded), mask)
+        sequences = sample_with_transformers(
+            model, generation_config, temperature, input_ids=ids, attention_mask=mask, **more
         )
-        sequences = torch.cat([ids, sampled], dim=1)  # after embeddings, transformers gives what is new
     elif packed:
-        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         sequences = sample(inner, ids, mask, generation_config, temperature, ends)
     else:
         sequences = sample_with_transformers(model, generation_config, temperature, input_ids=ids, attention_mask=mask)
@@ -342,3 +342,33 @@ def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Dynam
                 rows.split(states.transpose(1, 2)).transpose(1, 2) for states in (layer.keys, layer.values)
             )
     return cache
+
+
+@torch.no_grad()
+def read_embedded(model: Any, prompts: dict[str, Tensor], attention_mask: Tensor) -> dict[str, Any]:
+    """Let a model read prompts as embeddings, so that `model.generate` goes on from their keys and values.
+
+    Not every family's `generate` takes embeddings itself. The last token of a prompt, which is none of a picture's, is
+    left for it.
+
+    Args:
+        model: The model without PEFT's wrapper.
+        prompts: What `pad_prompts` gives.
+        attention_mask: 1 where prompts have a token, shape `(B, P)`.
+
+    Returns:
+        Arguments of `model.generate`: the cache, and positions where the model has its own.
+    """
+    counted = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = prompts["prompt_positions"].movedim(-1, 0) if "prompt_positions" in prompts else counted
+    types = {"token_type_ids": prompts["prompt_types"][:, :-1]} if "prompt_types" in prompts else {}
+    cache = DynamicCache(config=model.config)
+    model.base_model(
+        inputs_embeds=prompts["prompt_embeds"][:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=positions[..., :-1],
+        use_cache=True,
+        **types,
+        **{CACHE: cache},
+    )
+    return {CACHE: cache, "position_ids": positions}

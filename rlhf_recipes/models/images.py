@@ -2,7 +2,8 @@
 
 Vision tower and projector are frozen and carry no adapter. What they make of a picture is then the same for policy,
 reference and critic and after every update, so that it is computed once for a rollout. From there on a prompt is a
-row of embeddings.
+row of embeddings, with positions where these are not counted (Qwen-VL's are on a grid), and marks at the tokens of a
+picture where these attend to each other (Gemma 3).
 
 `B` prompts, `P` prompt tokens, `H` hidden size.
 """
@@ -10,59 +11,38 @@ row of embeddings.
 from __future__ import annotations
 
 import copy
-import re
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.models.image_embeddings import embed_prompts
+from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.models.image_embeddings import (
+    EmbeddedPrompt,
+    Pixels,
+    embed_prompts,
+    join_pixels,
+    token_types,
+)
+from rlhf_recipes.models.vision import language_part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COLUMNS = ("images", "image")
-# Others read more than embeddings: positions on a grid (Qwen-VL), attention in both directions within a picture
-# (Gemma 3, PaliGemma), features in deeper layers (Qwen3-VL).
-MODEL_TYPES = ("llava",)
-
-
-def language_layers(model: Any) -> str:
-    r"""Return LoRA's `target_modules` for all linear layers of a vision-language model's language part.
-
-    Args:
-        model: The model without adapters.
-
-    Returns:
-        A regular expression for full names of modules.
-
-    Raises:
-        ValueError: If the model has no language part beside others.
-
-    Example:
-        >>> model = nn.Module()
-        >>> model.base_model = nn.Module()
-        >>> model.base_model.language_model = nn.ModuleDict({"q_proj": nn.Linear(2, 2)})
-        >>> language_layers(model)
-        '(.*\\.)?base_model\\.language_model\\.(.*\\.)?(q_proj)'
-    """
-    language = getattr(model.base_model, "language_model", None)
-    if language is None:
-        raise ValueError(
-            f"{type(model).__name__} has no `language_model` beside a vision tower. For a text model, give "
-            "`target_modules='all-linear'`."
-        )
-    prefix = next(name for name, module in model.named_modules() if module is language)
-    linear = {name.rpartition(".")[2] for name, module in language.named_modules() if isinstance(module, nn.Linear)}
-    return rf"(.*\.)?{re.escape(prefix)}\.(.*\.)?({'|'.join(sorted(linear))})"
+_NESTED = (
+    5  # dimensions of pixels that a processor (Idefics3's) lays out by text: of a single one, pictures come first
+)
+# What is not here was not tried, or reads more than this: features in deeper layers (Qwen3-VL), attention in both
+# directions in the whole prompt (PaliGemma).
+MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl", "gemma3")
 
 
 def check_no_images(dataset: Any, name: str) -> None:
@@ -75,7 +55,7 @@ def check_no_images(dataset: Any, name: str) -> None:
     Raises:
         ValueError: If they have a column of pictures.
     """
-    if found := [column for column in COLUMNS if column in (dataset.column_names or ())]:
+    if found := [column for column in IMAGE_COLUMNS if column in (dataset.column_names or ())]:
         raise ValueError(
             f"The {name} rows have the column {found[0]!r}, but this stage reads text and sees no pictures. Remove "
             "it, and write what is to be known of the pictures into the texts (`reward_prompt` for reward models)."
@@ -96,14 +76,14 @@ def check_reads_images(model: Any) -> None:
         raise ValueError(
             "A vision-language model is trained with LoRA on its language part, since all roles share its frozen "
             "vision tower. Give `peft_config=LoraConfig(target_modules=language_layers(model), ...)` "
-            "(`rlhf_recipes.models.images`)."
+            "(`rlhf_recipes.models`)."
         )
-    inside = f"{base.base_model_prefix}.language_model."
+    inside = f"{language_part(base)[0]}."
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and not name.startswith(inside):
             raise ValueError(
                 f"An adapter is on {name!r}, outside of the language part: its pictures would look otherwise to each "
-                "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models.images`)."
+                "role. Give `target_modules=language_layers(model)` (`rlhf_recipes.models`)."
             )
 
 
@@ -111,14 +91,14 @@ def check_model_type(model: Any) -> Any:
     """Return the base of a model, with or without adapters, and refuse one that reads pictures in another way.
 
     Raises:
-        ValueError: If its language part reads more than embeddings, or no pictures at all.
+        ValueError: If its language part reads pictures in another way, or not at all.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base.config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"A processor is given, but {type(base).__name__} (`model_type: {base.config.model_type}`) does not read "
-            f"pictures as embeddings alone. Pictures work with {', '.join(MODEL_TYPES)}; for prompts without pictures "
-            "give the processor's `tokenizer`."
+            f"pictures in a way that is known here. Pictures work with {', '.join(MODEL_TYPES)}; for prompts "
+            "without pictures give the processor's `tokenizer`."
         )
     return base
 
@@ -142,30 +122,65 @@ class ImageReader:
         tokenizer.chat_template = self.processor.chat_template or tokenizer.chat_template
         return tokenizer
 
-    def pixels(self, row: Mapping[str, Any]) -> Tensor | None:
-        """Pixels of the pictures of a row `(pictures, channels, height, width)`, or `None` without one.
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of what a network takes beside token ids, as `network_fields` makes them."""
+        name = token_types(self._model)
+        return self._of_pictures if name is None else (*self._of_pictures, name)
+
+    @cached_property
+    def _of_pictures(self) -> tuple[str, ...]:
+        taken = inspect.signature(self._model.base_model.forward).parameters
+        return tuple(name for name in self.processor.image_processor.model_input_names if name in taken)
+
+    def pixels(self, row: Mapping[str, Any]) -> Pixels | None:
+        """Pixels of the pictures of a row, and their sizes where the model needs these; `None` without a picture.
 
         Raises:
             BadRow: If one cannot be read.
         """
-        images = images_of(row)
-        if not images:
-            return None
-        values: Tensor = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return values
+        shown = [{"type": "image", "image": image} for image in images_of(row)]
+        return self.encode([[{"role": "user", "content": shown}]])[1][0] if shown else None
+
+    def _taken(self, encoded: Mapping[str, Tensor]) -> Pixels | None:
+        fields = {name: encoded[name] for name in self._of_pictures if name in encoded}
+        nested = fields and fields["pixel_values"].dim() == _NESTED
+        return {name: values.movedim(1, 0) if nested else values for name, values in fields.items()} or None
+
+    def network_fields(self, input_ids: Tensor, pixels: Sequence[Pixels | None]) -> dict[str, Tensor]:
+        """What a network is called with beside token ids, to read pictures as its processor hands them over.
+
+        Args:
+            input_ids: Token ids of texts, shape `(B, L)`.
+            pixels: The pixels of their pictures.
+
+        Returns:
+            Nothing without a picture.
+        """
+        given = [row for row in pixels if row is not None]
+        if not given:
+            return {}
+        name, types = token_types(self._model), (input_ids == self._image_token).long()
+        return join_pixels(given) | ({} if name is None else {name: types})
+
+    @property
+    def _image_token(self) -> int:
+        token: int = self._model.config.image_token_id
+        return token
 
     def without_images(self, ids: Sequence[int]) -> list[int]:
         """Token ids without those that stand for pictures."""
-        return [token for token in ids if token != self._model.config.image_token_id]
+        return [token for token in ids if token != self._image_token]
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Put the pictures of rows into the messages of their prompts, in RGB, and leave their column out."""
         return [
-            {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": chat_with_images(row)}
+            {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
+            | {"prompt": chat_with_images(row)}
             for row in rows
         ]
 
-    def encode(self, prompts: Sequence[Any], **template: Any) -> tuple[list[list[int]], list[Tensor | None]]:
+    def encode(self, prompts: Sequence[Any], **template: Any) -> tuple[list[list[int]], list[Pixels | None]]:
         """Encode chats as the processor does, for generation.
 
         Args:
@@ -174,10 +189,11 @@ class ImageReader:
 
         Returns:
             For each the token ids, with as many image tokens as a picture has features, and the pixels of its
-            pictures `(pictures, channels, height, width)`, or `None` without one.
+            pictures, or `None` without one.
 
         Raises:
-            BadRow: If the processor refuses a chat: a text names the image token, for which there is no picture.
+            BadRow: If the processor refuses a chat (a text names the image token, for which there is no picture), or a
+                picture is at its end.
         """
         options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **template}
         try:
@@ -189,7 +205,10 @@ class ImageReader:
             ]
         except (IndexError, StopIteration, ValueError) as error:  # an image token in a text asks for one more picture
             raise BadRow(f"cannot be read by the processor ({type(error).__name__}: {error})") from error
-        return [each["input_ids"][0].tolist() for each in encoded], [each.get("pixel_values") for each in encoded]
+        prompt_ids = [each["input_ids"][0].tolist() for each in encoded]
+        if any(ids[-1] == self._image_token for ids in prompt_ids):
+            raise BadRow("ends with a picture: the chat template writes nothing behind it that asks for an answer")
+        return prompt_ids, list(map(self._taken, encoded))
 
     def encode_answers(
         self, row: Mapping[str, Any], answers: Sequence[Any], end_ids: Collection[int]
@@ -205,7 +224,7 @@ class ImageReader:
             Token ids of the prompt, and those of each answer up to and with its end token.
 
         Raises:
-            BadRow: If there is no prompt, or it cannot be read with its pictures.
+            BadRow: If there is no prompt, it cannot be read with its pictures, or an answer has the image token.
             ValueError: As of `encode_answer`.
         """
         if not row.get("prompt"):
@@ -213,14 +232,16 @@ class ImageReader:
         chat, options = chat_with_images(row), options_of(dict(row))
         [prompt_ids], _ = self.encode([chat], **(options["template_kwargs"] or {}))
         texts = [prepare_multimodal_messages(answer) for answer in answers]
-        return prompt_ids, [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
+        answer_ids = [encode_answer(self.tokenizer, chat, text, end_ids, **options).ids for text in texts]
+        if any(self._image_token in ids for ids in answer_ids):
+            raise BadRow("has an answer with the image token, for which there is no picture. Take it out of the text")
+        return prompt_ids, answer_ids
 
-    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]) -> list[Tensor]:
+    def embed(self, prompt_ids: Sequence[Sequence[int]], pixels: Sequence[Pixels | None]) -> list[EmbeddedPrompt]:
         """Embed prompts and their pictures, as `embed_prompts` does."""
         return embed_prompts(self._model, prompt_ids, pixels)
 
 
-@torch.no_grad()
 def chat_with_images(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Put the pictures of a row into its prompt's messages.
 
@@ -293,8 +314,3 @@ def images_in(chat: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the pictures in the messages of a chat, in their order."""
     parts = [part for message in chat if isinstance(message["content"], list) for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]
-
-
-def pad_embeddings(embeddings: Sequence[Tensor] | None) -> Tensor | None:
-    """Pad embeddings of prompts `(P, H)` on the left: `(B, P, H)`, with zeros; `None` stays."""
-    return None if embeddings is None else nn.utils.rnn.pad_sequence(list(embeddings), True, 0.0, "left")

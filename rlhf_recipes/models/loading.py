@@ -11,19 +11,22 @@ from accelerate import PartialState
 from jinja2.exceptions import TemplateError
 from peft import LoraConfig
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import is_bitsandbytes_available
 
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
-from rlhf_recipes.models.llava import LlavaForSequenceClassification
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
+from rlhf_recipes.models.vision import image_classifier_class, language_layers, processor_class, sees_images
 from rlhf_recipes.quiet import held_back
 
 if TYPE_CHECKING:
@@ -106,7 +109,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
         model: The model that the adapter is for, whose layers that LoRA cannot adapt are left out.
 
     Returns:
-        The configuration. Without `lora_target_modules` every linear layer but the output head is adapted.
+        The configuration. Without `lora_target_modules` every linear layer but the output head is adapted, of a
+        vision-language model those of its language part.
 
     Raises:
         ValueError: If the adapter targets the output head, which TRL's fused log-probabilities would ignore.
@@ -119,6 +123,8 @@ def lora_config(model_args: ModelConfig, task_type: str, model: torch.nn.Module 
     targets: Any = model_args.lora_target_modules or "all-linear"
     if isinstance(targets, list) and len(targets) == 1:
         targets = targets[0]  # YAML's `all-linear` arrives as a list; PEFT knows the word only as a string
+    if targets == "all-linear" and model is not None and sees_images(model):
+        targets = language_layers(model)
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # TRL makes a string of one name, which PEFT would take for a pattern of whole paths
     if task_type == "CAUSAL_LM" and "lm_head" in ([targets] if isinstance(targets, str) else targets):
@@ -164,6 +170,41 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code, padding_side="left", truncation_side="left"
     )
+    return _with_special_tokens(tokenizer, path)
+
+
+def load_processor(path: str | None, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """Load the processor of a vision-language model, ready for generation in batches (padding on the left).
+
+    Where torchvision is missing, which videos need, it is one for texts and pictures alone, if the family allows that.
+
+    Args:
+        path: Hub id or local folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the processor may run.
+
+    Returns:
+        The processor.
+
+    Raises:
+        FileNotFoundError: If a local folder does not exist.
+        ImportError: If it needs a library that is not there.
+        ValueError: If the model has no processor, or its tokenizer no padding or end-of-sequence token.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loader = processor_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    processor = loader.from_pretrained(path, padding_side="left", **source)
+    if not isinstance(processor, ProcessorMixin):  # AutoProcessor falls back to a tokenizer
+        raise ValueError(
+            f"{path!r} has no processor, which makes of pictures what a model reads: there is a "
+            f"{type(processor).__name__} only. Give a vision-language model, or rows without pictures."
+        )
+    own: Any = processor
+    _with_special_tokens(own.tokenizer, path)
+    return processor
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token  # what ends an encoder's text
     if tokenizer.eos_token is None:
@@ -232,7 +273,19 @@ def load_causal_lm(path: str | None, **options: Any) -> PreTrainedModel:
             or the model has absolute positions and takes no `position_ids`.
         FileNotFoundError: If a local folder does not exist.
     """
-    model, missing, left_over = _load(AutoModelForCausalLM, path, **options)
+    return _load_generator(AutoModelForCausalLM, path, options)
+
+
+def load_image_model(path: str | None, **options: Any) -> PreTrainedModel:
+    """Load a vision-language model, the base of a policy that sees pictures.
+
+    Options and errors are those of `load_causal_lm`.
+    """
+    return _load_generator(AutoModelForImageTextToText, path, options)
+
+
+def _load_generator(auto_class: Any, path: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    model, missing, left_over = _load(auto_class, path, **options)
     scores = {key for key in left_over if not {"score", "classifier"}.isdisjoint(key.split("."))}
     if missing or scores:  # where the output head is tied to the embeddings, only the scores tell
         lacking = f"lack {len(missing)} of its weights, {min(missing, default='')!r} among them"
@@ -285,11 +338,13 @@ def load_new_classifier(path: str | None, **options: Any) -> tuple[PreTrainedMod
 
 
 def load_image_classifier(path: str | None, **options: Any) -> PreTrainedModel:
-    """Load a LLaVA with a new head of one output: the start of a reward model that sees pictures.
+    """Load a vision-language model with a new head of one output: the start of a reward model that sees pictures.
 
     The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
     """
-    model, missing, _ = _load(LlavaForSequenceClassification, path, num_labels=1, **options)
+    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    scorer = image_classifier_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    model, missing, _ = _load(scorer, path, num_labels=1, **options)
     _check_trunk_is_complete(model, path, missing)
     return model
 
@@ -381,8 +436,9 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
 
 
-def _check_path(path: str | None) -> None:
+def _check_path(path: str | None) -> str:
     if not path:
         raise ValueError("No model is given. Set `model_name_or_path` to a hub id or a local folder.")
     if looks_local(path) and not Path(path).is_dir():
         raise FileNotFoundError(f"Model folder {path!r} does not exist. Give an existing folder or a hub id.")
+    return path

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_recipes.models.image_embeddings import attends_within_pictures
 from rlhf_recipes.models.rows import Rows, SequenceGroup
 
 PACKED = "packed_sdpa"  # the attention implementation below, by its name in transformers
@@ -79,7 +80,8 @@ def is_packed(model: Any) -> bool:
 def pack(model: Any) -> None:
     """Let a causal model read texts one after another, if it gives the same states then; else leave it as it is.
 
-    It must be set to transformers' `sdpa`, and each of its layers must attend to the whole text. What its layers make
+    It must be set to transformers' `sdpa`, and each of its layers must attend to the whole text before a token, and to
+    nothing behind it. What its layers make
     of texts one after another is tried out on two short ones.
     """
     config, trunk = model.config.get_text_config(), model.base_model
@@ -87,7 +89,8 @@ def pack(model: Any) -> None:
     takes_groups = any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(trunk.forward).parameters.values()
     )
-    if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_groups:
+    two_ways = attends_within_pictures(model)
+    if config._attn_implementation != "sdpa" or set(kinds) != {"full_attention"} or not takes_groups or two_ways:
         return
     model.set_attn_implementation(PACKED)
     if not is_packed(model) or not _same_states(trunk, config.vocab_size):

@@ -30,11 +30,11 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
-from rlhf_recipes.models.image_embeddings import embed_prompts
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts, pad_prompts
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.models.rows import Rows, pad_rows
+from rlhf_recipes.models.rows import Texts, pad_rows
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, log_probs
 
@@ -237,7 +237,7 @@ class Roles:
         values: Tensor = self.heads[role](hidden_states.float())
         return values.squeeze(-1)
 
-    def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Tensor | None]) -> list[Tensor]:
+    def embed_prompts(self, prompt_ids: list[list[int]], pixels: list[Pixels | None]) -> list[EmbeddedPrompt]:
         """Embed prompts with pictures, which are the same for every role (`image_embeddings.py`)."""
         return embed_prompts(self._base, prompt_ids, pixels)
 
@@ -252,7 +252,7 @@ class Roles:
         sequences: list[list[int]],
         pad_token_id: int,
         batch_size: int,
-        prompt_embeds: list[Tensor] | None = None,
+        embedded: list[EmbeddedPrompt] | None = None,
     ) -> list[Tensor]:
         """Read a reward role's score of every prefix of token sequences, in one forward pass.
 
@@ -261,8 +261,7 @@ class Roles:
             sequences: Token ids of prompt and completion, with the end-of-sequence token where it was produced.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
-            prompt_embeds: Embeddings of prompts with pictures, each `(P, H)`, which are read in place of the first
-                `P` ids; `None` without pictures.
+            embedded: Prompts with pictures, which are read in place of the first `P` ids; `None` without pictures.
 
         Returns:
             For each sequence the scores after each of its tokens, shape `(L,)`; the last is the sequence's score.
@@ -274,13 +273,12 @@ class Roles:
         with self.use(role):
             for start in range(0, len(sequences), batch_size):
                 chunk = order[start : start + batch_size]
-                input_ids, mask = pad_rows([sequences[row] for row in chunk], pad_token_id, self.model.device)
-                rows = Rows(mask, self.packed)
-                read = self._input(input_ids, chunk, prompt_embeds)
-                network_input = {name: rows.join(values) for name, values in read.items()}
-                values = self.apply_head(role, self.hidden_states(**network_input, **rows.arguments))
-                by_row = zip(chunk, rows.split(values), strict=True)
-                scores |= {row: numbers[: len(sequences[row])] for row, numbers in by_row}
+                texts = self._texts(sequences, chunk, pad_token_id, embedded)
+                rows = texts.rows(self.packed)
+                values = self.apply_head(role, self.hidden_states(**texts.network_input(rows, self.embeddings)))
+                masks = torch.cat([texts.prompt_mask, texts.completion_mask], dim=1).bool()
+                by_row = zip(chunk, rows.split(values), masks, strict=True)
+                scores |= {row: numbers[mask] for row, numbers, mask in by_row}
         return [scores[row] for row in range(len(sequences))]
 
     @torch.no_grad()
@@ -290,7 +288,7 @@ class Roles:
         sequences: list[list[int]],
         pad_token_id: int,
         batch_size: int,
-        prompt_embeds: list[Tensor] | None = None,
+        embedded: list[EmbeddedPrompt] | None = None,
     ) -> list[Tensor]:
         """Attention of each sequence's last token in the last layer, averaged over the heads.
 
@@ -299,7 +297,7 @@ class Roles:
             sequences: Token ids.
             pad_token_id: Any id; padded positions are masked.
             batch_size: Sequences per forward pass.
-            prompt_embeds: As of `prefix_scores`.
+            embedded: As of `prefix_scores`.
 
         Returns:
             For each sequence the attention to each of its tokens, shape `(L,)`, with sum 1.
@@ -315,10 +313,8 @@ class Roles:
                 for start in range(0, len(sequences), batch_size):
                     chunk = sequences[start : start + batch_size]
                     captured.clear()
-                    input_ids, attention_mask = pad_rows(chunk, pad_token_id, self.model.device)
-                    indices = range(start, start + len(chunk))
-                    read = self._input(input_ids, indices, prompt_embeds)
-                    self.hidden_states(**read, attention_mask=attention_mask)
+                    texts = self._texts(sequences, range(start, start + len(chunk)), pad_token_id, embedded)
+                    self.hidden_states(**texts.network_input(texts.rows(packed=False), self.embeddings))
                     weights = captured[0].float().mean(dim=1)
                     attention.extend(weights[i, len(ids) - 1, : len(ids)] for i, ids in enumerate(chunk))
         finally:
@@ -326,16 +322,28 @@ class Roles:
             handle.remove()
         return attention
 
-    def _input(
-        self, input_ids: Tensor, indices: Sequence[int], prompt_embeds: list[Tensor] | None
-    ) -> dict[str, Tensor]:
-        """What the network reads of padded sequences `(B, L)`, whose prompts may be embedded: ids or embeddings."""
-        if prompt_embeds is None:
-            return {"input_ids": input_ids}
-        embeds = self.embeddings(input_ids)
-        for row, index in enumerate(indices):
-            embeds[row, : len(prompt_embeds[index])] = prompt_embeds[index]
-        return {"inputs_embeds": embeds}
+    def _texts(
+        self,
+        sequences: list[list[int]],
+        indices: Sequence[int],
+        pad_token_id: int,
+        embedded: list[EmbeddedPrompt] | None,
+    ) -> Texts:
+        """Some of the sequences, those without embedded prompts as prompts without completions."""
+        chosen = [sequences[index] for index in indices]
+        prompts = None if embedded is None else [embedded[index] for index in indices]
+        starts = [len(ids) for ids in chosen] if prompts is None else [len(prompt.embeds) for prompt in prompts]
+        before = [ids[:start] for ids, start in zip(chosen, starts, strict=True)]
+        after = [ids[start:] for ids, start in zip(chosen, starts, strict=True)]
+        prompt_ids, prompt_mask = pad_rows(before, pad_token_id, self.model.device, side="left")
+        completion_ids, completion_mask = pad_rows(after, pad_token_id, self.model.device)
+        return Texts(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            **pad_prompts(prompts),
+        )
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

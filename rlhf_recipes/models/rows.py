@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from rlhf_recipes.models.image_embeddings import positions_after
+
 _GROUPS = 4  # of texts, which attention pads to their longest: more groups have less padding, and each costs calls
 
 
@@ -112,6 +114,23 @@ class Rows:
         tokens = values.flatten(0, 1)[self._columns]
         return tokens[None] if self._packed else scatter_tokens(tokens, self._places, len(values), self._length)
 
+    def network_input(
+        self, tokens: Tensor, positions: Tensor | None = None, types: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What a network is called with for its tokens.
+
+        Args:
+            tokens: Ids of the mask's columns, shape `(B, W)`, or embeddings of them, `(B, W, H)`.
+            positions: Of the mask's columns, on each axis of a grid, `(B, W, axes)`; `None`: tokens are counted.
+            types: 1 where a column is of a picture, whose tokens attend to each other, `(B, W)`; `None`: none do.
+        """
+        given = {"input_ids" if tokens.dim() == 2 else "inputs_embeds": self.join(tokens), **self.arguments}
+        if positions is not None:
+            given["position_ids"] = self.join(positions).movedim(-1, 0)
+        if types is not None:
+            given["token_type_ids"] = self.join(types)
+        return given
+
     def split(self, states: Tensor) -> Tensor:
         """Undo `join`: `(B, W, ...)`, 0 where there is no token."""
         tokens = states[0] if self._packed else states.flatten(0, 1)[self._places]
@@ -181,6 +200,9 @@ class Texts:
         completion_mask: 1 where a token counts, shape `(B, T)`.
         prompt_embeds: Embeddings of prompts with pictures, which a network reads in place of their ids, shape
             `(B, P, H)`; `None` without pictures.
+        prompt_positions: Positions of their tokens in time, height and width, shape `(B, P, 3)`; `None` where the
+            model counts tokens.
+        prompt_types: 1 at the tokens of pictures, shape `(B, P)`, where these attend to each other; else `None`.
 
     Example:
         >>> ids, mask = torch.tensor([[0, 5, 6], [0, 0, 7]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
@@ -194,6 +216,8 @@ class Texts:
     completion_ids: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
     completion_mask: Tensor = field(metadata=OF_COMPLETION, kw_only=True)
     prompt_embeds: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
+    prompt_positions: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
+    prompt_types: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -219,17 +243,22 @@ class Texts:
         """The texts as a network reads them, packed or padded."""
         return Rows(torch.cat([self.prompt_mask, self.completion_mask], dim=1), packed)
 
-    def network_input(self, rows: Rows, embeddings: nn.Module) -> dict[str, Tensor]:
-        """What a network is called with for its tokens: their ids, or embeddings where prompts have pictures.
+    def network_input(self, rows: Rows, embeddings: nn.Module) -> dict[str, Any]:
+        """What a network is called with for the texts: ids, or embeddings where prompts have pictures.
 
         Args:
             rows: The texts as the network reads them.
             embeddings: Its embeddings of tokens.
         """
         if self.prompt_embeds is None:
-            return {"input_ids": rows.join(self.ids)}
+            return rows.network_input(self.ids)
         embeds = torch.cat([self.prompt_embeds, embeddings(self.completion_ids).to(self.prompt_embeds)], dim=1)
-        return {"inputs_embeds": rows.join(embeds)}
+        positions, types = self.prompt_positions, self.prompt_types
+        if positions is not None:
+            positions = torch.cat([positions, positions_after(positions, self.completion_ids.size(1))], dim=1)
+        if types is not None:
+            types = torch.cat([types, torch.zeros_like(self.completion_ids)], dim=1)
+        return rows.network_input(embeds, positions, types)
 
     def trimmed(self) -> Self:
         """Cut off the columns in which no text has a token, at least one of each left. The tensors are views."""
@@ -256,13 +285,8 @@ class Texts:
 
     def select(self, rows: Tensor | slice) -> Texts:
         """The texts of some rows, without what subclasses add."""
-        return Texts(
-            prompt_ids=self.prompt_ids[rows],
-            prompt_mask=self.prompt_mask[rows],
-            completion_ids=self.completion_ids[rows],
-            completion_mask=self.completion_mask[rows],
-            prompt_embeds=None if self.prompt_embeds is None else self.prompt_embeds[rows],
-        )
+        tensors = {each.name: getattr(self, each.name) for each in fields(Texts)}
+        return Texts(**{name: value[rows] for name, value in tensors.items() if value is not None})
 
 
 def count_columns(mask: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class AdapterCritic(_RoleCritic):
         with self._roles.use(CRITIC):
             if self._layers is None:
                 tokens = texts.network_input(rows, self._roles.embeddings)
-                hidden = self._roles.hidden_states(**tokens, **rows.arguments)
+                hidden = self._roles.hidden_states(**tokens)
             else:
                 below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
                 states = rows.join(torch.cat(below, dim=1))
@@ -240,7 +240,7 @@ class HeadCritic(_RoleCritic):
         rows, trunk = texts.rows(is_packed(policy)), policy.get_base_model() if self._on_adapter else policy
         with self._roles.use(POLICY):
             tokens = texts.network_input(rows, policy.get_input_embeddings())
-            hidden = trunk.base_model(**tokens, **rows.arguments, use_cache=False)
+            hidden = trunk.base_model(**tokens, use_cache=False)
         return self.read(rows.gather(hidden.last_hidden_state, texts.positions_before))
 
     def save(self, folder: str | Path) -> None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from torch import Tensor
 from trl import GRPOTrainer
 
-from rlhf_recipes.models.images import ImageReader, pad_embeddings
+from rlhf_recipes.models.image_embeddings import pad_prompts
+from rlhf_recipes.models.images import ImageReader
 
 if TYPE_CHECKING:
+    from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
     from rlhf_recipes.models.rows import Texts
 
 _PIXELS = "pixels"  # among the fields that TRL hands from the tokenization to the generation
@@ -33,18 +34,18 @@ class ImageTrainer(GRPOTrainer):
         """Rows whose prompts hold their pictures; without a processor the rows as they are."""
         return rows if self.image_reader is None else self.image_reader.rows(rows)
 
-    def embeddings_of(self, prompt_ids: list[list[int]], chats: Sequence[Mapping[str, Any]]) -> list[Tensor] | None:
-        """Embeddings of prompts, each `(P, H)`; `None` without a processor."""
+    def embedded_prompts(
+        self, prompt_ids: list[list[int]], chats: Sequence[Mapping[str, Any]]
+    ) -> list[EmbeddedPrompt] | None:
+        """Prompts as embeddings; `None` without a processor."""
         if self.image_reader is None:
             return None
         return self.embed_tokenized(prompt_ids, self._tokenize_prompts([row["prompt"] for row in chats])[2])
 
-    def with_embeddings(self, texts: Texts, chats: Sequence[Mapping[str, Any]]) -> Texts:
-        """Give texts the embeddings of their prompts `(B, P, H)`, where there is a processor."""
+    def with_pictures(self, texts: Texts, chats: Sequence[Mapping[str, Any]]) -> Texts:
+        """Give texts their prompts as embeddings, where there is a processor."""
         rows = zip(texts.prompt_ids, texts.prompt_mask.bool(), strict=True)
-        return replace(
-            texts, prompt_embeds=pad_embeddings(self.embeddings_of([ids[mask].tolist() for ids, mask in rows], chats))
-        )
+        return replace(texts, **pad_prompts(self.embedded_prompts([ids[mask].tolist() for ids, mask in rows], chats)))
 
     def saved_with(self) -> tuple[Any, Sequence[Any]]:
         """What is saved beside the policy: tokenizer or processor; prompts to try it out on, none with pictures."""
@@ -53,8 +54,8 @@ class ImageTrainer(GRPOTrainer):
         rows: Any = self.train_dataset
         return self.processing_class, rows["prompt"] if isinstance(rows, Dataset) else []
 
-    def embed_tokenized(self, prompt_ids: list[list[int]], fields: Mapping[str, Any]) -> list[Tensor] | None:
-        """Embeddings of prompts, each `(P, H)`, from what `_tokenize_prompts` returned; `None` without a processor."""
+    def embed_tokenized(self, prompt_ids: list[list[int]], fields: Mapping[str, Any]) -> list[EmbeddedPrompt] | None:
+        """Prompts as embeddings, from what `_tokenize_prompts` returned; `None` without a processor."""
         if self.image_reader is None:
             return None
         with self.accelerator.autocast():

@@ -111,7 +111,7 @@ def sampled_moments(trainer: GRPOTrainer, texts: Texts) -> Tensor:
     places = rows.places(few.positions_before).flatten()[drawn]
     with trainer.accelerator.autocast(), states_at(model, places):
         tokens = few.network_input(rows, model.get_input_embeddings())
-        outputs = model(**tokens, **rows.arguments, use_cache=False)
+        outputs = model(**tokens, use_cache=False)
     return second_moments(outputs.logits[0, :-1], few.completion_ids.flatten()[drawn], trainer.temperature)
 
 

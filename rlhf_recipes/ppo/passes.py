@@ -23,6 +23,7 @@ from rlhf_recipes.models.states import states_at
 from rlhf_recipes.shaping import chunked_full_kl
 
 if TYPE_CHECKING:
+    from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.rollout import Rollout
 
@@ -31,14 +32,14 @@ _POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 # 1. Sampling
 def sample_completions(
-    trainer: GRPOTrainer, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+    trainer: GRPOTrainer, prompt_ids: list[list[int]], embedded: list[EmbeddedPrompt] | None = None
 ) -> list[list[int]]:
     """Sample one completion per prompt from the policy: token ids, with the end token where it was sampled.
 
     Args:
         trainer: The trainer whose engine is used.
         prompt_ids: Token ids of `B` prompts.
-        prompt_embeds: Their embeddings `(P, H)`, where they have pictures.
+        embedded: The same as embeddings, where they have pictures.
     """
     args: Any = trainer.args
     with unwrap_model_for_generation(
@@ -47,18 +48,18 @@ def sample_completions(
         generation_kwargs=trainer.generation_kwargs,
         gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
     ) as model:
-        return sample_from(trainer, model, prompt_ids, prompt_embeds)
+        return sample_from(trainer, model, prompt_ids, embedded)
 
 
 def sample_from(
-    trainer: GRPOTrainer, model: Any, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+    trainer: GRPOTrainer, model: Any, prompt_ids: list[list[int]], embedded: list[EmbeddedPrompt] | None = None
 ) -> list[list[int]]:
     """The same from any model, with the adapter in use."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     args: Any = trainer.args
     packed = is_packed(inner) and not args.generation_kwargs and not args.cache_implementation
     config, ends = trainer.generation_config, trainer.eos_token_ids
-    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed, prompt_embeds)
+    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed, embedded)
 
 
 # 2. The pass of a policy
@@ -110,7 +111,7 @@ def policy_pass(
         labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
         with trainer.accelerator.autocast(), states_at(inner, places) as states:
             tokens = part.network_input(rows, inner.get_input_embeddings())
-            outputs = model(**tokens, **rows.arguments, **routers, labels=labels[None], fused_lm_head=True)
+            outputs = model(**tokens, **routers, labels=labels[None], fused_lm_head=True)
             more = [] if read is None else [read(states[0])]
         numbers = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
         parts.append((indices, [scatter_tokens(each, drawn, *mask.shape) for each in numbers]))

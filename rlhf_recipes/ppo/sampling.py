@@ -9,20 +9,20 @@ from rlhf_recipes.ppo.passes import sample_completions
 from rlhf_recipes.ppo.vllm.sampler import VLLMSampler, start_engine
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
 
 
 class Sampler(Protocol):
     """Samples from the policy as it is."""
 
     def __call__(
-        self, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+        self, prompt_ids: list[list[int]], embedded: list[EmbeddedPrompt] | None = None
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Sample one completion after each prompt.
 
         Args:
             prompt_ids: Token ids of `B` prompts.
-            prompt_embeds: Their embeddings `(P, H)`, where they have pictures.
+            embedded: The same as embeddings, where they have pictures.
 
         Returns:
             Token ids, with the end token where it was sampled; and their log-probabilities in nats where another
@@ -37,10 +37,10 @@ class TransformersSampler:
     trainer: Any
 
     def __call__(
-        self, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+        self, prompt_ids: list[list[int]], embedded: list[EmbeddedPrompt] | None = None
     ) -> tuple[list[list[int]], None]:
         """As `Sampler`."""
-        return sample_completions(self.trainer, prompt_ids, prompt_embeds), None
+        return sample_completions(self.trainer, prompt_ids, embedded), None
 
 
 def build_sampler(trainer: Any) -> Sampler:

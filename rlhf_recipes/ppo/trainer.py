@@ -307,7 +307,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
         sampled = super()._generate_and_score_completions([{**row, COLUMN: record} for row in rows])
-        texts = self.with_embeddings(texts_of(sampled), rows)
+        texts = self.with_pictures(texts_of(sampled), rows)
         setup.restore_checkpointing(self.model, args)
         if not self.model.training:
             texts = self.evaluated.without_repeats(texts)

@@ -86,7 +86,7 @@ class PreferenceCollator(DataCollatorMixin):
     completions of the first row first; `ranks` `(N, K)`, if the rows compare; and the targets of the objective:
     `label` and `margin` `(N,)` (nan where there is no margin), `best` `(N,)`, `ratings` `(N, K)`, `token_labels`
     `(S, T)` (nan where there is none). With `per_token` also `completion_mask` `(S, T)`, 1 at the tokens after the
-    prompt. With pictures also `pixel_values` `(pictures, channels, height, width)`, those of each of the `S` texts.
+    prompt. With pictures also what the model's processor makes of them, for each of the `S` texts.
 
     Args:
         pad_token_id: What fills the ends of shorter sequences.
@@ -120,8 +120,8 @@ class PreferenceCollator(DataCollatorMixin):
         batch["attention_mask"] = self._pad([[1] * len(ids) for ids in sequences], 0)
         if self.images is not None:
             pixels = zip(map(self.images.pixels, examples), groups, strict=True)
-            of_texts = [values for values, group in pixels if values is not None for _ in group]
-            batch |= {"pixel_values": torch.cat(of_texts)} if of_texts else {}
+            of_texts = [values for values, group in pixels for _ in group]
+            batch |= self.images.network_fields(batch["input_ids"], of_texts)
         ranks = [ranks_of(row) for row in examples]
         if None not in ranks:
             batch["ranks"] = _filled(ranks, 0.0)

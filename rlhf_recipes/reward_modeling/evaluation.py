@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.models.images import ImageReader
 
+    FieldsOf = Callable[[Tensor, Sequence[int]], dict[str, Tensor]]
+
 
 def evaluate_pairs(trainer: RewardTrainer) -> dict[str, Any]:
     """Score the held-out rows of a trainer with the model as it is now, and summarise the pairs that they compare.
@@ -53,21 +55,27 @@ def evaluate_pairs(trainer: RewardTrainer) -> dict[str, Any]:
     starts = [n for lengths in rows["prompt_lengths"] for n in lengths] if readout != "last" else None
     with trainer.accelerator.autocast():
         sequences = [ids for group in groups for ids in group]
-        size, pixels = trainer.args.per_device_eval_batch_size, _pixels_of(trainer, groups)
-        scores = score_sequences(model, sequences, size, readout, starts, pixels)
+        of_texts = [index for index, group in enumerate(groups) for _ in group]
+        fields = fields_of_images(trainer, lambda number: rows[of_texts[number]])
+        size = trainer.args.per_device_eval_batch_size
+        scores = score_sequences(model, sequences, size, readout, starts, fields)
     firsts = list(itertools.accumulate(map(len, groups), initial=0))
     left, right = (scores[[firsts[pair[0]] + pair[side] for pair in pairs]] for side in (1, 2))
     labels = torch.tensor([pair[3] for pair in pairs], dtype=torch.float64)
     return pairwise_evaluation(left, right, labels=labels, clusters=[pair[0] for pair in pairs])
 
 
-def _pixels_of(trainer: Any, groups: list[list[list[int]]]) -> Callable[[int], Tensor | None] | None:
-    """What reads the pictures of each of the sequences of the held-out rows, where the trainer sees pictures."""
+def fields_of_images(trainer: Any, row_of: Callable[[int], Any]) -> FieldsOf | None:
+    """What `score_sequences` hands over of pictures, where the trainer sees them.
+
+    Args:
+        trainer: The trainer.
+        row_of: Takes the number of a sequence and gives its row.
+    """
     reader: ImageReader | None = getattr(trainer, "image_reader", None)
     if reader is None:
         return None
-    rows = [index for index, group in enumerate(groups) for _ in group]
-    return lambda number: reader.pixels(trainer.eval_dataset[rows[number]])
+    return lambda ids, numbers: reader.network_fields(ids, [reader.pixels(row_of(number)) for number in numbers])
 
 
 @torch.no_grad()
@@ -77,7 +85,7 @@ def score_sequences(
     batch_size: int = 32,
     readout: ReadoutName = "last",
     prompt_lengths: Sequence[int] | None = None,
-    pixels: Callable[[int], Tensor | None] | None = None,
+    fields: FieldsOf | None = None,
 ) -> Tensor:
     """Score token sequences with a reward model in evaluation mode (and leave it in the mode it was in).
 
@@ -88,8 +96,8 @@ def score_sequences(
         batch_size: Sequences per forward pass.
         readout: `"last"` for the model's own score, or `"sum"` or `"mean"` of its scores at the completion's tokens.
         prompt_lengths: For those two: how many of each sequence's tokens belong to its prompt.
-        pixels: Takes the number of a sequence and gives the pixels of its pictures `(pictures, channels, height,
-            width)`, or `None` where it has none.
+        fields: Takes padded token ids `(b, L)` and the numbers of their sequences, and gives what else the model is
+            called with, such as their pictures.
 
     Returns:
         Scores in float32 on the CPU, shape `(N,)`.
@@ -120,9 +128,9 @@ def score_sequences(
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         mask = torch.arange(input_ids.size(1), device=model.device) < lengths[:, None]
         call = {"input_ids": input_ids, "attention_mask": mask.long(), "use_cache": False}
-        seen = [] if pixels is None else [pixels(start + number) for number in range(len(rows))]
-        if given := [values for values in seen if values is not None]:
-            call["pixel_values"] = torch.cat(given).to(model.device)
+        if fields is not None:
+            numbers = range(start, start + len(rows))
+            call |= {name: values.to(model.device) for name, values in fields(input_ids, numbers).items()}
         if readout == "last":
             scores.append(model(**call).logits.squeeze(-1).float().cpu())
             continue

@@ -21,7 +21,7 @@ from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_proble
 from rlhf_recipes.models.loading import padding_tokens
 from rlhf_recipes.models.readout import fit_normalization
 from rlhf_recipes.reward_modeling.collator import sequences_of
-from rlhf_recipes.reward_modeling.evaluation import score_sequences
+from rlhf_recipes.reward_modeling.evaluation import fields_of_images, score_sequences
 from rlhf_recipes.rewards.encoding import is_encoder
 
 if TYPE_CHECKING:
@@ -100,11 +100,10 @@ def normalize_score_head(trainer: RewardTrainer, samples: int = 256) -> float:
         )
     rows: Any = trainer.train_dataset
     first = [(row, ids) for row in islice(rows, samples) for ids in sequences_of(row)][:samples]
-    reader: ImageReader | None = getattr(trainer, "image_reader", None)
-    pixels = None if reader is None else lambda number: reader.pixels(first[number][0])
+    fields = fields_of_images(trainer, lambda number: first[number][0])
     with trainer.accelerator.autocast():
         size = trainer.args.per_device_eval_batch_size
-        scores = score_sequences(model, [ids for _, ids in first], size, pixels=pixels)
+        scores = score_sequences(model, [ids for _, ids in first], size, fields=fields)
     gain, _ = fit_normalization(scores)
     heads[0].mul_(gain)
     return gain

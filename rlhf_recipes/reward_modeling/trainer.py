@@ -14,10 +14,10 @@ from trl import RewardTrainer
 from rlhf_recipes.checkpoints import KeptRates, load_finished
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.data.reward_prompts import with_graded_prompts
+from rlhf_recipes.messages import IMAGE_COLUMNS
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.chance import disable_dropout
 from rlhf_recipes.models.images import (
-    COLUMNS,
     ImageReader,
     check_model_type,
     check_no_images,
@@ -194,7 +194,9 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         names: Any = self._signature_columns
-        names += [name for name in ("completion_ids", "prompt_lengths", *COLUMNS, *_TARGETS) if name not in names]
+        names += [
+            name for name in ("completion_ids", "prompt_lengths", *IMAGE_COLUMNS, *_TARGETS) if name not in names
+        ]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -230,7 +232,8 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor | None]:
         """Run the model: its output, the scores of all completions `(S,)`, and those at their tokens `(S, T)`."""
         call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-        call |= {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+        if self.image_reader is not None:
+            call |= {name: inputs[name] for name in self.image_reader.fields if name in inputs}
         if "completion_mask" not in inputs:
             outputs = model(**call)
             return outputs, outputs.logits.squeeze(-1).float(), None

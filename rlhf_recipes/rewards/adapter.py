@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
+    from rlhf_recipes.models.image_embeddings import Pixels
     from rlhf_recipes.models.readout import Readout
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.rewards.record import RewardRecord
@@ -58,7 +57,7 @@ class AdapterReward:
         completion_ids: list[list[int]],
         reward_record: Sequence[RewardRecord] = (),
         reward_prompt_ids: list[list[int]] | None = None,
-        pixels: list[Tensor | None] | None = None,
+        pixels: list[Pixels | None] | None = None,
         **kwargs: Any,
     ) -> list[float]:
         """Return one score per completion, read after its reward prompt where the rows have one, and its pictures.
@@ -70,14 +69,14 @@ class AdapterReward:
         self._readout.check_reward_prompts(self.__name__, reward_prompt_ids)
         before = prompt_ids if reward_prompt_ids is None else reward_prompt_ids
         sequences = [prompt + completion for prompt, completion in zip(before, completion_ids, strict=True)]
-        embeds = None if pixels is None else self._roles.embed_prompts(before, pixels)
-        prefixes = self._roles.prefix_scores(self.role, sequences, *self._options, embeds)
+        embedded = None if pixels is None else self._roles.embed_prompts(before, pixels)
+        prefixes = self._roles.prefix_scores(self.role, sequences, *self._options, embedded)
         lengths = [len(completion) for completion in completion_ids]
         tails = [scores[-length:] for scores, length in zip(prefixes, lengths, strict=True)]
         if reward_record and self._reads == "redistributed":
             reward_record[0].token_rewards[self.__name__] = [self._readout.token_rewards(tail) for tail in tails]
         elif reward_record and self._reads == "attention":
-            weights = self._roles.last_token_attention(self.role, sequences, *self._options, embeds)
+            weights = self._roles.last_token_attention(self.role, sequences, *self._options, embedded)
             reward_record[0].attention = [row[-length:] for row, length in zip(weights, lengths, strict=True)]
         scores = [self._readout.score(tail).item() for tail in tails]
         bad = [row for row, score in enumerate(scores) if not math.isfinite(score)]

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from datasets import Dataset
+from PIL import Image
 
 from rlhf_recipes.config import DataArguments
 from rlhf_recipes.data import to_completions, to_preferences, to_prompts
+from rlhf_recipes.data.formats import prompt_keys
 from rlhf_recipes.data.splits import load_splits
 
 ROWS = [
@@ -139,3 +142,13 @@ def test_instructions_become_chats_where_there_is_a_chat_template(write):
     chats, texts = (load_splits(data_args, to_prompts, *template)["test"] for template in [("{{ x }}",), ()])
     assert texts["prompt"][:] == ["p0", "p1", "p2", "p3"]
     assert chats["prompt"][:] == [[{"role": "user", "content": text}] for text in texts["prompt"]]
+
+
+def test_one_question_about_unlike_pictures_makes_unlike_prompts():
+    question = {"prompt": ["which colour ?"] * 3}
+    paths = Dataset.from_dict({**question, "images": [["a.png"], ["b.png"], ["a.png"]]})
+    first, second, third = prompt_keys(paths)
+    assert first == third != second
+    drawn = [[Image.new("RGB", (2, 2), colour)] for colour in ("red", "blue", "red")]
+    first, second, third = prompt_keys(Dataset.from_list([{"prompt": "?", "images": each} for each in drawn]))
+    assert first == third != second

@@ -1,4 +1,4 @@
-"""Prompts with pictures: a small LLaVA with policy, reference and critic as adapters on its language part."""
+"""Prompts with pictures: small models with policy, reference and critic as adapters on their language part."""
 
 import copy
 import re
@@ -12,10 +12,14 @@ from datasets import Sequence as SequenceFeature
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from torch.testing import assert_close
+from transformers import GenerationConfig
 
 from rlhf_recipes import PPOTrainer
+from rlhf_recipes.data.dialogues import BadRow
 from rlhf_recipes.evaluation import evaluate_policy
-from rlhf_recipes.models.images import ImageReader, chat_with_images, images_of, language_layers
+from rlhf_recipes.models import language_layers
+from rlhf_recipes.models.generation import sample_after
+from rlhf_recipes.models.images import ImageReader, chat_with_images, images_of
 from rlhf_recipes.ppo.passes import sample_from
 from rlhf_recipes.ppo.prompts import PromptRules, check_rows
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer
@@ -25,25 +29,24 @@ from tests.ppo.support import rollout, without_chance
 COLOURS = ("red", "green", "blue", "white")
 VOCABULARY = 16
 QUESTION = [{"role": "user", "content": "which colour ?"}]
+QWEN = pytest.mark.parametrize("built_vision", ["qwen2_5_vl"], indirect=True)
+BOTH = pytest.mark.parametrize("built_vision", ["llava", "qwen2_5_vl"], indirect=True)
 
 
 def picture(colour, size=(28, 28)):
-    return Image.new("RGB", size, colour)
+    image = Image.new("RGB", size, colour)
+    image.paste("black", (size[0] // 2, size[1] // 3, size[0], size[1]))  # the places of its parts are to matter
+    return image
 
 
 @pytest.fixture
-def built(built_llava):
-    return built_llava
+def model(built_vision):
+    return built_vision[0]
 
 
 @pytest.fixture
-def llava(built):
-    return built[0]
-
-
-@pytest.fixture
-def processor(built):
-    return built[1]
+def processor(built_vision):
+    return built_vision[1]
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def rows():
     """Chats with one picture, two, or none, of unlike length."""
     two = [{"role": "user", "content": "a square ? which colour ?"}]
     prompts = [QUESTION, two, QUESTION, two]
-    images = [[picture("red")], [picture("blue"), picture("green", (40, 30))], [], [picture("white")]]
+    images = [[picture("red")], [picture("blue", (84, 56)), picture("green", (40, 90))], [], [picture("white")]]
     columns = {"prompt": prompts * 4, "images": images * 4, "colour": list(COLOURS) * 4}
     return Dataset.from_dict(columns).cast_column("images", SequenceFeature(ImageFeature()))
 
@@ -66,12 +69,12 @@ def sees_red(completions, images, **kwargs):
 
 
 @pytest.fixture
-def make(llava, processor, rows, make_config):
-    def make(reward_funcs=sees_red, dataset=None, processing_class=None, target_modules=None, model=None, **fields):
-        model = copy.deepcopy(llava) if model is None else model
-        targets = target_modules or language_layers(model)
+def make(model, processor, rows, make_config):
+    def make(reward_funcs=sees_red, dataset=None, processing_class=None, target_modules=None, other=None, **fields):
+        base = copy.deepcopy(model) if other is None else other
+        targets = target_modules or language_layers(base)
         return PPOTrainer(
-            model=model,
+            model=base,
             reward_funcs=reward_funcs,
             args=make_config(critic_init="policy", **fields),
             train_dataset=rows if dataset is None else dataset,
@@ -98,8 +101,29 @@ def made_up(prompt, repeat=0):
     return [*tokens, 1]
 
 
-@pytest.mark.parametrize("critic", ["adapter", "head"])
-def test_every_network_reads_the_pictures(make, llava, processor, rows, critic):
+def plain_fields(processor, row):
+    """What the processor alone makes of a prompt: its ids, and what else the model takes."""
+    fields = processor.apply_chat_template(
+        chat_with_images(row), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    del fields["attention_mask"]
+    return fields
+
+
+def with_completion(fields, ids):
+    """The same with a completion after it, of which no token stands for a picture."""
+    after = {"input_ids": torch.tensor([ids])}
+    after["mm_token_type_ids"] = torch.zeros_like(after["input_ids"])
+    more = {name: torch.cat([fields[name], values], dim=1) for name, values in after.items() if name in fields}
+    return {**fields, **more}
+
+
+@pytest.mark.parametrize(
+    ("built_vision", "critic"),
+    [("llava", "adapter"), ("llava", "head"), ("qwen2_5_vl", "adapter")],
+    indirect=["built_vision"],
+)
+def test_every_network_reads_the_pictures(make, processor, rows, critic):
     """Log-probabilities and values are those of plain passes over single rows, with all of the processor's fields."""
     trainer = spread(without_chance(make(critic=critic), made_up))
     trainer.state.global_step = 1  # before the first update, policy and reference must be one
@@ -109,18 +133,13 @@ def test_every_network_reads_the_pictures(make, llava, processor, rows, critic):
     base = trainer.roles.model.get_base_model()
     for index in range(8):
         ids = batch["completion_ids"][index][batch["completion_mask"][index].bool()]
-        chat = chat_with_images(rows[index])
-        fields = processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        prompt = fields.pop("input_ids")
-        fields.pop("attention_mask")
-        whole = torch.cat([prompt, ids[None]], dim=1)
+        fields = plain_fields(processor, rows[index])
+        start, whole = fields["input_ids"].size(1), with_completion(fields, ids.tolist())
         expected = {}
         for role in ("default", None, "critic" if critic == "adapter" else "default"):
             with trainer.roles.use(role), torch.no_grad():
-                logits = base(input_ids=whole, **fields).logits[0, prompt.size(1) - 1 : -1]
-                states = base.model(input_ids=whole, **fields).last_hidden_state[0, prompt.size(1) - 1 : -1]
+                logits = base(**whole).logits[0, start - 1 : -1]
+                states = base.model(**whole).last_hidden_state[0, start - 1 : -1]
                 expected[role] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0], head(states)[:, 0]
         length = len(ids)
         assert_close(batch["old_per_token_logps"][index, :length], expected["default"][0], atol=2e-5, rtol=1e-4)
@@ -131,7 +150,26 @@ def test_every_network_reads_the_pictures(make, llava, processor, rows, critic):
     assert not torch.allclose(with_red, blind), "the same question without a picture"
 
 
-def test_ppo_trains_and_evaluates_and_leaves_the_vision_part_alone(make, llava, tmp_path, rows):
+@BOTH
+def test_what_is_sampled_as_good_as_greedily_is_what_the_model_generates(make, processor, rows):
+    """Prompts of unlike length in one batch, against the model's own generation, one by one."""
+    trainer = spread(make())
+    policy, prompts = trainer.model.eval(), [rows[index] for index in range(4)]
+    ids, _, fields = trainer._tokenize_prompts([row["prompt"] for row in trainer.chats_of(prompts)])
+    cold, settings = 1e-5, {"max_new_tokens": 6, "pad_token_id": 0}
+    config = GenerationConfig(do_sample=True, temperature=cold, top_k=0, **settings)
+    found = sample_after(policy, ids, config, cold, ends=[1], embedded=trainer.embed_tokenized(ids, fields))
+    for row, own, completion in zip(prompts, ids, found, strict=True):
+        alone = policy.generate(
+            **plain_fields(processor, row), generation_config=GenerationConfig(do_sample=False, **settings)
+        )
+        generated = alone[0, len(own) :].tolist()
+        assert completion == generated[: generated.index(1) + 1 if 1 in generated else None]
+    assert len(max(found, key=len)) > 2, "else nothing is said of the tokens behind the first"
+
+
+@QWEN
+def test_ppo_trains_and_evaluates_and_leaves_the_vision_part_alone(make, model, tmp_path, rows):
     trainer = make(max_steps=2, num_iterations=2)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     assert not [name for name in before if "lora" in name and ("vision" in name or "projector" in name)]
@@ -149,14 +187,15 @@ def test_ppo_trains_and_evaluates_and_leaves_the_vision_part_alone(make, llava, 
     assert {"eval_loss", "eval_reward"} <= trainer.evaluate().keys()
     trainer.save_model()
     assert (tmp_path / "run" / "processor_config.json").exists()
-    saved = PeftModel.from_pretrained(copy.deepcopy(llava), tmp_path / "run").state_dict()
+    saved = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "run").state_dict()
     mine = {name: weight for name, weight in trainer.model.state_dict().items() if ".default." in name}
     assert mine
     assert all(torch.equal(weight, saved[name]) for name, weight in mine.items())
 
 
+@QWEN
 def test_a_run_goes_on_in_the_middle_of_a_rollout_with_pictures(make, tmp_path):
-    """The checkpoint holds the embeddings of the rollout's prompts."""
+    """The checkpoint holds the embeddings and positions of the rollout's prompts."""
     options = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3}
     whole = make(**options)
     whole.train()
@@ -166,17 +205,18 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout_with_pictures(make, tmp_path):
         assert torch.equal(weight, other), name
 
 
-def test_sampling_is_from_the_distributions_that_are_trained(make, rows):
+@QWEN
+def test_sampling_is_from_the_distributions_that_are_trained(make, processor, rows):
     """Many samples of one prompt have the frequencies of the first token's log-probabilities."""
     trainer = spread(make())
     trainer.model.eval()
     chats = trainer.chats_of([rows[0]] * 512)
     ids, _, fields = trainer._tokenize_prompts([chats[0]["prompt"]] * 1)
-    embeds = trainer.embed_tokenized(ids, fields)
-    first = [row[0] for row in sample_from(trainer, trainer.model, ids * 512, embeds * 512)]
+    embedded = trainer.embed_tokenized(ids, fields)
+    first = [row[0] for row in sample_from(trainer, trainer.model, ids * 512, embedded * 512)]
     with torch.no_grad():
-        logits = trainer.model(inputs_embeds=embeds[0][None]).logits[0, -1]
-    shares = torch.bincount(torch.tensor(first), minlength=VOCABULARY) / 512
+        logits = trainer.model(**plain_fields(processor, rows[0])).logits[0, -1]
+    shares = torch.bincount(torch.tensor(first), minlength=len(logits)) / 512
     assert_close(shares, logits.softmax(-1), atol=0.09, rtol=0.0)
 
 
@@ -202,16 +242,16 @@ def test_pictures_are_rgb_and_upright():
     ],
     ids=["text", "places", "token", "path", "bytes", "system"],
 )
-def test_rows_whose_pictures_cannot_be_read_stop_before_training(llava, processor, change, message):
+def test_rows_whose_pictures_cannot_be_read_stop_before_training(model, processor, change, message):
     row = {"prompt": QUESTION, "images": [picture("red"), picture("blue")]} | change
-    rules = PromptRules(processor.tokenizer, 64, VOCABULARY, {}, images=ImageReader(processor, llava))
+    rules = PromptRules(processor.tokenizer, 64, VOCABULARY, {}, images=ImageReader(processor, model))
     stream = IterableDataset.from_generator(lambda: iter([row] * 2))  # as they are: Arrow would not hold them all
     with pytest.raises(ValueError, match=rf"`train_dataset`: the prompt of row 0 .*{re.escape(message)}"):
         next(iter(check_rows(stream, "train_dataset", rules)))
 
 
-def test_rows_of_a_data_set_are_checked_as_a_whole(llava, processor, rows):
-    reader = ImageReader(processor, llava)
+def test_rows_of_a_data_set_are_checked_as_a_whole(model, processor, rows):
+    reader = ImageReader(processor, model)
     rules, short = (PromptRules(processor.tokenizer, longest, VOCABULARY, {}, images=reader) for longest in (64, 12))
     assert check_rows(rows, "train_dataset", rules) is rows
     with pytest.raises(ValueError, match="8 of 16 prompts cannot be used: the prompt of row 1 has 18 tokens, and the"):
@@ -223,7 +263,7 @@ def test_rows_of_a_data_set_are_checked_as_a_whole(llava, processor, rows):
             check_rows(broken, "train_dataset", rules)
 
 
-def test_what_does_not_fit_is_refused_by_name(make, llava, processor, rows, tiny_model_path, tiny_tokenizer):
+def test_what_does_not_fit_is_refused_by_name(make, processor, rows, tiny_model_path):
     with pytest.raises(ValueError, match=r"`train_dataset` has the column 'images', but prompts are read by"):
         make(processing_class=processor.tokenizer)
     with pytest.raises(ValueError, match=r"An adapter is on 'model.vision_tower.*outside of the language part"):
@@ -234,14 +274,21 @@ def test_what_does_not_fit_is_refused_by_name(make, llava, processor, rows, tiny
         make(critic_layers=1)
     text = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM \(`model_type: llama`\) does not read pictures"):
-        make(model=text, target_modules="all-linear")
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no `language_model` beside a vision tower"):
+        make(other=text, target_modules="all-linear")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no language part beside a vision tower"):
         language_layers(text)
 
 
-def test_image_tokens_and_features_must_agree(llava, processor):
-    reader = ImageReader(processor, llava)
-    [ids], [pixels] = reader.encode([chat_with_images({"prompt": QUESTION, "image": picture("red")})])
+def test_a_template_that_asks_for_no_answer_behind_a_picture_is_refused(model, processor):
+    processor.chat_template = "{% for message in messages %}<image>{% endfor %}"
+    with pytest.raises(BadRow, match="ends with a picture: the chat template writes nothing behind it"):
+        ImageReader(processor, model).encode([chat_with_images({"prompt": QUESTION, "image": picture("red")})])
+
+
+@BOTH
+def test_image_tokens_and_features_must_agree(model, processor):
+    reader = ImageReader(processor, model)
+    [ids], [pixels] = reader.encode([chat_with_images({"prompt": QUESTION, "image": picture("red", (56, 56))})])
     assert ids.count(3) == 4
     with pytest.raises(ValueError, match=re.escape("Prompt 0 has 3 image tokens, and its pictures 4 features")):
         reader.embed([[token for place, token in enumerate(ids) if place != ids.index(3)]], [pixels])

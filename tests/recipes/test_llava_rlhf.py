@@ -115,15 +115,18 @@ def test_every_stage_runs(load, load_stage, repo_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("model", "sizes"),
     [
         pytest.param(
-            {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8}, id="two steps"
+            "qwen2_5_vl",
+            {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8},
+            id="two steps",
         ),
-        pytest.param({}, id="whole", marks=pytest.mark.slow),
+        pytest.param("llava", {}, id="whole", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", {}, id="whole, Qwen2.5-VL", marks=pytest.mark.slow),
     ],
 )
-def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
+def test_every_stage_with_pictures(load, tmp_path, capsys, model, sizes):
     script = load("vision")
     image, colour, number = script.picture(random.Random(3))
     assert len([pixel for pixel in image.get_flattened_data() if pixel != (255, 255, 255)]) == 100 * (
@@ -133,7 +136,7 @@ def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
     scores = script.true_statements([[{"content": text}] for text in said], [colour] * 4, [number] * 4)
     assert scores == [2.0, 1.0, 1.0 if number == "three" else -1.0, 0.0]
     out = tmp_path / "vision"
-    start(script, output_dir=out, **sizes)
+    start(script, output_dir=out, model=model, **sizes)
     sft, reward, ppo = (
         json.loads((out / stage / "evaluation.json").read_text()) for stage in ("sft", "reward", "ppo")
     )
@@ -147,7 +150,7 @@ def test_every_stage_with_pictures(load, tmp_path, capsys, sizes):
         assert ppo["win_rate_ci"][0] > 0.5
     assert (out / "ppo" / "processor_config.json").exists()
     capsys.readouterr()
-    start(script, output_dir=out, **sizes)
+    start(script, output_dir=out, model=model, **sizes)
     assert capsys.readouterr().out.count("is there: nothing to do") == 4
 
 
@@ -163,3 +166,40 @@ def test_choices_are_of_the_picture_and_the_facts(load):
         drawn = [pixel for pixel in row["images"][0].get_flattened_data() if pixel != (255, 255, 255)]
         assert len(drawn) == 100 * (1 + script.NUMBERS.index(number))
         assert set(drawn) == {ImageColor.getrgb(colour)}
+
+
+def test_the_stages_see_pictures_that_rows_name(load, repo_root, run_stage, write_rows, tmp_path):
+    """From rows with paths and the YAMLs for Qwen2.5-VL to a policy, on a small one made by code."""
+    script = load("vision")
+    rng, rows = random.Random(0), []
+    for number in range(24):
+        row = script.choice(rng)
+        row["images"][0].save(tmp_path / f"{number}.png")
+        rows.append({**row, "images": [str(tmp_path / f"{number}.png")]})
+    args = script.VisionArguments(str(tmp_path), model="qwen2_5_vl", captions=0)
+    script.make_base(args, tmp_path, rng)
+
+    dataset = write_rows(rows)
+
+    def run(stage, **options):
+        small = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "gradient_accumulation_steps": 1}
+        config = repo_root / "recipes" / "llava_rlhf" / f"qwen2_5_vl_{stage}.yaml"
+        return run_stage(stage, config=config, dataset_name=dataset, test_size=0.3, **small, **options)
+
+    sft, reward = run("sft"), run("reward")
+    ppo = run(
+        "ppo",
+        sft_adapter=sft.folder,
+        reward_adapter=reward.folder,
+        steps_per_generation=1,
+        max_completion_length=6,
+        evaluation_rows=4,
+    )
+    for stage in (sft, reward, ppo):
+        assert (stage.folder / "processor_config.json").exists()
+        trained = [name for name, weight in stage.trainer.model.named_parameters() if weight.requires_grad]
+        assert trained
+        assert all(".language_model." in name or "score" in name or "heads" in name for name in trained)
+    seen = sft.evaluation["n"], reward.evaluation["n"]
+    assert 0 < seen[0] == seen[1] < 24, "one question about different pictures is split by the pictures"
+    assert ppo.trainer.image_reader is not None

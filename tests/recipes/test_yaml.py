@@ -17,8 +17,8 @@ MORE = ("safety", "rejection", "winners")  # a second reward model, the best of 
 
 
 def stage_of(path):
-    """The stage that a YAML is named after; `paper_ppo.yaml` has the settings of a paper for a real model."""
-    return path.stem.removeprefix("paper_")
+    """The stage that a YAML is named after; `paper_ppo.yaml` has a paper's settings, others those for a model."""
+    return path.stem.removeprefix("paper_").removeprefix("qwen2_5_vl_")
 
 
 NAMES = {*STAGES, *LIBRARIES, *MORE}

@@ -9,11 +9,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, LlavaForConditionalGeneration
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.models import load_image_classifier
-from rlhf_recipes.models.images import chat_with_images, language_layers
+from rlhf_recipes.models import language_layers, load_image_classifier, load_image_model
+from rlhf_recipes.models.images import chat_with_images
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.reward_modeling import (
     PreferenceConfig,
@@ -28,8 +28,14 @@ COLOURS = ("red", "green", "blue")
 QUESTION = [{"role": "user", "content": "which colour ?"}]
 
 
-def picture(colour):
-    return Image.new("RGB", (28, 28), colour)
+QWEN = pytest.mark.parametrize("built_vision", ["qwen2_5_vl"], indirect=True)
+BOTH = pytest.mark.parametrize("built_vision", ["llava", "qwen2_5_vl"], indirect=True)
+
+
+def picture(colour, size=(28, 28)):
+    image = Image.new("RGB", size, colour)
+    image.paste("black", (size[0] // 2, size[1] // 3, size[0], size[1]))
+    return image
 
 
 def says(text):
@@ -41,7 +47,7 @@ def pairs(count, facts=False):
     rows = []
     for number in range(count):
         right, wrong = COLOURS[number % 3], COLOURS[(number + 1 + number // 3 % 2) % 3]
-        images = [[picture(right)], [picture(right), picture("white")], []][number % 5 % 3]
+        images = [[picture(right)], [picture(right, (56, 84)), picture("white")], []][number % 5 % 3]
         row = {"prompt": QUESTION, "images": images, "chosen": says(right), "rejected": says(wrong)}
         if facts:
             row["reward_prompt"] = [{"role": "user", "content": f"a {right} square which colour ?"}]
@@ -50,15 +56,15 @@ def pairs(count, facts=False):
 
 
 @pytest.fixture
-def base(built_llava, tmp_path):
+def base(built_vision, tmp_path):
     """Folder of the base, as policy and reward model load it."""
-    built_llava[0].save_pretrained(tmp_path / "base")
+    built_vision[0].save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
 
 @pytest.fixture
-def processor(built_llava):
-    return built_llava[1]
+def processor(built_vision):
+    return built_vision[1]
 
 
 @pytest.fixture
@@ -103,35 +109,45 @@ def plain_inputs(processor, prompt, images, ids):
     )
     fields.pop("attention_mask")
     fields["input_ids"] = torch.cat([fields["input_ids"], torch.tensor([ids])], dim=1)
+    if "mm_token_type_ids" in fields:  # no token of a completion stands for a picture
+        fields["mm_token_type_ids"] = torch.nn.functional.pad(fields["mm_token_type_ids"], (0, len(ids)))
     return fields
 
 
-def test_the_classifier_is_the_base_with_a_head(base, built_llava, processor):
+@BOTH
+def test_the_classifier_is_the_base_with_a_head(base, built_vision, processor):
     scorer = load_image_classifier(base)
-    assert set(scorer.state_dict()) - set(built_llava[0].state_dict()) == {"score.weight"}
+    assert set(scorer.state_dict()) - set(built_vision[0].state_dict()) == {"score.weight"}
     inputs = plain_inputs(processor, QUESTION, [picture("red")], [4, 1])
     with torch.no_grad():
-        states = built_llava[0].model(**inputs).last_hidden_state[:, -1]
+        states = built_vision[0].model(**inputs).last_hidden_state[:, -1]
         assert_close(scorer(**inputs).logits, states @ scorer.score.weight.T)
 
 
-@pytest.mark.parametrize("facts", [False, True])
+@pytest.mark.parametrize(
+    ("built_vision", "facts"), [("llava", False), ("qwen2_5_vl", True)], indirect=["built_vision"]
+)
 def test_batches_hold_what_the_processor_makes_of_each_text(make, processor, facts):
     rows = pairs(5, facts)
     trainer = make(rows)
     batch = next(iter(torch.utils.data.DataLoader(trainer.train_dataset, 5, collate_fn=trainer.data_collator)))
-    seen = iter(batch["pixel_values"])
+    seen = {name: iter(batch[name]) for name in ("pixel_values", "image_grid_thw") if name in batch}
     for index, row in enumerate(rows):
         for side, name in enumerate(("chosen", "rejected")):
             [word] = processor.tokenizer(row[name][0]["content"])["input_ids"]
             expected = plain_inputs(processor, row["reward_prompt" if facts else "prompt"], row["images"], [word, 1])
             mask = batch["attention_mask"][2 * index + side].bool()
             assert batch["input_ids"][2 * index + side][mask].tolist() == expected["input_ids"][0].tolist()
-            for values in expected.get("pixel_values", ()):
-                assert torch.equal(next(seen), values)
-    assert next(seen, None) is None
+            for name, values in seen.items():
+                assert all(torch.equal(next(values), value) for value in expected.get(name, ()))
+            if "mm_token_type_ids" in batch:
+                assert torch.equal(
+                    batch["mm_token_type_ids"][2 * index + side][mask], expected["mm_token_type_ids"][0]
+                )
+    assert all(next(values, None) is None for values in seen.values())
 
 
+@QWEN
 def test_training_evaluation_and_scores_of_the_saved_model(make, base, processor, tmp_path):
     trainer = make(pairs(8), pairs(7), eval_strategy="steps", eval_steps=2)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
@@ -161,8 +177,11 @@ def test_training_evaluation_and_scores_of_the_saved_model(make, base, processor
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(result["accuracy"])
 
 
-@pytest.mark.parametrize("facts", [False, True])
-@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize(
+    ("built_vision", "facts", "ensemble"),
+    [("llava", False, True), ("llava", True, False), ("qwen2_5_vl", False, False), ("qwen2_5_vl", True, True)],
+    indirect=["built_vision"],
+)
 def test_ppo_reads_it_on_the_shared_base_as_plain_passes_do(
     make, base, processor, tmp_path, make_config, facts, ensemble
 ):
@@ -172,7 +191,7 @@ def test_ppo_reads_it_on_the_shared_base_as_plain_passes_do(
     reward.save_model()
     assert Readout.load(tmp_path / "reward").reward_prompt == facts
     rows = pairs(8, facts)
-    policy = LlavaForConditionalGeneration.from_pretrained(base)
+    policy = load_image_model(base)
     folder = str(tmp_path / "reward")
 
     def same(completions, images, **kwargs):
@@ -208,12 +227,14 @@ def test_ppo_reads_it_on_the_shared_base_as_plain_passes_do(
     assert rollout(trainer, rows=8)["old_values"].abs().max() > 0.0
 
 
-@pytest.mark.parametrize("placement", ["redistributed", "attention"])
+@pytest.mark.parametrize(
+    ("built_vision", "placement"), [("llava", "redistributed"), ("qwen2_5_vl", "attention")], indirect=["built_vision"]
+)
 def test_its_score_is_placed_on_tokens(make, base, processor, tmp_path, make_config, placement):
     reward = make(pairs(4))
     spread(reward.model)
     reward.save_model()
-    policy = LlavaForConditionalGeneration.from_pretrained(base)
+    policy = load_image_model(base)
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=str(tmp_path / "reward"),

@@ -26,6 +26,7 @@ from rlhf_recipes.ppo.vllm.engine import Adapter, Completion, Drawing, Engine, S
 from rlhf_recipes.ppo.vllm.server import VLLMServer
 
 if TYPE_CHECKING:
+    from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
     from rlhf_recipes.ppo.config import PPOConfig
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class VLLMSampler:
         self._send(self._changed())
 
     def __call__(
-        self, prompt_ids: list[list[int]], prompt_embeds: list[Tensor] | None = None
+        self, prompt_ids: list[list[int]], embedded: list[EmbeddedPrompt] | None = None
     ) -> tuple[list[list[int]], list[list[float]]]:
         """As `Sampler`."""
         state = torch.get_rng_state()
