@@ -22,7 +22,7 @@ from rlhf_recipes.config import parse_stage, read_config, validate_fields
 from rlhf_recipes.tools.ranking.active import label_schedule
 
 LEAST_LABELS = 16  # in the first round: a third of them tests a member, some are ties
-REFERENCE_PAIRS = 256  # of the first policy, on which the scores get mean 0 and standard deviation 1
+REFERENCE_PAIRS = 128  # of the first policy, on which the scores get mean 0 and standard deviation 1
 Row = dict[str, Any]
 
 

@@ -410,13 +410,15 @@ class Store:
         """Let a program judge whatever is free for it. Each judgement is on the disk before the next one.
 
         Args:
-            labeller: Its name.
+            labeller: Its name, which nobody else has.
             say: Takes an item's number and the item, and gives the answer. One that depends on these alone is the
                 same again after an interruption.
 
         Returns:
             How many items it judged.
         """
+        with self._transaction() as database:  # what it saw when it was killed would be nobody's for half an hour
+            database.execute("DELETE FROM leases WHERE labeller = ?", (labeller,))
         session = self.session(self.sign_in(labeller))
         assert session is not None  # it has just been started
         judged = 0
