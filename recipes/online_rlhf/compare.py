@@ -52,10 +52,10 @@ def main(args: ComparisonArguments) -> None:
         for arm, settings in ARMS.items():
             folder = Path(args.output_dir, f"seed_{seed}", arm)
             words = ["--config", args.online, "--output_dir", str(folder), "--seed", str(seed)]
-            (run,) = parse_stage(rounds.ARGUMENTS, words)
+            (run,) = rounds.parse_stage(rounds.ARGUMENTS, words)
             labels = math.ceil(run.label_budget / SHARE) if arm == "offline_more" else run.label_budget
             words += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-            (run,) = parse_stage(rounds.ARGUMENTS, [*words, "--label_budget", str(labels)])
+            (run,) = rounds.parse_stage(rounds.ARGUMENTS, [*words, "--label_budget", str(labels)])
             if not (folder / f"round_{run.rounds:02d}" / "round.json").exists():
                 print(f"== seed {seed}, {arm}")
                 rounds.main(run)

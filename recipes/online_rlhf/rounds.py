@@ -108,8 +108,8 @@ class Rounds:
 
         self.args, self.folder = args, Path(args.output_dir)
         self.stages = {name: _script(name) for name in ("reward", "ppo")}
-        ppo = parse_stage(self.stages["ppo"]["ARGUMENTS"], ["--config", args.ppo_config])
-        parse_stage(self.stages["reward"]["ARGUMENTS"], ["--config", args.reward_config])
+        self.parsed("reward", ["--config", args.reward_config])
+        ppo = self.parsed("ppo", ["--config", args.ppo_config])
         self.start, self.data, self.training, self.model = ppo
         if self.start.sft_adapter is None or not Path(self.start.sft_adapter).is_dir():
             raise FileNotFoundError(
@@ -298,6 +298,9 @@ class Rounds:
             normalized.append(scorer.readout.apply(scores))
         return torch.stack(raw), torch.stack(normalized)
 
+    def parsed(self, stage: str, words: list[str]) -> tuple[Any, ...]:
+        return self.stages[stage]["parse_stage"](self.stages[stage]["ARGUMENTS"], words)
+
     def run(self, stage: str, folder: Path, **fields: Any) -> None:
         """Run a stage in this process, unless it is finished; one that was cut off goes on from its checkpoint."""
         if (folder / "evaluation.json").exists():
@@ -313,7 +316,7 @@ class Rounds:
                 f"--{name}",
                 *map(str, value if isinstance(value, list) else ["null" if value is None else value]),
             ]
-        self.stages[stage]["main"](*parse_stage(self.stages[stage]["ARGUMENTS"], words))
+        self.stages[stage]["main"](*self.parsed(stage, words))
         gc.collect()  # its models are in circles of references
 
 
