@@ -32,7 +32,7 @@ class RoundArguments:
 
     reward_config: str = field(metadata={"help": "YAML of the reward stage."})
     ppo_config: str = field(metadata={"help": "YAML of the PPO stage; it names base, first policy and prompts."})
-    output_dir: str = field(default="outputs/online_rlhf", metadata={"help": "Folder of the run."})
+    output_dir: str = field(default="outputs/online_rlhf/online", metadata={"help": "Folder of the run."})
     rounds: int = field(default=4, metadata={"help": "Rounds. 1: all labels first, then one PPO (offline)."})
     ppo_steps: int = field(default=256, metadata={"help": "Steps of PPO in all rounds together."})
     label_budget: int = field(default=120, metadata={"help": "Questions in all rounds together."})

@@ -22,4 +22,4 @@ stage outputs/quickstart/sft/evaluation.json $launch recipes/sft.py --config rec
 
 # 1. The rounds, and their page
 python recipes/online_rlhf/rounds.py --config recipes/online_rlhf/online.yaml
-rlhf-recipes report outputs/online_rlhf
+rlhf-recipes report outputs/online_rlhf/online

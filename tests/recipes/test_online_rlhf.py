@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -280,6 +279,47 @@ def test_the_report_shows_the_rounds_and_survives_damaged_ones(loop):
     assert (folder / "report" / "rounds-0-gold.png").is_file()
 
 
+@pytest.mark.slow
+def test_the_comparison_gives_each_kind_its_labels_and_the_same_ppo(loop, load_stage, configs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rounds", loop.script)
+    fields = LOOP | {"rounds": 2, "ppo_steps": 4, "label_budget": 24} | configs(tmp_path / "sft")
+    (tmp_path / "online.yaml").write_text(yaml.safe_dump(fields))
+    compare = load_stage("online_rlhf/compare")
+    args = compare.ComparisonArguments(online=str(tmp_path / "online.yaml"), output_dir=str(tmp_path / "all"), seeds=2)
+    compare.main(args)
+    found = json.loads((tmp_path / "all" / "comparison.json").read_text())["arms"]
+    assert {arm: end["labels"] for arm, end in found.items()} == {
+        **dict.fromkeys(("disagreement", "random", "offline"), 24),
+        "offline_more": 40,
+    }
+    steps = {path.parts[-4:-1]: fields["max_steps"] for stage, path, fields in loop.calls if stage == "ppo"}
+    for seed in ("seed_0", "seed_1"):
+        for arm in ("disagreement", "random", "offline", "offline_more"):
+            assert sum(value for key, value in steps.items() if key[:2] == (seed, arm)) == 4
+    chosen = {arm: records(tmp_path / "all" / "seed_0" / arm)[-1]["selection"] for arm in compare.ARMS}
+    assert chosen == {**dict.fromkeys(compare.ARMS, "random"), "disagreement": "disagreement"}
+    before = len(loop.calls)
+    compare.main(args)
+    assert len(loop.calls) == before, "what is finished is not run again"
+    with pytest.raises(ValueError, match="at least 2 `seeds`"):
+        compare.main(compare.ComparisonArguments(seeds=1))
+
+
+def test_leads_of_the_comparison_are_seed_by_seed(load_stage):
+    compare = load_stage("online_rlhf/compare")
+
+    def runs(*golds):
+        rest = {"labels": 9, "reward_score": 1.0, "kl": 2.0, "newest_policy_accuracy": 0.5}
+        return [[{"gold_score": -9.0} | rest, {"gold_score": gold} | rest] for gold in golds]
+
+    found = compare.compared({"random": runs(1.0, 2.5, 4.0), "offline_more": runs(0.5, 2.0, 3.5)})
+    assert found["random"]["gold_score"] == pytest.approx(2.5)
+    assert found["random"]["lead"] == pytest.approx(0.5)
+    assert found["random"]["lead_ci"] == pytest.approx([0.5, 0.5]), "the seeds differ, and the leads do not"
+    low, high = found["random"]["gold_score_ci"]
+    assert 1.0 <= low < 2.5 < high <= 4.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -337,38 +377,35 @@ def weights(folder):
     return {path.relative_to(folder).as_posix(): load_file(path) for path in folder.glob("round_*/*/**/*.safetensors")}
 
 
-def test_two_rounds_of_real_stages_and_ppo_that_goes_on_from_its_checkpoint(
-    load_stage, configs, words, sft, monkeypatch
+def test_two_steps_of_each_stage_and_ppo_that_goes_on_from_its_checkpoint(
+    load_stage, configs, words, sft, tmp_path, monkeypatch
 ):
     script = load_stage("online_rlhf/rounds")
-    options = {"rounds": 2, "ppo_steps": 4, "label_budget": 30, "members": 1, "selection": "random"}
     saved, save = [], PPOTrainer._save_checkpoint
 
     def save_and_stop(self, *args, **kwargs):
         save(self, *args, **kwargs)
         saved.append(self.state.global_step)
-        if len(saved) == 3:
+        if len(saved) == 1:
             raise Interrupted
 
     monkeypatch.setattr(PPOTrainer, "_save_checkpoint", save_and_stop)
-    argv = words(configs(sft) | options)
+    argv = words(configs(sft) | {"rounds": 1, "ppo_steps": 2, "label_budget": 20, "report_pairs": 8})
     with pytest.raises(Interrupted):
         script.main(*parse_stage(script.ARGUMENTS, argv))
     script.main(*parse_stage(script.ARGUMENTS, argv))
-    assert saved == [1, 2, 1, 2], "PPO of the second round went on after its first step"
+    assert saved == [1, 2], "PPO went on after its first step"
 
-    folder = Path(parse_stage(script.ARGUMENTS, argv)[0].output_dir)
-    found = weights(folder)
-    for name in ("ppo/adapter_model", "reward_0/adapter_model"):
-        first, second = (found[f"round_0{number}/{name}.safetensors"] for number in (1, 2))
-        assert first.keys() == second.keys()
-        assert any(not torch.equal(first[key], second[key]) for key in first)
-    parents = json.loads((folder / "round_02" / "reward_0" / "run.json").read_text())["parents"]
-    assert {"path": str(folder / "round_01" / "reward_0")} in [{"path": parent["path"]} for parent in parents]
-    readout = json.loads((folder / "round_02" / "reward_0" / "reward_model.json").read_text())
-    assert readout["gain"] != 1.0
-    assert [record["labels"] for record in records(folder)] == [20, 30]
-    assert all(0.0 <= record["newest_policy_accuracy"] <= 1.0 for record in records(folder))
+    folder = tmp_path / "run"
+    trained = weights(folder)
+    assert {f"round_01/{name}/adapter_model.safetensors" for name in ("reward_0", "reward_1", "ppo")} <= trained.keys()
+    for member in range(2):
+        readout = json.loads((folder / "round_01" / f"reward_{member}" / "reward_model.json").read_text())
+        assert readout["gain"] != 1.0
+    assert json.loads((folder / "round_01" / "ppo" / "evaluation.json").read_text())["policy"]["gold_score"] < 0
+    (record,) = records(folder)
+    assert record["labels"] == record["choices"] + record["ties"] + record["incomparable"] == 20
+    assert 0.0 <= record["newest_policy_accuracy"] <= 1.0
 
 
 KILLED_AFTER = (
@@ -408,6 +445,9 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_files(repo_
     subprocess.run([*command, *words(fields)], env=environment, check=True, capture_output=True)
     assert sorted(item for item, _ in judgements(folder)) == list(range(30)), "each question is answered once"
     assert records(folder) == records(tmp_path / "whole")
+    for name in ("reward_0", "ppo"):
+        run = json.loads((folder / "round_02" / name / "run.json").read_text())
+        assert str(folder / "round_01" / name) in [parent["path"] for parent in run["parents"]]
     both = weights(folder), weights(tmp_path / "whole")
     assert both[0].keys() == both[1].keys()
     for name, tensors in both[0].items():
