@@ -224,8 +224,9 @@ class Rounds:
     def train(self, number: int) -> None:
         """PPO from the last policy, with the last critic; the first policy stays the reference."""
         members = [str(folder) for folder in self.members(number)]
-        more: Row = {"reward_adapters": members} if len(members) > 1 else {"reward_adapter": members[0]}
-        more["reward_adapters" if len(members) == 1 else "reward_adapter"] = None
+        more: Row = {"reward_adapter": None, "reward_adapters": members}
+        if len(members) == 1:
+            more = {"reward_adapter": members[0], "reward_adapters": None}
         if number > 1:
             last = self.policy(number - 1)
             more |= {"policy_adapter": last, "critic_model": last / "critic", "critic_init": None}
@@ -257,6 +258,10 @@ class Rounds:
     def seed(self, of: str) -> int:
         return random.Random(f"{self.args.seed} {of}").randrange(2**31)
 
+    def place(self, model: Any) -> None:
+        if model.device.type != self.training.device.type:  # weights in 4 bits are there already
+            model.to(self.training.device)
+
     def sample(self, adapter: Path, count: int, of: str) -> list[Row]:
         """Sample pairs of completions of a policy after training prompts drawn at random."""
         import torch
@@ -267,7 +272,7 @@ class Rounds:
 
         base = load_causal_lm(self.model.model_name_or_path, **model_options(self.model))
         policy = load_policy(base, adapter, self.training.adapter_tolerance).eval()
-        policy.to(self.training.device)
+        self.place(policy)
         prompts = random.Random(f"{self.args.seed} {of}").choices(self.prompts, k=count)
         torch.manual_seed(self.seed(of))
         options = (self.training.max_completion_length, self.training.per_device_eval_batch_size)
@@ -291,7 +296,7 @@ class Rounds:
         size = self.training.per_device_eval_batch_size
         for folder in map(str, self.members(number)):
             scorer = load_scorer(self.model.model_name_or_path, folder, None, size, **model_options(self.model))
-            scorer.model.to(self.training.device)
+            self.place(scorer.model)
             texts = [scorer.encoded(ids, pair["prompt"]) for pair in pairs for ids in pair["completion_ids"]]
             scores = torch.from_numpy(scorer.finite_scores(texts)).view(len(pairs), 2)
             raw.append(scores)
@@ -344,6 +349,7 @@ def main(args: RoundArguments) -> None:
     rounds = Rounds(args)
     configs = {name: read_config(Path(getattr(args, name)).read_text()) for name in ("reward_config", "ppo_config")}
     settings = json.loads(json.dumps(asdict(args) | configs))
+    del settings["output_dir"]  # a folder may be moved
     check_settings(args.output_dir, settings)
     write_records(rounds.folder / SETTINGS, settings)
 
