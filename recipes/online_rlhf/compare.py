@@ -104,8 +104,9 @@ def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for arm, runs in curves.items():
-        labels = [record["labels"] for record in runs[0]]
+    for place, (arm, runs) in enumerate(curves.items()):
+        shift = 0.5 * (place - 1)  # so that intervals at the same number of labels lie side by side
+        labels = [record["labels"] + shift for record in runs[0]]
         golds = [[run[number]["gold_score"] for run in runs] for number in range(len(labels))]
         ends = [bootstrap_interval(gold, range(len(gold))) for gold in golds]
         middle = [fmean(gold) for gold in golds]
