@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -453,3 +454,43 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_files(repo_
     for name, tensors in both[0].items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, both[1][name][key]), f"{name}: {key}"
+
+
+@pytest.mark.slow
+def test_a_person_labels_in_the_browser_while_ppo_trains(repo_root, configs, words, sft, tmp_path):
+    httpx = pytest.importorskip("httpx")
+    fields, folder = configs(sft) | {"rounds": 2, "ppo_steps": 8, "label_budget": 30}, tmp_path / "run"
+    argv = words(fields | {"labels_halved_after": 4, "labeller": "page", "ask_ahead": "true"})
+    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    loop = subprocess.Popen(
+        [sys.executable, str(repo_root / "recipes/online_rlhf/rounds.py"), *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while "rlhf-recipes label --db" not in (line := loop.stdout.readline()):
+        assert line, "it ended before it asked anybody"
+    start = "import sys; from rlhf_recipes.tools.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, *line.split()[1:], "--port", "0"]
+    page = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = page.stdout.readline().split()[2].rstrip("/")
+        browser = httpx.Client(base_url=address, headers={"origin": address}, follow_redirects=True)
+        browser.post("/sign-in", data={"name": "Ann"})
+        during_ppo = []
+        while len(judgements(folder)) < 30:
+            assert loop.poll() is None, "it ended before all was labelled"
+            found = re.search(r'name="item" value="(\d+)"', browser.get("/").text)
+            if found is None:
+                time.sleep(0.05)
+                continue
+            browser.post("/judge", data={"item": found[1], "choice": "first", "strength": "clearly"})
+            trains = not (folder / "round_01" / "ppo" / "evaluation.json").exists()
+            during_ppo += [int(found[1])] if int(found[1]) >= 20 and trains else []
+    finally:
+        page.terminate()
+    assert loop.wait() == 0
+    loop.stdout.close()
+    page.stdout.close()
+    assert sorted(during_ppo) == list(range(20, 30)), "the second round was labelled before PPO of the first one ended"
+    assert [record["choices"] for record in records(folder)] == [20, 10]
