@@ -52,7 +52,8 @@ def main(
     # Imported here, so that --help does not wait for them.
     from rlhf_recipes import PPOTrainer
     from rlhf_recipes.data import load_splits, to_prompts
-    from rlhf_recipes.evaluation.rejection import BEST, check_samples, sample_best
+    from rlhf_recipes.evaluation.records import check_settings
+    from rlhf_recipes.evaluation.rejection import BEST, sample_best
     from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, model_options
     from rlhf_recipes.tracking import start_stage
 
@@ -63,7 +64,7 @@ def main(
     of_the_run = ("seed", "temperature", "max_completion_length", "per_device_eval_batch_size", "reward_weights")
     settings = {**asdict(args), **asdict(ppo_args), **asdict(data_args), "model": model_args.model_name_or_path}
     settings |= {name: getattr(training_args, name) for name in of_the_run}
-    check_samples(training_args.output_dir, settings)
+    check_settings(training_args.output_dir, settings)
     if Path(training_args.output_dir, BEST).exists():
         print(f"{training_args.output_dir} is finished: {BEST} is there.")
         return

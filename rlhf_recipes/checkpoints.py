@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,7 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
         FileExistsError: ... is not empty. Choose another `--output_dir`, or remove the folder.
     """
     folder = Path(str(training_args.output_dir))
-    paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
-    checkpoints = {int(path.name[11:]): path for path in paths}
+    checkpoints = complete_checkpoints(folder)
     resume = str(training_args.resume_from_checkpoint or "")
     if resume.lower() in ("", "false"):
         checkpoint = None
@@ -76,6 +76,20 @@ def check_output_dir(training_args: TrainingArguments) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
+def complete_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """Find the checkpoints in a stage's folder that were written to their end, by their steps.
+
+    Args:
+        folder: The folder; it may be missing.
+
+    Example:
+        >>> complete_checkpoints("outputs/never/made")
+        {}
+    """
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
+    return {int(path.name[11:]): path for path in paths}
+
+
 def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> bool:
     """Return whether a run to be resumed has made all its steps and was evaluated: nothing is left to do.
 
@@ -95,6 +109,29 @@ def is_finished(training_args: TrainingArguments, checkpoint: str | None) -> boo
     return evaluated
 
 
+def write_whole(path: str | Path, text: str) -> None:
+    r"""Write a file in one go: whoever is killed leaves the old file or the new one, never a part.
+
+    Half of a surrogate pair, which no file in UTF-8 can hold, becomes a question mark.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        text: What it is to hold.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows", "train.jsonl")
+        >>> write_whole(path, "{}\n")
+        >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+        ('{}\n', ['train.jsonl'])
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(part, path)
+
+
 def save_evaluation(evaluation: dict[str, Any], output_dir: str | Path) -> Path:
     r"""Write `evaluation.json` into a stage's folder: the stage is finished then, see `is_finished`.
 
@@ -111,7 +148,7 @@ def save_evaluation(evaluation: dict[str, Any], output_dir: str | Path) -> Path:
         '{\n  "accuracy": 0.75\n}\n'
     """
     path = Path(output_dir, "evaluation.json")
-    path.write_text(json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -42,6 +42,7 @@ RANKING = "rlhf_recipes/tools/ranking/ranking.py"
 SCORE_INTERVALS = "rlhf_recipes/tools/ranking/score_intervals.py"
 RATINGS = "rlhf_recipes/tools/ranking/ratings.py"
 ACTIVE = "rlhf_recipes/tools/ranking/active.py"
+BOOTSTRAP = "rlhf_recipes/reward_modeling/bootstrap.py"
 JUDGING = "rlhf_recipes/evaluation/judges/orders.py"
 READOUT = "rlhf_recipes/models/readout.py"
 CERTIFICATE = "rlhf_recipes/tools/certificate/functional"
@@ -306,6 +307,13 @@ BUGS = [
     Bug(ACTIVE, ".sigmoid().var(", ".var(", "TestPreferenceVariance.test_numbers"),
     Bug(ACTIVE, "descending=True", "descending=False", "TestSelectQueries.test_numbers"),
     Bug(ACTIVE, "shuffled[order[:budget]]", "order[:budget]", "TestSelectQueries.test_numbers"),
+    Bug(ACTIVE, "halved_after / (done + halved_after)", "1 / (done + 1)", "TestLabelSchedule.test_numbers"),
+    Bug(
+        BOOTSTRAP,
+        "probability /= count",
+        "probability /= count + 1",
+        "TestBootstrapCount.test_is_poissons_with_mean_1",
+    ),
     Bug(
         JUDGING,
         "judge, prompt, pair[1], pair[0]",

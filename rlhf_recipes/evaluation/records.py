@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
 
+from rlhf_recipes.checkpoints import write_whole
 from rlhf_recipes.statistics.numbers import none_for_nonfinite
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"  # what the files of a folder were made with
 
 
 def write_records(path: str | Path, records: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -36,12 +38,43 @@ def write_records(path: str | Path, records: Mapping[str, Any] | Sequence[Mappin
         >>> read_records(path)
         [{'step': 3, 'kl': None}]
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    text = json.dumps(none_for_nonfinite(records), indent=1, ensure_ascii=False) + "\n"
-    part.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(part, path)
+    write_whole(path, json.dumps(none_for_nonfinite(records), indent=1, ensure_ascii=False) + "\n")
+
+
+def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder whose files were made with other settings, or that holds anything else.
+
+    Args:
+        folder: Where files go. It may be missing or empty.
+        settings: What makes the files what they are, as JSON can hold it; `write_records` writes them into `SETTINGS`.
+
+    Raises:
+        FileExistsError: If they cannot be gone on with; it names what differs.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> check_settings(folder, {"best_of": 8})
+        >>> write_records(folder / SETTINGS, {"best_of": 8})
+        >>> check_settings(folder, {"best_of": 4})
+        Traceback (most recent call last):
+        ...
+        FileExistsError: ... has files of other settings: `best_of` 8 there, and 4 now. Choose another ...
+    """
+    folder = Path(folder)
+    file = folder / SETTINGS
+    if not file.is_file():
+        # Whoever is killed while the settings are written leaves a part of them
+        if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty. Choose another `--output_dir`, or remove the folder.")
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    names = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    if names:
+        changes = ", ".join(f"`{name}` {there.get(name)} there, and {settings.get(name)} now" for name in names)
+        raise FileExistsError(
+            f"{folder} has files of other settings: {changes}. Choose another `--output_dir`, or remove it."
+        )
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.checkpoints import write_whole
 from rlhf_recipes.data.chat_templates import with_first_space
-from rlhf_recipes.evaluation.records import write_records
+from rlhf_recipes.evaluation.records import SETTINGS, write_records
 from rlhf_recipes.evaluation.sampling import sample_rows
 
 if TYPE_CHECKING:
@@ -21,42 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SETTINGS, SAMPLES, BEST, SUMMARY = "settings.json", "samples.jsonl", "train.jsonl", "rejection.json"
-
-
-def check_samples(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder of samples that were made with other settings, or of anything else.
-
-    Args:
-        folder: Where samples go. It may be missing or empty.
-        settings: What makes the samples what they are, as JSON can hold it.
-
-    Raises:
-        FileExistsError: If they cannot be gone on with; it names what differs.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> check_samples(folder, {"best_of": 8})
-        >>> write_records(folder / SETTINGS, {"best_of": 8})
-        >>> check_samples(folder, {"best_of": 4})
-        Traceback (most recent call last):
-        ...
-        FileExistsError: ... has samples with other settings: `best_of` 8 there, and 4 now. Choose another ...
-    """
-    folder = Path(folder)
-    file = folder / SETTINGS
-    if not file.is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty. Choose another `--output_dir`, or remove the folder.")
-        return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    names = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
-    if names:
-        changes = ", ".join(f"`{name}` {there.get(name)} there, and {settings.get(name)} now" for name in names)
-        raise FileExistsError(
-            f"{folder} has samples with other settings: {changes}. Choose another `--output_dir`, or remove it."
-        )
+SAMPLES, BEST, SUMMARY = "samples.jsonl", "train.jsonl", "rejection.json"
 
 
 def sample_best(
@@ -86,7 +51,7 @@ def sample_best(
             `row` (of the prompt) and `sample` (number among its completions), both from 0, and `seed`. At the end also
             `train.jsonl`, of each prompt the completion with the highest score among those that SFT can learn, which
             say something and ended by themselves, and `rejection.json`, what is returned.
-        settings: As for `check_samples`, which has accepted the folder.
+        settings: As for `check_settings`, which has accepted the folder.
         best_of: Completions of each prompt, K.
         prompts_per_round: Prompts in a round.
         seed: Seed of the sampling.
@@ -193,9 +158,7 @@ def _whole_rounds(path: Path, sizes: Sequence[int]) -> list[Row]:
 
 
 def _write_lines(path: Path, rows: Iterable[Row]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(map(_line, rows)), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, "".join(map(_line, rows)))
 
 
 def _line(row: Row) -> str:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rlhf_recipes.data import load_rows, to_completions
-from rlhf_recipes.evaluation.rejection import check_samples, sample_best
+from rlhf_recipes.evaluation.records import check_settings
+from rlhf_recipes.evaluation.rejection import sample_best
 
 SETTINGS = {"best_of": 3, "seed": 5}
 
@@ -64,7 +65,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_files(sample, tmp
     for name in names[1:3]:
         (folder / name).unlink()
     (folder / "samples.jsonl").write_text("".join(text[:25]) + text[25][:40])  # in the second round, within a line
-    check_samples(folder, SETTINGS)
+    check_settings(folder, SETTINGS)
     sample("whole")
     assert {name: (folder / name).read_text() for name in names} == expected
     other, _ = sample("other", seed=6)
@@ -84,13 +85,13 @@ def test_prompts_without_a_completion_that_ended_are_left_out(sample, monkeypatc
 
 def test_folders_of_other_samples_and_of_anything_else_are_refused(tmp_path):
     folder = tmp_path / "samples"
-    check_samples(folder, SETTINGS)
+    check_settings(folder, SETTINGS)
     folder.mkdir()
-    check_samples(folder, SETTINGS)
+    check_settings(folder, SETTINGS)
     (folder / "settings.json").write_text(json.dumps(SETTINGS | {"temperature": 1.0}))
-    check_samples(folder, SETTINGS | {"temperature": 1.0})
+    check_settings(folder, SETTINGS | {"temperature": 1.0})
     with pytest.raises(FileExistsError, match="other settings: `best_of` 3 there, and 8 now, `temperature` 1.0 there"):
-        check_samples(folder, {"best_of": 8, "seed": 5})
+        check_settings(folder, {"best_of": 8, "seed": 5})
     (tmp_path / "notes.txt").write_text("do not lose me")
     with pytest.raises(FileExistsError, match="is not empty"):
-        check_samples(tmp_path, SETTINGS)
+        check_settings(tmp_path, SETTINGS)

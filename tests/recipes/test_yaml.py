@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -97,13 +97,24 @@ def test_commands_are_read_by_the_scripts_that_they_name(page, load_stage):
         module = load_stage(script.removeprefix("recipes/").removesuffix(".py"))
         own = [one for one in vars(module).values() if is_dataclass(one) and one.__module__ == module.__name__]
         from_here = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
-        parse_stage(getattr(module, "ARGUMENTS", own), [*from_here, *(ON_THE_CPU if "--config" in argv else [])])
+        arguments = getattr(module, "ARGUMENTS", own)
+        trains = any(field.name == "use_cpu" for one in arguments for field in fields(one))
+        parse_stage(arguments, [*from_here, *(ON_THE_CPU if trains and "--config" in argv else [])])
+
+
+def stage_configs(path):
+    """The YAMLs of stages that a YAML names."""
+    return [value for key, value in yaml.safe_load((ROOT / path).read_text()).items() if key.endswith("_config")]
 
 
 @pytest.mark.parametrize("folder", RECIPES, ids=name_of)
 def test_run_sh_runs_every_stage_in_order(folder):
     run = commands(folder / "run.sh")
-    configs = [argv[argv.index("--config") + 1] for _, argv in run if "--config" in argv]
+    given = [argv[argv.index("--config") + 1] for _, argv in run if "--config" in argv]
+    # A loop's YAML names those of its stages; a stage of another recipe may be made first
+    configs = [
+        config for path in given for config in stage_configs(path) or [path] if Path(config).parts[1] == folder.name
+    ]
     order = ("sft", "reward", *MORE, "encoder", "decoder", "minilm", *STAGES[2:], *LIBRARIES)
     stages = [folder / f"{stage}.yaml" for stage in order]
     assert list(dict.fromkeys(configs)) == [name_of(stage) for stage in stages if stage.exists()]

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+from rlhf_recipes.checkpoints import write_whole
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.evaluation.judges import Budget, EndpointModel, LanguageModel, load_local_model
 from rlhf_recipes.statistics.numbers import none_for_nonfinite
@@ -157,16 +158,9 @@ class OutputFiles:
                 f"of before are not in {self.cache}. Nothing was written. Ask for the rest, or name another file."
             )
         told = none_for_nonfinite({"settings": self._settings, **summary})
-        _replace(self.summary, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+        write_whole(self.summary, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
         for path, lines in rows.items():
-            _replace(path, "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in lines))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(part, path)
+            write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in lines))
 
 
 def cost_of(args: argparse.Namespace, budget: Budget, cached: int, failed: int) -> Row:

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--db", type=Path, required=True, help="SQLite file with the judgements; made if it is missing"
     )
     parser.add_argument("--data", help="file, folder or dataset id with the answers to compare; needed once")
+    parser.add_argument(
+        "--add", metavar="FILE", help="add rows to the database, also while its page is open, and serve nothing"
+    )
     parser.add_argument("--labels_per_item", type=int, metavar="K", help="labellers for each item (default: 1)")
     parser.add_argument("--shared", type=float, help="share of the items that K label, the others one (default: 1)")
     parser.add_argument("--seed", type=int, help="seed of all orders, set when the file is made (default: 0)")
@@ -61,7 +64,7 @@ def label(args: argparse.Namespace) -> str:
         args: What `add_arguments` reads.
 
     Returns:
-        What was written, as text.
+        What was written or added, as text.
 
     Raises:
         FileExistsError: If an export would overwrite a file.
@@ -72,6 +75,8 @@ def label(args: argparse.Namespace) -> str:
     """
     if args.export is not None:
         return _export(args)
+    if args.add is not None:
+        return _add(args)
     password = _password(args)
     from rlhf_recipes.tools.labeling.app import guarded_app  # a package that is missing is said before all else
 
@@ -146,6 +151,22 @@ def _serve(args: argparse.Namespace, app: App, store: Store) -> str:
             uvicorn.Server(config).run(sockets=[server])
     number = sum(judgement.undone_at is None for judgement in store.judgements())
     return f"{args.db}: {number} judgements. `--export` writes them to a file."
+
+
+def _add(args: argparse.Namespace) -> str:
+    from rlhf_recipes.tools.labeling.items import read_items
+    from rlhf_recipes.tools.labeling.store import Store
+
+    if args.data is not None:
+        raise ValueError("`--add` adds to the rows that the database was made of. Leave out `--data`.")
+    store = Store(args.db)
+    try:
+        items = read_items(args.add)
+        if not store.add(items, args.add):
+            return f"{args.db} has the rows of {args.add} already."
+        return f"{args.db}: {len(items)} items added, {len(store.items())} in all. An open page shows them next."
+    finally:
+        store.close()
 
 
 def _export(args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,13 @@ def create(
     """
     if path.exists() and path.stat().st_size:
         raise FileExistsError(f"{path} is there already. Name another file, or remove it.")
-    positions = list(range(len(items)))
-    random.Random(seed).shuffle(positions)
     settings = {"name": secrets.token_hex(8), "fingerprint": fingerprint(items), "source": source}
     settings |= {"seed": str(seed), "per_item": "1", "shared": "1"}
     part = path.with_name(f"{path.name}.part")  # a file that is there is whole, whenever this is killed
     part.unlink(missing_ok=True)
     try:
         with closing(sqlite3.connect(part)) as database, database:
-            _fill(database, items, settings, positions, past)
+            _fill(database, items, settings, past)
         os.replace(part, path)
     except sqlite3.IntegrityError as error:
         raise ValueError(f"A labeller judges the same item twice: {error}. Keep one of the two judgements.") from error
@@ -80,25 +78,43 @@ def _fill(
     database: sqlite3.Connection,
     items: Sequence[Item],
     settings: dict[str, str],
-    positions: Sequence[int],
     past: Sequence[Judgement],
 ) -> None:
     for statement in _SCHEMA.split(";"):
         database.execute(statement)
     database.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
-    database.executemany(
-        "INSERT INTO items VALUES (?, ?, ?, ?, ?, 1, 1)",
-        [
-            (number, write_json(item.row), write_json(item.models), write_json(item.gold), position)
-            for number, (item, position) in enumerate(zip(items, positions, strict=True))
-        ],
-    )
+    insert_items(database, items, settings)
     for judgement in past:
         number = len(items[judgement.item].row["completions"])
         insert(database, judgement._replace(answer=checked(judgement.answer, number)), None)
     recount(database, "TRUE")
     database.execute(f"PRAGMA application_id = {_APPLICATION}")
     database.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def insert_items(database: sqlite3.Connection, items: Sequence[Item], settings: Mapping[str, str]) -> None:
+    """Write items into a transaction, behind those that are there, in an order drawn at random.
+
+    Args:
+        database: The database.
+        items: The items; they are numbered on from those that are there.
+        settings: The database's: `seed`, and how many labellers are to judge an item (`per_item`, `shared`).
+    """
+    [(start,)] = database.execute("SELECT count(*) FROM items")
+    positions = list(range(len(items)))
+    random.Random(int(settings["seed"])).shuffle(positions)
+    shared, per_item = round(float(settings["shared"]) * len(items)), int(settings["per_item"])
+    database.executemany(
+        "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, 1)",
+        [
+            (
+                *(start + number, write_json(item.row), write_json(item.models), write_json(item.gold)),
+                *(start + position, per_item if item.gold is None and position < shared else 1),
+            )
+            for number, (item, position) in enumerate(zip(items, positions, strict=True))
+        ],
+    )
+    recount(database, "item >= ?", start)
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from rlhf_recipes.checkpoints import write_whole
 from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.data.preferences import LLAMA2_SMALL_MARGINS
 from rlhf_recipes.tools.labeling.label_studio import to_tasks
@@ -171,6 +171,4 @@ def _write(paths: Sequence[Path], texts: Sequence[str]) -> None:
         if path.exists():
             raise FileExistsError(f"{path} is there already. Name another file, or remove it.")
     for path, text in zip(paths, texts, strict=True):
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text)

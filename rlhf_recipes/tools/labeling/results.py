@@ -90,7 +90,6 @@ class LiveResults:
 
     def __init__(self, store: Store) -> None:
         self._store, self._lock = store, threading.Lock()
-        self._items = store.items()  # they never change
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._latest: Results | None = None
         self._next: Future[Results] | None = None
@@ -107,7 +106,9 @@ class LiveResults:
             return self._latest
 
     def _compute(self) -> Results:
-        return compute_results(self._items, self._store.judgements(latest=MOST_JUDGEMENTS))
+        # The judgements first: items are added meanwhile, and none is ever removed.
+        judgements = self._store.judgements(latest=MOST_JUDGEMENTS)
+        return compute_results(self._store.items(), judgements)
 
 
 def compute_results(items: Mapping[int, Item], judgements: Sequence[Judgement]) -> Results:

@@ -11,17 +11,18 @@ import random
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
 from typing import Any, NamedTuple
 
-from rlhf_recipes.tools.labeling.database import check_ours, connect, insert, read_json, recount
+from rlhf_recipes.tools.labeling.database import check_ours, connect, insert, insert_items, read_json, recount
 from rlhf_recipes.tools.labeling.records import Answer, Item, Judgement, checked, fingerprint
 
 SESSION_SECONDS = 7 * 24 * 3600.0
+_ADDED = "added "  # before the name of items that were added, in the settings
 
 # An item is free for a session if its labeller has not judged it and does not see it elsewhere, and if more judgements
 # are missing than others are about to give. Items with a known answer are for everybody.
@@ -163,6 +164,54 @@ class Store:
                 f"{self.path} holds judgements of other data ({number} rows of {self.settings['source']}) than "
                 f"{source} ({len(items)} rows). Name another database, or leave out the data to go on with its own."
             )
+
+    def add(self, items: Sequence[Item], source: str) -> bool:
+        """Add items behind those that are there, also while the page is served: it shows them as they come.
+
+        Args:
+            items: The items.
+            source: Their name. What was added under it is not added again, so that whoever was interrupted can call
+                this once more.
+
+        Returns:
+            Whether they were added; False if they are there already.
+
+        Raises:
+            ValueError: If other items were added under this name.
+
+        Example:
+            >>> import tempfile
+            >>> from rlhf_recipes.tools.labeling.database import create
+            >>> path = Path(tempfile.mkdtemp()) / "labels.sqlite"
+            >>> first, more = (Item({"prompt": text, "completions": ["a", "b"]}) for text in ("Hi", "Bye"))
+            >>> create(path, [first])
+            >>> store = Store(path)
+            >>> store.add([more], "round 2"), store.add([more], "round 2"), sorted(store.items())
+            (True, False, [0, 1])
+            >>> store.close()
+        """
+        with self._transaction() as database:
+            settings = dict(database.execute("SELECT name, value FROM settings"))
+            first = {settings["source"]: settings["fingerprint"]}
+            there = first | {name[len(_ADDED) :]: value for name, value in settings.items() if name.startswith(_ADDED)}
+            if source in there:
+                if there[source] != fingerprint(items):
+                    raise ValueError(f"{self.path} has other items under the name {source!r}. Give these another one.")
+                return False
+            insert_items(database, items, settings)
+            database.execute("INSERT INTO settings VALUES (?, ?)", (f"{_ADDED}{source}", fingerprint(items)))
+        return True
+
+    def open_items(self) -> list[int]:
+        """Return the numbers of the items that need judgements, but for those that somebody skipped.
+
+        An item that a lone labeller skips never gets a judgement: whoever waits for the labels is not to wait for it.
+        """
+        query = (
+            "SELECT item FROM items WHERE missing > 0 AND gold IS NULL AND NOT EXISTS (SELECT 1 FROM judgements j "
+            "WHERE j.item = items.item AND undone_at IS NULL AND verdict = 'skipped') ORDER BY item"
+        )
+        return [item for (item,) in self._all(query)]
 
     def want(self, per_item: int | None, shared: float | None) -> None:
         """Set how many labellers are to judge an item; what is None stays as it is.
@@ -356,6 +405,26 @@ class Store:
             database.execute("DELETE FROM leases WHERE session = ?", (session.session,))
             recount(database, "item = ?", item)
         return True
+
+    def judge_all(self, labeller: str, say: Callable[[int, Item], Answer]) -> int:
+        """Let a program judge whatever is free for it. Each judgement is on the disk before the next one.
+
+        Args:
+            labeller: Its name, which nobody else has.
+            say: Takes an item's number and the item, and gives the answer. One that depends on these alone is the
+                same again after an interruption.
+
+        Returns:
+            How many items it judged.
+        """
+        with self._transaction() as database:  # what it saw when it was killed would be nobody's for half an hour
+            database.execute("DELETE FROM leases WHERE labeller = ?", (labeller,))
+        session = self.session(self.sign_in(labeller))
+        assert session is not None  # it has just been started
+        judged = 0
+        while (showing := self.show(session)) is not None:
+            judged += self.judge(session, showing.number, say(showing.number, showing.item))
+        return judged
 
     @staticmethod
     def _has_judged(database: sqlite3.Connection, labeller: str, item: int) -> bool:

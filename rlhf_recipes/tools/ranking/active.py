@@ -1,6 +1,10 @@
-"""Choose the pairs to ask a labeller about: those that an ensemble of reward models disagrees about most."""
+"""What to ask a labeller: how many pairs when, and those that an ensemble of reward models disagrees about most."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,3 +76,38 @@ def select_queries(first_scores: Tensor, second_scores: Tensor, budget: int, see
     shuffled = torch.randperm(candidates, generator=torch.Generator().manual_seed(seed)).to(variance.device)
     order = variance[shuffled].argsort(descending=True, stable=True)
     return shuffled[order[:budget]]
+
+
+def label_schedule(budget: int, steps: Sequence[int], halved_after: float) -> list[int]:
+    """Spread a budget of labels over rounds so that the rate of labelling falls while the policy learns.
+
+    Source: https://huggingface.co/papers/1706.03741, appendix A.1: after `T` frames of training labels come at a rate
+    in proportion to `c / (T + c)`, with `c` of 2 million. It also asks for a quarter of all labels before any
+    training; here the first round is at `T = 0` and gets the most by the same rule.
+
+    Args:
+        budget: Labels of all rounds together.
+        steps: Training steps of the policy that lie before each round, from 0 upwards.
+        halved_after: Training steps after which the rate is half of that at the start, `c`, above 0.
+
+    Returns:
+        Labels of each round. They add up to the budget exactly (the largest remainders are rounded up) and never rise.
+
+    Raises:
+        ValueError: If there is no round, the steps fall or begin below 0, or a number is out of its range.
+
+    Example:
+        >>> label_schedule(100, steps=[0, 50, 100, 150], halved_after=50)
+        [48, 24, 16, 12]
+    """
+    if budget < 1 or not halved_after > 0:
+        raise ValueError(f"Expected a budget of at least 1 and `halved_after` above 0, got {budget}, {halved_after}.")
+    if not steps or steps[0] < 0 or any(later < earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"Expected the steps before each round, at least one, which never fall; got {list(steps)}.")
+    rates = [halved_after / (done + halved_after) for done in steps]
+    shares = [budget * rate / sum(rates) for rate in rates]
+    labels = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda number: labels[number] - shares[number])
+    for number in by_remainder[: budget - sum(labels)]:
+        labels[number] += 1
+    return sorted(labels, reverse=True)  # a remainder could lift a later round by one above an earlier one

@@ -71,12 +71,21 @@ class Stage:
 
 @dataclass
 class Run:
-    """The folder of a run, with its stages in the order in which they ran."""
+    """The folder of a run, with its stages in the order in which they ran.
+
+    Attributes:
+        name: How the report calls it.
+        folder: Its folder.
+        stages: Its stages; of a run in rounds, PPO of each round and the reward models of the last one.
+        missing: What is missing or damaged, in sentences.
+        rounds: What each round's `round.json` holds, in their order; a run that is not in rounds has none.
+    """
 
     name: str
     folder: Path
     stages: list[Stage]
     missing: list[str] = field(default_factory=list)
+    rounds: list[Record] = field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[Stage]:
         """Its stages of one kind."""
@@ -84,7 +93,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read folders: each that of a recipe, whose stages are folders in it, or of a single stage.
+    """Read folders: each that of a recipe, whose stages are folders in it or in its rounds, or of a single stage.
 
     Args:
         folders: At least one.
@@ -178,17 +187,31 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
+    run = Run(name, folder, [])
     try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-"))
-        folders = [path for path in (folder, *inside) if _is_stage(path)]
+        inside = _folders_in(folder)
+        rounds = [path for path in inside if re.fullmatch(r"round_\d+", path.name)]
+        nested = [path for one in rounds for path in _folders_in(one) if path.name == "ppo" or one == rounds[-1]]
+        folders = [path for path in (folder, *inside, *nested) if _is_stage(path)]
     except OSError as error:
-        return Run(name, folder, [], [f"The folder cannot be read: {error}."])
-    stages = sorted((_read_stage(path) for path in folders), key=_place)
-    missing = [] if stages else ["The folder holds no stage: none of the files that a run leaves is in it."]
+        run.missing.append(f"The folder cannot be read: {error}.")
+        return run
+    run.rounds = [record for one in rounds if (record := _read_json(run, one / "round.json", dict))]
+    run.stages = stages = sorted((_read_stage(path) for path in folders), key=_place)
+    for stage in stages:
+        if stage.folder in nested:
+            stage.name = stage.folder.relative_to(folder).as_posix()
+    missing = run.missing
+    if not stages:
+        missing.append("The folder holds no stage: none of the files that a run leaves is in it.")
     for kind, title in (("sft", "SFT"), ("reward", "reward model"), ("ppo", "PPO, GRPO or RLOO")):
         if stages and folder not in folders and not any(stage.kind == kind for stage in stages):
             missing.append(f"No {title} stage is in the folder.")
-    return Run(name, folder, stages, missing)
+    return run
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-"))
 
 
 def _is_stage(folder: Path) -> bool:
@@ -199,7 +222,7 @@ def _place(stage: Stage) -> tuple[int, bool, str]:
     """The order of the stages; a check of a reward in a folder of its own comes after the reward model."""
     names = (stage.record("run").get("stage"), stage.kind, stage.folder.name)
     place = next((_ORDER.index(name) for name in names if name in _ORDER), len(_ORDER))
-    return place, not stage.trained, stage.folder.name
+    return place, not stage.trained, stage.folder.as_posix()
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -227,7 +250,7 @@ def _read_stage(folder: Path) -> Stage:
     return stage
 
 
-def _read_json(stage: Stage, path: Path, expected: type) -> Any:
+def _read_json(stage: Stage | Run, path: Path, expected: type) -> Any:
     if not path.is_file():
         return None
     name = path.relative_to(stage.folder)

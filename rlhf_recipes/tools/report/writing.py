@@ -14,6 +14,7 @@ from rlhf_recipes.tools.report.frontiers import frontiers
 from rlhf_recipes.tools.report.outcome import result
 from rlhf_recipes.tools.report.parts import TITLES
 from rlhf_recipes.tools.report.reading import Run, Stage, finite, read_runs
+from rlhf_recipes.tools.report.rounds import rounds
 from rlhf_recipes.tools.report.samples import all_samples
 from rlhf_recipes.tools.report.sections import alarms, lineage, missing, training
 from rlhf_recipes.tools.report.settings import settings
@@ -68,6 +69,8 @@ def _sections(runs: Sequence[Run], output: Path) -> list[_Section]:
     policies = [stage for stage in stages if stage.kind == "ppo"]
     watched = [stage for stage in stages if stage in policies or stage.alarms is not None]
     sections = []
+    if any(run.rounds for run in runs):
+        sections.append(_Section("rounds", "Rounds", lambda: rounds(runs, output)))
     if policies:
         sections += [
             _Section("result", "Result", lambda: result(policies, output, looks)),

@@ -8,8 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rlhf_recipes.tools.labeling import app as app_module
+from rlhf_recipes.tools.labeling import results as results_module
 from rlhf_recipes.tools.labeling.app import cleaned_name, guarded_app
 from rlhf_recipes.tools.labeling.records import Item
+from rlhf_recipes.tools.labeling.store import Store
 from tests.tools.labeling.conftest import pairs
 
 ROOT = Path(app_module.__file__).parent
@@ -246,6 +248,25 @@ class TestJudging:
         bob = Browser(store)
         bob.sign_in("Bob")
         assert bob.page().all("h1")[0]["text"] == "Done"
+
+    def test_what_another_process_adds_is_on_the_open_page_and_in_the_results(self, store, ann, monkeypatch):
+        monkeypatch.setattr(results_module, "_FRESH_SECONDS", 0.0)
+        for _ in range(5):
+            ann.judge()
+        assert ann.page().all("h1")[0]["text"] == "Done"
+        loop = Store(store.path)
+        loop.add([Item({"prompt": "what is new?", "completions": ["this", "that"]})], "round 2")
+        loop.close()
+        page = ann.page()
+        assert page.all("h1")[0]["text"] == "Pair 6 of 6"
+        assert any("what is new?" in one["text"] for one in page.all("section", class_="prompt"))
+        ann.judge()
+        for _ in range(200):
+            if any("6" in one["text"] for one in Elements(ann.get("/results").text).all("td")):
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("the results never counted the sixth judgement")
 
     def test_two_browsers_get_two_pairs_until_one_leaves(self, opened):
         store = opened(pairs(1))

@@ -93,3 +93,21 @@ def test_an_export_is_written_once(refused, tmp_path, capsys):
     assert json.loads((tmp_path / "prefs.jsonl").read_text())["label"] == 0.0
     assert "is there already" in refused(*words[1:])
     assert "Leave out `--data`" in refused(*words[1:], "--data", "x")
+
+
+def test_rows_are_added_once_also_while_the_database_is_open(refused, data, tmp_path, capsys):
+    database, more = tmp_path / "labels.sqlite", tmp_path / "more.jsonl"
+    more.write_text(json.dumps(ROW) + "\n")
+    assert "There is no" in refused("--db", database, "--add", more)
+    create(database, pairs(2))
+    served = Store(database)
+    assert main(["label", "--db", str(database), "--add", str(more)]) == 0
+    assert "1 items added, 3 in all" in capsys.readouterr().out
+    assert served.items()[2].row["prompt"] == "q"
+    assert main(["label", "--db", str(database), "--add", str(more)]) == 0
+    assert "has the rows of" in capsys.readouterr().out
+    assert len(served.items()) == 3
+    served.close()
+    assert "Leave out `--data`" in refused("--db", database, "--add", more, "--data", data)
+    more.write_text(json.dumps(ROW | {"prompt": "another"}) + "\n")
+    assert "other items under the name" in refused("--db", database, "--add", more)

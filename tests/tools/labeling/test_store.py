@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from rlhf_recipes.tools.labeling import store as store_module
 from rlhf_recipes.tools.labeling.database import create
-from rlhf_recipes.tools.labeling.records import Answer, Judgement, checked, dense
+from rlhf_recipes.tools.labeling.records import Answer, Item, Judgement, checked, dense
 from rlhf_recipes.tools.labeling.store import Store
 from tests.tools.labeling.conftest import pairs
 
@@ -420,3 +420,67 @@ def test_labelling_in_any_order(tmp_path):
             max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+class TestAdding:
+    def test_an_open_page_shows_what_another_process_adds(self, opened):
+        served, loop = opened(pairs(2)), opened([])
+        ann = signed_in(served)
+        for _ in range(2):
+            assert served.judge(ann, served.show(ann).number, FIRST)
+        assert served.show(ann) is None
+        more = [Item(item.row | {"prompt": "later"}) for item in pairs(3)]
+        assert loop.add(more, "round 2")
+        seen = []
+        while (showing := served.show(ann)) is not None:
+            assert showing.item.row["prompt"] == "later"
+            seen.append(showing.number)
+            served.judge(ann, showing.number, FIRST)
+        assert sorted(seen) == [2, 3, 4]
+        assert served.progress(ann).finished == 5
+
+    def test_what_was_added_is_not_added_again_and_never_replaced(self, opened):
+        store = opened(pairs(2))
+        assert store.add(pairs(3), "round 2")
+        assert not store.add(pairs(3), "round 2")
+        assert not store.add(pairs(2), "pairs.jsonl"), "the name and the items that it was made of"
+        with pytest.raises(ValueError, match="other items under the name 'round 2'"):
+            store.add(pairs(4), "round 2")
+        assert sorted(store.items()) == [0, 1, 2, 3, 4]
+        store.check_same(pairs(2), "pairs.jsonl")
+
+    def test_wishes_for_several_labellers_hold_for_what_is_added(self, opened):
+        store = opened(pairs(4))
+        store.want(2, 0.5)
+        store.add(pairs(10, gold=None), "more")
+        wanted = store._all("SELECT item, wanted, missing FROM items WHERE item >= 4")
+        assert sorted(number for _, number, _ in wanted) == [1] * 5 + [2] * 5
+        assert all(number == missing for _, number, missing in wanted)
+
+    def test_what_a_lone_labeller_skips_is_not_waited_for(self, opened):
+        store = opened(pairs(3))
+        ann = signed_in(store)
+        first = store.show(ann).number
+        store.judge(ann, first, Answer("skipped"))
+        assert store.open_items() == [item for item in range(3) if item != first]
+        store.undo(ann)
+        assert store.open_items() == [0, 1, 2]
+
+    def test_a_program_judges_what_is_left_and_nothing_twice(self, opened):
+        store = opened(pairs(5))
+        calls = []
+
+        def say(number, item):
+            calls.append(number)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return Answer("ranked", [1, 2]) if number % 2 else Answer("incomparable")
+
+        with pytest.raises(KeyboardInterrupt):
+            store.judge_all("program", say)
+        assert len(store.judgements()) == 2
+        assert store.judge_all("program", say) == 3
+        assert store.judge_all("program", say) == 0
+        judged = {judgement.item: judgement.answer.verdict for judgement in store.judgements()}
+        assert judged == {n: "ranked" if n % 2 else "incomparable" for n in range(5)}
+        assert store.open_items() == []

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_recipes.tools.ranking.active import preference_variance, select_queries
+from rlhf_recipes.tools.ranking.active import label_schedule, preference_variance, select_queries
 
 
 class TestPreferenceVariance:
@@ -78,3 +78,26 @@ class TestSelectQueries:
     def test_bad_budgets(self, budget):
         with pytest.raises(ValueError, match=f"from 1 to the number of candidates, 4, got {budget}"):
             select_queries(torch.zeros(2, 4), torch.zeros(2, 4), budget=budget)
+
+
+class TestLabelSchedule:
+    def test_numbers(self):
+        # Rates 1, 1/2, 1/3, 1/4 are 12, 6, 4 and 3 of 25 parts; of 10 labels that is 4.8, 2.4, 1.6, 1.2
+        assert label_schedule(100, [0, 50, 100, 150], halved_after=50) == [48, 24, 16, 12]
+        assert label_schedule(10, [0, 50, 100, 150], halved_after=50) == [5, 2, 2, 1]
+        assert label_schedule(7, [0], halved_after=1e6) == [7]
+
+    @settings(max_examples=50)
+    @given(budget=st.integers(1, 500), rounds=st.integers(1, 12), steps=st.integers(0, 99), half=st.floats(0.5, 1e4))
+    def test_spends_the_budget_and_never_rises(self, budget, rounds, steps, half):
+        labels = label_schedule(budget, [steps * number for number in range(rounds)], half)
+        assert sum(labels) == budget
+        assert labels == sorted(labels, reverse=True)
+        assert min(labels) >= 0
+
+    @pytest.mark.parametrize(
+        ("budget", "steps", "half"), [(0, [0], 1.0), (5, [], 1.0), (5, [2, 1], 1.0), (5, [-1], 1.0), (5, [0], 0.0)]
+    )
+    def test_refusals(self, budget, steps, half):
+        with pytest.raises(ValueError, match="Expected"):
+            label_schedule(budget, steps, half)
