@@ -29,6 +29,7 @@ from rlhf_recipes.models.images import pad_embeddings
 from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.sharding import gathered
 from rlhf_recipes.models.states import completion_logps
 from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
 from rlhf_recipes.ppo.passes import policy_pass, sample_from
@@ -147,7 +148,8 @@ def sample_rows(
         mixed_lengths=mixed,
     )
     title = f"sampling, {'reference' if of_reference else 'policy'}"
-    return in_batches(trainer, dataset, indices, sample, seed, title)
+    with gathered(trainer.accelerator, trainer.model):
+        return in_batches(trainer, dataset, indices, sample, seed, title)
 
 
 def has_reference(trainer: Any) -> bool:
