@@ -138,17 +138,17 @@ def sample_rows(
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     half_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
-    mixed = isinstance(trainer, PPOTrainer) or keeps_padding_out(model, trainer.processing_class, half_precision)
-    sample = partial(
-        _sample_batch,
-        trainer,
-        of_reference=of_reference,
-        gold=gold,
-        max_new_tokens=max_new_tokens,
-        mixed_lengths=mixed,
-    )
     title = f"sampling, {'reference' if of_reference else 'policy'}"
     with gathered(trainer.accelerator, trainer.model):
+        mixed = isinstance(trainer, PPOTrainer) or keeps_padding_out(model, trainer.processing_class, half_precision)
+        sample = partial(
+            _sample_batch,
+            trainer,
+            of_reference=of_reference,
+            gold=gold,
+            max_new_tokens=max_new_tokens,
+            mixed_lengths=mixed,
+        )
         return in_batches(trainer, dataset, indices, sample, seed, title)
 
 
