@@ -1,24 +1,25 @@
-"""Stage 3, without a critic: TRL's GRPO against the same rewards as PPO, and the same comparison with the reference.
+"""Stage 3, without a critic: TRL's GRPO or RLOO against the rewards of PPO, and its comparison with the reference.
 
-accelerate launch recipes/grpo.py --config recipes/grpo_rloo/grpo.yaml [--beta 0.04]
+accelerate launch recipes/grpo.py --config recipes/grpo_rloo/grpo.yaml [--algorithm rloo] [--beta 0.04]
 """
 
 from functools import partial
 
-from rlhf_recipes import GRPOAdapterConfig, PolicyArguments, RLOOAdapterConfig
-from rlhf_recipes.config import DataArguments, parse_stage
+from rlhf_recipes import GroupArguments, GRPOAdapterConfig, RLOOAdapterConfig
+from rlhf_recipes.config import DataArguments, parse_stage, read_setting
 
 # The library is first: it knows what others say on import and nobody needs to hear.
 # isort: split
 from trl import ModelConfig
 
-ARGUMENTS = (PolicyArguments, DataArguments, GRPOAdapterConfig, ModelConfig)
+ARGUMENTS = (GroupArguments, DataArguments, GRPOAdapterConfig, ModelConfig)
+ARGUMENTS_OF_RLOO = (GroupArguments, DataArguments, RLOOAdapterConfig, ModelConfig)
 
 
 def main(
-    args: PolicyArguments,
+    args: GroupArguments,
     data_args: DataArguments,
-    training_args: GRPOAdapterConfig | RLOOAdapterConfig,  # rloo.py is this stage with the other
+    training_args: GRPOAdapterConfig | RLOOAdapterConfig,
     model_args: ModelConfig,
 ) -> None:
     # Imported here, so that --help does not wait for them.
@@ -29,8 +30,6 @@ def main(
     from rlhf_recipes.models import load_causal_lm, load_policy, load_tokenizer, lora_config, model_options
     from rlhf_recipes.tracking import log_outputs, start_stage
 
-    with_rloo = isinstance(training_args, RLOOAdapterConfig)
-    stage, trainer_class = ("rloo", RLOOAdapterTrainer) if with_rloo else ("grpo", GRPOAdapterTrainer)
     checkpoint = check_output_dir(training_args)
     if is_finished(training_args, checkpoint):
         return
@@ -47,13 +46,15 @@ def main(
     reward_funcs = args.rewards()
     if not reward_funcs:
         raise ValueError(
-            f"{stage.upper()} needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or append one."
+            f"{args.algorithm.upper()} needs a reward: set `reward_adapter`, `reward_adapters` or `reward_url`, or "
+            "append one."
         )
     if args.gold_score is not None:
         training_args.reward_weights = [*(training_args.reward_weights or [1.0] * len(reward_funcs)), 0.0]
         reward_funcs.append(args.judge())
 
     # 3. Train. The hooks watch, on held-out prompts, how the score grows with the KL, and for a hacked reward.
+    trainer_class = RLOOAdapterTrainer if args.algorithm == "rloo" else GRPOAdapterTrainer
     trainer = trainer_class(
         model=policy,
         reward_funcs=reward_funcs,
@@ -66,7 +67,7 @@ def main(
     judge = None if args.gold_score is None else trainer.reward_func_names[-1]
     watch_training(trainer, rows["test"], args, gold=judge)
     parents = [args.sft_adapter, args.reward_adapter, args.gate_adapter, *(args.reward_adapters or [])]
-    run = start_stage(stage, training_args, args, data_args, model_args, parents=parents, python=reward_funcs)
+    run = start_stage(args.algorithm, training_args, args, data_args, model_args, parents=parents, python=reward_funcs)
     if load_finished(trainer, checkpoint) is None:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -81,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_stage(ARGUMENTS))
+    main(*parse_stage(ARGUMENTS_OF_RLOO if read_setting("algorithm") == "rloo" else ARGUMENTS))

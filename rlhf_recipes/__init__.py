@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.quiet import quiet_known_messages
 
 if TYPE_CHECKING:
-    from rlhf_recipes.ppo.arguments import PolicyArguments as PolicyArguments
+    from rlhf_recipes.ppo.arguments import GroupArguments as GroupArguments
     from rlhf_recipes.ppo.arguments import PPOArguments as PPOArguments
     from rlhf_recipes.ppo.config import PPOConfig as PPOConfig
     from rlhf_recipes.ppo.group import GRPOAdapterTrainer as GRPOAdapterTrainer
@@ -20,10 +20,10 @@ __version__ = "0.2.0"
 __all__ = [
     "GRPOAdapterConfig",
     "GRPOAdapterTrainer",
+    "GroupArguments",
     "PPOArguments",
     "PPOConfig",
     "PPOTrainer",
-    "PolicyArguments",
     "RLOOAdapterConfig",
     "RLOOAdapterTrainer",
     "__version__",
@@ -34,7 +34,7 @@ quiet_known_messages()
 
 def __getattr__(name: str) -> Any:
     # TRL takes seconds to import, and the pure functions do without it: it is loaded with the trainer's first use.
-    if name in ("PPOArguments", "PolicyArguments"):
+    if name in ("PPOArguments", "GroupArguments"):
         from rlhf_recipes.ppo import arguments
 
         return getattr(arguments, name)

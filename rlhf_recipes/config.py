@@ -190,7 +190,7 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
     if unknown:
         option = next((text.partition("=")[0] for text in unknown if text.startswith("--")), unknown[0])
         raise ValueError(f"Unknown option on the command line: {_suggest(option, [f'--{n}' for n in annotations])}.")
-    _show_bars_on_terminals_only()
+    show_bars_on_terminals_only()
     for config in configs:
         validate_fields(config)
         setattr(config, _GIVEN, {name: given[name] for name in _annotations(type(config)) if name in given})
@@ -198,6 +198,34 @@ def parse_stage(dataclass_types: type | Iterable[type], argv: Iterable[str] | No
             with from_extra("wandb", needed_by="`report_to: wandb`"):
                 import wandb  # noqa: F401  # the trainer would say so only after the model is loaded
     return tuple(configs)
+
+
+def read_setting(name: str, argv: Iterable[str] | None = None) -> Any:
+    """Read one setting before the others, where it decides which others there are.
+
+    Args:
+        name: The field.
+        argv: Command-line arguments, as of `parse_stage`.
+
+    Returns:
+        Its last value on the command line, else that in the file of `--config`, else `None`. It is not checked:
+        `parse_stage` does that.
+
+    Raises:
+        FileNotFoundError: If the YAML file does not exist.
+        ValueError: If it is no YAML mapping.
+
+    Example:
+        >>> read_setting("algorithm", ["--beta", "0.1", "--algorithm", "rloo"])
+        'rloo'
+    """
+    words = {
+        option.partition("=")[0]: [*([option.partition("=")[2]] if "=" in option else []), *values]
+        for option, *values in group_options(sys.argv[1:] if argv is None else argv)
+    }
+    if words.get(f"--{name}"):
+        return words[f"--{name}"][0]
+    return _read_mapping(Path(words["--config"][0])).get(name) if words.get("--config") else None
 
 
 def given_settings(config: Any) -> dict[str, Any]:
@@ -263,8 +291,13 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     return default.value if isinstance(default, Enum) else default
 
 
-def _show_bars_on_terminals_only() -> None:
-    import datasets
+def show_bars_on_terminals_only() -> None:
+    """Turn the progress bars of transformers and datasets off where the standard error is a file or a pipe.
+
+    Example:
+        >>> show_bars_on_terminals_only()
+    """
+    import datasets  # only programs that load models or rows wait for these two
     import transformers
 
     if not sys.stderr.isatty():
@@ -300,7 +333,7 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
-def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}. Give `--config` the path of a YAML file.")
     try:
@@ -309,6 +342,11 @@ def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of `field: value` lines, found {type(config).__name__}.")
+    return config
+
+
+def _read_config(path: Path, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    config = _read_mapping(path)
     unknown = [_suggest(str(key), annotations) for key in config if key not in annotations]
     if unknown:
         raise ValueError(f"Unknown {'key' if len(unknown) == 1 else 'keys'} in {path}: {', '.join(unknown)}.")

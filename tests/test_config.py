@@ -13,8 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from rlhf_recipes import GRPOAdapterConfig, PPOConfig, RLOOAdapterConfig
-from rlhf_recipes.config import DataArguments, _split_options, parse_stage, validate_fields
-from rlhf_recipes.ppo.arguments import PolicyArguments, PPOArguments
+from rlhf_recipes.config import DataArguments, _split_options, parse_stage, read_setting, validate_fields
+from rlhf_recipes.ppo.arguments import GroupArguments, PPOArguments
 from rlhf_recipes.ppo.unused import UNUSED
 from rlhf_recipes.reward_modeling import PreferenceConfig, RewardModelConfig
 from rlhf_recipes.supervised import CompletionConfig
@@ -383,12 +383,35 @@ def test_bars_of_libraries_are_for_terminals(monkeypatch):
     assert transformers.logging.is_progress_bar_enabled() is False
 
 
+def test_a_setting_read_before_the_others_is_the_one_that_counts(tmp_path):
+    file = tmp_path / "rloo.yaml"
+    file.write_text("beta: 1e-2\nalgorithm: rloo\n")
+    for argv, expected in (
+        ([], None),
+        (["--beta", "0.1"], None),
+        (["--config", str(file)], "rloo"),
+        ([f"--config={file}", "--beta", "0.1"], "rloo"),
+        (["--config", str(file), "--algorithm", "grpo"], "grpo"),
+        (["--algorithm=grpo", "--config", str(file)], "grpo"),
+        (["--algorithm", "grpo", "--algorithm", "rloo"], "rloo"),
+    ):
+        assert read_setting("algorithm", argv) == expected, argv
+        if expected:  # what the whole line says
+            types = (GroupArguments, RLOOAdapterConfig if expected == "rloo" else GRPOAdapterConfig)
+            assert parse_stage(types, [*argv, "--use_cpu", "true", "--bf16", "false"])[0].algorithm == expected
+    with pytest.raises(FileNotFoundError, match="There is no config file"):
+        read_setting("algorithm", ["--config", str(tmp_path / "none.yaml")])
+    file.write_text("- rloo")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        read_setting("algorithm", ["--config", str(file)])
+
+
 STAGES = {
     "sft": (DataArguments, CompletionConfig, ModelConfig),
     "reward": (DataArguments, PreferenceConfig, RewardModelConfig),
     "ppo": (PPOArguments, DataArguments, PPOConfig, ModelConfig),
-    "grpo": (PolicyArguments, DataArguments, GRPOAdapterConfig, ModelConfig),
-    "rloo": (PolicyArguments, DataArguments, RLOOAdapterConfig, ModelConfig),
+    "grpo": (GroupArguments, DataArguments, GRPOAdapterConfig, ModelConfig),
+    "rloo": (GroupArguments, DataArguments, RLOOAdapterConfig, ModelConfig),
 }
 
 

@@ -20,6 +20,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 PURE = (
     "extras",
     "masks",
+    "messages",
     "models.readout",
     "quiet",
     "statistics",

@@ -27,8 +27,8 @@ NORMALIZATION = "rlhf_recipes/shaping/normalization.py"
 PENALTIES = "rlhf_recipes/shaping/penalties.py"
 KL = "rlhf_recipes/shaping/kl.py"
 METRICS = "rlhf_recipes/statistics/metrics.py"
-DIALOGUES = "rlhf_recipes/data/dialogues.py"
-DIALOGUE_TEST = "test_messages_become_lines_and_other_values_their_text"
+MESSAGES = "rlhf_recipes/messages.py"
+MESSAGE_TEST = "test_messages_become_lines_and_other_values_their_text"
 TEXTS = "rlhf_recipes/statistics/texts.py"
 ALARM = "rlhf_recipes/evaluation/hacking_signs.py"
 EVIDENCE = "rlhf_recipes/evaluation/callbacks/evidence.py"
@@ -468,7 +468,7 @@ BUGS = [
         "1.0 if ngrams else 0.0\n\n\ndef top",
         "TestDistinct.test_numbers",
     ),
-    Bug(DIALOGUES, "message.get('role', '?')", "message.get('name', '?')", DIALOGUE_TEST),
+    Bug(MESSAGES, "message.get('role', '?')", "message.get('name', '?')", MESSAGE_TEST),
     Bug(TEXTS, "in dict.fromkeys(_ngrams(sequence, n))", "in _ngrams(sequence, n)", "TestTopNgrams.test_numbers"),
     Bug(TEXTS, "1.0 - len(set(ngrams)) / len(ngrams)", "1.0 - 1.0 / len(ngrams)", "TestRepeatedShare.test_numbers"),
     Bug(TEXTS, "texts[:i] + texts[i + 1 :]", "texts", "TestSelfBleu.test_the_same_and_the_entirely_different"),
@@ -530,7 +530,7 @@ PURE_FILES = (
     *("ppo/rollout.py", "models/rows.py"),
 )
 PURE_FUNCTIONS = {  # in files that hold more than pure functions
-    (DIALOGUES, "as_text"),
+    (MESSAGES, "as_text"),
     (EVIDENCE, "most_suspicious"),
     *((JUDGING, name) for name in ("clamped", "is_answer", "judge_in_both_orders", "judgement_of", "label_of_both")),
     (MEAN_WEIGHTS, "mean_weights"),

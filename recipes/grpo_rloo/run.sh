@@ -11,7 +11,7 @@ out=outputs/grpo_rloo
 [ -e $out/grpo/evaluation.json ] || accelerate launch --config_file recipes/accelerate/single_process.yaml \
   recipes/grpo.py --config recipes/grpo_rloo/grpo.yaml
 [ -e $out/rloo/evaluation.json ] || accelerate launch --config_file recipes/accelerate/single_process.yaml \
-  recipes/rloo.py --config recipes/grpo_rloo/rloo.yaml
+  recipes/grpo.py --config recipes/grpo_rloo/rloo.yaml
 
 # What came out, as one page to open with a double click; its path is printed
 python -m rlhf_recipes.tools.report $out

@@ -229,39 +229,3 @@ def filled(value: Any, name: str) -> Any:
     if not content and not last.get("tool_calls"):
         raise BadRow(f"empty `{name}`")
     return value
-
-
-def as_text(value: Any) -> str:
-    r"""Write a prompt or a completion as text: messages become lines with their roles, nothing an empty text.
-
-    Args:
-        value: A text, a chat, or whatever else stands in a file.
-
-    Example:
-        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-        'user: Hi\nassistant: Hello'
-        >>> as_text(None), as_text(3)
-        ('', '3')
-    """
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return "\n".join(f"{message.get('role', '?')}: {message.get('content') or ''}" for message in value)
-    return "" if value is None else str(value)
-
-
-def contents(value: Any) -> str:
-    r"""Write a prompt or a completion as text without the roles: the contents of a chat's messages, one a line.
-
-    Args:
-        value: A text or a chat. Of a content in parts, the texts are taken.
-
-    Example:
-        >>> contents([{"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}, {"content": "Bye"}])
-        'Hello\nBye'
-        >>> contents("Hi"), contents([])
-        ('Hi', '')
-    """
-    if isinstance(value, str):
-        return value
-    message_contents = [message.get("content") for message in value or ()]
-    parts = [part for content in message_contents for part in (content if isinstance(content, list) else [content])]
-    return "\n".join((part.get("text") or "") if isinstance(part, dict) else part or "" for part in parts)

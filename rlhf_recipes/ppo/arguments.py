@@ -141,3 +141,12 @@ class PPOArguments(PolicyArguments):
                 "`policy_adapter` goes on from an earlier run, and `sft_adapter`, which is the reference, is missing. "
                 "Give both."
             )
+
+
+@dataclass
+class GroupArguments(PolicyArguments):
+    """What GRPO or RLOO starts from, how it is judged, and which of the two it is."""
+
+    algorithm: Literal["grpo", "rloo"] = field(
+        default="grpo", metadata={"help": "TRL's trainer: grpo or rloo. It also decides which other fields there are."}
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rlhf_recipes.data.dialogues import as_text
+from rlhf_recipes.messages import as_text
 from rlhf_recipes.models.parameter_table import roles_table
 from rlhf_recipes.ppo._trl import last_rollout
 from rlhf_recipes.tracking.console import HELD_OUT, Column, ConsoleProgress, one_line, show_progress

@@ -12,8 +12,8 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from rlhf_recipes.data.dialogues import contents
 from rlhf_recipes.extras import from_extra
+from rlhf_recipes.messages import contents
 from rlhf_recipes.statistics.metrics import proportion_interval
 
 logger = logging.getLogger(__name__)

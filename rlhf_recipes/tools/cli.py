@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_recipes.config import show_bars_on_terminals_only
 from rlhf_recipes.tools.commands.folder import recipe_names
 from rlhf_recipes.tools.commands.scripts import SCRIPTS, STAGES, describe, full_help, help_page, launch, run_script
 from rlhf_recipes.tools.export.arguments import add_arguments as add_export
@@ -20,6 +21,7 @@ from rlhf_recipes.tools.pages.html import printable
 if TYPE_CHECKING:
     from rlhf_recipes.rewards.verifier import PaidAnswers
 
+_LOADING = ("export", "judge", "rank", "rate", "revise", "verifier")  # with the progress bars of the libraries below
 _TRACED = ("report", "certificate", "serve")  # a ValueError of theirs is a bug, or has a traceback in the script too
 _SEED = 0  # of the draw of rows that a verifier is tried on
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_script(args.command, words[1:])
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if args.command in _LOADING:
+            show_bars_on_terminals_only()
         if args.command == "verifier":
             return _verifier(args)
         sys.stdout.write(f"{printable(args.run(args))}\n")

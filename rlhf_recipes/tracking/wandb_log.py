@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.dialogues import as_text
+from rlhf_recipes.messages import as_text
 
 if TYPE_CHECKING:
     import wandb

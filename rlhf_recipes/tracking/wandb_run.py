@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate import PartialState
-
 from rlhf_recipes.extras import from_extra
 from rlhf_recipes.tracking.lineage import describe_run, read_run, stage_config, write_run
 from rlhf_recipes.tracking.outputs import use_parents
@@ -66,6 +64,8 @@ def start_run(
         ...     record["recipe"], record["stage"], record["parents"]
         ('films', 'sft', [{'path': 'some/model'}])
     """
+    from accelerate import PartialState  # it imports torch, without which records are read
+
     if not PartialState().is_main_process:
         return None
     parents = [parent] if isinstance(parent, str) else list(parent or [])

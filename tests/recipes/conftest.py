@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 import rlhf_recipes
-from rlhf_recipes.config import parse_stage
+from rlhf_recipes.config import parse_stage, read_setting
 
 _TRAINERS = {
     "sft": "CompletionTrainer",
     "reward": "PreferenceTrainer",
     "grpo": "GRPOAdapterTrainer",
-    "rloo": "RLOOAdapterTrainer",
     "r1/train": "GRPOAdapterTrainer",
 }
 
@@ -30,6 +29,11 @@ _TINY = {
     "lora_r": 4,
     "disable_tqdm": True,
 }
+
+
+def arguments_of(script, argv):
+    """The dataclasses that a script reads its command line into."""
+    return script.ARGUMENTS_OF_RLOO if read_setting("algorithm", argv) == "rloo" else script.ARGUMENTS
 
 
 @pytest.fixture
@@ -64,11 +68,13 @@ def run_stage(load_stage, tiny_model_path, tmp_path, monkeypatch):
         made = []
         # Scripts that train on rewards import their trainer in `main`, from the package
         trainer = _TRAINERS.get(stage, "PPOTrainer")
+        if arguments_of(module, argv) is not module.ARGUMENTS:
+            trainer = "RLOOAdapterTrainer"
         place = module if hasattr(module, trainer) else rlhf_recipes
         original = getattr(place, trainer)
         with monkeypatch.context() as patch:
             patch.setattr(place, trainer, lambda **arguments: made.append(original(**arguments)) or made[-1])
-            module.main(*parse_stage(module.ARGUMENTS, argv))
+            module.main(*parse_stage(arguments_of(module, argv), argv))
         folder = type(folder)(options["output_dir"])
         return SimpleNamespace(
             folder=folder, trainer=made[0], evaluation=json.loads((folder / "evaluation.json").read_text())

@@ -25,7 +25,7 @@ def test_two_steps_with_the_yaml_of_the_recipe(
     stage, run_stage, repo_root, write_rows, tiny_texts, sft_adapter, reward_adapter, tmp_path
 ):
     run = run_stage(
-        stage,
+        "grpo",
         config=repo_root / "recipes" / "grpo_rloo" / f"{stage}.yaml",
         **SMALL,
         load_in_4bit=False,
@@ -41,6 +41,7 @@ def test_two_steps_with_the_yaml_of_the_recipe(
         output_dir=tmp_path / "tiny" / stage,
     )
     assert run.trainer.state.global_step == 2
+    assert type(run.trainer).__name__ == {"grpo": "GRPOAdapterTrainer", "rloo": "RLOOAdapterTrainer"}[stage]
     assert run.trainer.reward_weights.tolist() == [1.0, 0.0], "the judge does not count"
     assert run.evaluation["win_rate_by"] == "gold_score"
     assert run.evaluation["reference"]["kl"] == 0.0
@@ -62,7 +63,7 @@ def test_two_steps_with_the_yaml_of_the_recipe(
 def test_a_stage_without_a_reward_says_what_to_set(stage, run_stage, write_rows, tiny_texts, sft_adapter):
     rows = write_rows([{"prompt": text} for text in tiny_texts])
     with pytest.raises(ValueError, match=f"{stage.upper()} needs a reward: set `reward_adapter`"):
-        run_stage(stage, **SMALL, dataset_name=rows, sft_adapter=sft_adapter)
+        run_stage("grpo", **SMALL, algorithm=stage, dataset_name=rows, sft_adapter=sft_adapter)
 
 
 @pytest.fixture

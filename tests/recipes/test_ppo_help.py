@@ -22,3 +22,11 @@ def test_help_imports_no_trainer_and_no_data_library(repo_root):
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "--kl_coef" in printed
     assert printed.splitlines()[-1] == "LOADED []"
+
+
+def test_a_report_is_made_without_the_libraries_that_train():
+    code = (
+        "import sys, rlhf_recipes.tools.report.writing; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import accelerate
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -135,6 +136,6 @@ def test_a_stage_gives_its_run_all_fields(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb_run, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     assert start_run(**STAGE, output_dir=str(tmp_path), report_to=["wandb"]) is None
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from trl import GRPOTrainer, RLOOTrainer
 
-from rlhf_recipes.data.dialogues import contents
+from rlhf_recipes.messages import contents
 from rlhf_recipes.ppo._trl import last_rollout
 from rlhf_recipes.statistics.texts import top_ngrams
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_recipes.data.dialogues import as_text
 from rlhf_recipes.evaluation.judges.asking import ask_each
 from rlhf_recipes.evaluation.judges.language import LanguageModel
 from rlhf_recipes.evaluation.judges.questions import GRADE_QUESTION, fill
+from rlhf_recipes.messages import as_text
 
 
 class GradeReward:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.dialogues import as_text
 from rlhf_recipes.evaluation.judges.asking import ask_each
 from rlhf_recipes.evaluation.judges.budget import Budget
 from rlhf_recipes.evaluation.judges.cache import AnswerCache, key_of
@@ -25,6 +24,7 @@ from rlhf_recipes.evaluation.judges.questions import (
     comparison,
     principle_of,
 )
+from rlhf_recipes.messages import as_text
 from rlhf_recipes.statistics.metrics import share_interval
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.data.dialogues import as_text
 from rlhf_recipes.evaluation.judges.cache import AnswerCache, key_of
 from rlhf_recipes.evaluation.judges.language import LanguageModel, Message
 from rlhf_recipes.evaluation.judges.questions import CRITIQUE, REVISION, fill, principle_of
+from rlhf_recipes.messages import as_text
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 

@@ -15,7 +15,7 @@ from rlhf_recipes.tools.commands.fields import read_fields, summary
 from rlhf_recipes.tools.commands.folder import recipes_folder
 from rlhf_recipes.tools.commands.pages import add_options
 
-STAGES = {"sft": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "grpo": "grpo.py", "rloo": "rloo.py"}
+STAGES = {"sft": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "grpo": "grpo.py"}
 SCRIPTS = {**STAGES, "certificate": "reward_report.py", "serve": "serve_reward.py", "plan": "ppo.py"}
 
 

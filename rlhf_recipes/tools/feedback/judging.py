@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.dialogues import Row, as_text
+from rlhf_recipes.data.dialogues import Row
 from rlhf_recipes.data.loading import load_records
 from rlhf_recipes.data.preferences import (
     are_preferences,
@@ -24,6 +24,7 @@ from rlhf_recipes.data.preferences.schema import JUDGEMENTS, quoted
 from rlhf_recipes.evaluation.judges import QUESTION, REASONED, Budget, LanguageJudge, clamped, read_principles
 from rlhf_recipes.evaluation.judges.cache import key_of
 from rlhf_recipes.evaluation.judges.pairs import PairJudge, Verdicts
+from rlhf_recipes.messages import as_text
 from rlhf_recipes.statistics.agreement import people_agreement
 from rlhf_recipes.tools.feedback.asked import (
     OutputFiles,

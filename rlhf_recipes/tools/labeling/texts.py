@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from rlhf_recipes.data.dialogues import contents
+from rlhf_recipes.messages import contents
 
 _KEPT = "\n\t\u200c\u200d"  # lines, tabs, and the joiners that emoji, Persian and Indic scripts are written with
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, formats (bidi too), private, surrogates, separators

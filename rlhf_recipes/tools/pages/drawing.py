@@ -18,6 +18,7 @@ with from_extra("report", needed_by="A page with plots"):
     from matplotlib.axes import Axes as Axes
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D as Line2D
 
 _WIDTH = 4.1  # inches
@@ -42,11 +43,12 @@ def draw(name: str, alt: str, plot: Callable[[Axes], None], png: Path | None = N
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # browsers have more letters than this font
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height))
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         plot(axes)
         axes.spines[["top", "right"]].set_visible(False)
+        ConstrainedLayoutEngine().execute(figure)  # once: as the figure's own, it would be at every drawing, twice
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         if png is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_recipes.data.dialogues import as_text
+from rlhf_recipes.messages import as_text
 from rlhf_recipes.tools.pages.colours import POLICY_LOOK, REFERENCE_LOOK
 from rlhf_recipes.tools.pages.html import clean, folded, note
 from rlhf_recipes.tools.report.drawing import Looks, named

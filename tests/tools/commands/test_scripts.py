@@ -26,7 +26,7 @@ def launched(monkeypatch):
     return given
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo"])
 def test_words_of_the_stage_and_of_accelerate_are_told_apart(stage, launched):
     words = ["--config", "my.yaml", "--num_processes", "2", "--learning_rate", "-1e-3", "--accelerate_config", "ddp"]
     more = ["--debug", "underflow_overflow", "--main-process-port=0", "--quiet", "--seed=3", "--output-dir", "x y"]

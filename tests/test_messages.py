@@ -1,6 +1,6 @@
-"""Dialogues: how a chat is written as text."""
+"""How a chat is written as text."""
 
-from rlhf_recipes.data.dialogues import as_text
+from rlhf_recipes.messages import as_text
 
 
 def test_messages_become_lines_and_other_values_their_text():
