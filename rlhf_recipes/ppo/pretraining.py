@@ -74,6 +74,7 @@ class PretrainingTexts:
         trunk: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
         def loss_of_batch() -> Tensor:
+            """Run the trunk, and make logits of its states in pieces."""
             hidden_states = trunk.base_model(**batch, use_cache=False).last_hidden_state
             return language_model_loss(hidden_states, **batch, head=policy.get_output_embeddings())
 

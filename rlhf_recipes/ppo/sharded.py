@@ -109,6 +109,7 @@ class ReductionCheck:
 
     def _adding_to(self, name: str) -> Any:
         def add(gradient: Tensor) -> None:
+            """Add what this process computed of a weight's gradient."""
             total = gradient.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
@@ -160,10 +161,7 @@ def on_whole_weights(method: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class ShardedTrainer(ImageTrainer):
-    """TRL's engine, whose model may be spread over processes: files are those of a model that is not.
-
-    So a run can go on from its checkpoint under FSDP, under DDP or on one process.
-    """
+    """TRL's engine, whose model may be spread over processes: its files are those of a model that is not."""
 
     _reduction: ReductionCheck | None = None  # until the end of a sharded model's first step
 

@@ -31,7 +31,7 @@ ALL_CONTROLS = {
     "num_iterations": 3,
     "eval_strategy": "steps",
     "eval_steps": 2,
-    "target_kl": 0.0095,  # drops the second update
+    "target_kl": 0.0095,  # drops the third update
     "score_scaling": "running",
     "kl_controller": "adaptive",
     "kl_target": 0.01,
@@ -150,7 +150,7 @@ def test_sharded_processes_train_as_ddp_and_as_one(case, found):
         if files:
             assert_same_evaluations(sharded["evaluation"], expected["evaluation"])
     if case == "adapter":
-        assert [entry["ppo/updates_made"] for entry in steps(sharded)] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+        assert [entry["ppo/updates_made"] for entry in steps(sharded)] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
         assert any("eval_kl" in entry for entry in sharded["log"])
 
 
@@ -177,6 +177,7 @@ def test_a_process_that_is_killed_stops_the_others_and_the_run_resumes_exactly(
     case = cases(None, None, None)[2]["saved"]
     adapters = (sft_adapter, reward_adapter)
     stopped = launch(repo_root, [*adapters, tmp_path, json.dumps({"saved": case | {"killed_at": 3}})], check=False)
+    assert (tmp_path / "killed").exists(), stopped.stderr[-5000:]
     assert time.time() - float((tmp_path / "killed").read_text()) < 60
     assert stopped.returncode != 0
     assert not (tmp_path / "saved_2.json").exists()

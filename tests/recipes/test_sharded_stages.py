@@ -27,39 +27,38 @@ OPTIONS = {
 }
 
 
-def run(launcher, script, options, repo_root):
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*launcher, str(STAGE), str(script), *words], env=environment, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    state = json.loads(Path(options["output_dir"], "trainer_state.json").read_text())
-    weights = load_file(Path(options["output_dir"], "adapter_model.safetensors"))
-    evaluation = json.loads(Path(options["output_dir"], "evaluation.json").read_text())
-    return [entry for entry in state["log_history"] if "loss" in entry], weights, evaluation
+def read(folder):
+    """The logged steps of a stage, its adapter and the numbers of its evaluation."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    numbers = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
+    return steps, load_file(folder / "adapter_model.safetensors"), numbers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_stage_of_trl_is_the_same_sharded(stage, tiny_model_path, tiny_texts, write_rows, tmp_path, repo_root):
+def test_a_stage_of_trl_is_the_same_sharded(stage, run_stage, tiny_texts, write_rows, tmp_path, repo_root):
     texts = [text.split() for text in tiny_texts]
     rows = [{"prompt": " ".join(text[:2]), "chosen": " " + " ".join(text[2:]), "rejected": " slow"} for text in texts]
     if stage == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    options = OPTIONS | {"model_name_or_path": tiny_model_path, "dataset_name": write_rows(rows)}
-    file = repo_root / "recipes" / "accelerate" / "fsdp2.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
-    found = []
-    for size, launcher in ((4, [sys.executable]), (2, [*launch, "--main_process_port", "0"])):
-        own = {"output_dir": str(tmp_path / str(size)), "per_device_train_batch_size": size}
-        found.append(run(launcher, repo_root / "recipes" / f"{stage}.py", options | own, repo_root))
-    (one, weights, evaluation), (two, sharded_weights, sharded_evaluation) = found
+    options = OPTIONS | {"dataset_name": write_rows(rows)}
+    alone = run_stage(stage, **options, per_device_train_batch_size=4)
+    base = alone.trainer.model.get_base_model().config._name_or_path
+    own = {"model_name_or_path": base, "output_dir": tmp_path / "sharded", "per_device_train_batch_size": 2}
+    words = [word for name, value in (options | own).items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", str(repo_root / "recipes" / "accelerate" / "fsdp2.yaml"), str(STAGE)]
+    command += [str(repo_root / "recipes" / f"{stage}.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    (one, weights, numbers), (two, sharded_weights, sharded_numbers) = read(alone.folder), read(own["output_dir"])
     assert len(one) == len(two) == 3
     for ours, theirs in zip(two, one, strict=True):
         assert [ours["loss"], ours["grad_norm"]] == pytest.approx([theirs["loss"], theirs["grad_norm"]], rel=1e-5)
     assert sharded_weights.keys() == weights.keys()
     for name, weight in weights.items():
         assert_close(sharded_weights[name], weight, atol=1e-5, rtol=1e-5, msg=name)
-    numbers = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
-    assert {name: sharded_evaluation[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-4)
+    assert sharded_numbers == pytest.approx(numbers, rel=1e-4, abs=1e-4)
