@@ -29,6 +29,7 @@ from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
 from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.sharding import gathered
 from rlhf_recipes.models.states import completion_logps
 from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
 from rlhf_recipes.ppo.passes import policy_pass, sample_from
@@ -137,17 +138,18 @@ def sample_rows(
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     half_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
-    mixed = isinstance(trainer, PPOTrainer) or keeps_padding_out(model, trainer.processing_class, half_precision)
-    sample = partial(
-        _sample_batch,
-        trainer,
-        of_reference=of_reference,
-        gold=gold,
-        max_new_tokens=max_new_tokens,
-        mixed_lengths=mixed,
-    )
     title = f"sampling, {'reference' if of_reference else 'policy'}"
-    return in_batches(trainer, dataset, indices, sample, seed, title)
+    with gathered(trainer.accelerator, trainer.model):
+        mixed = isinstance(trainer, PPOTrainer) or keeps_padding_out(model, trainer.processing_class, half_precision)
+        sample = partial(
+            _sample_batch,
+            trainer,
+            of_reference=of_reference,
+            gold=gold,
+            max_new_tokens=max_new_tokens,
+            mixed_lengths=mixed,
+        )
+        return in_batches(trainer, dataset, indices, sample, seed, title)
 
 
 def has_reference(trainer: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.loading import looks_local
 from rlhf_recipes.models.plain_lora import as_plain_lora, changes_base
+from rlhf_recipes.models.sharding import is_sharded, write
 from rlhf_recipes.models.trained_on import TOLERANCE, check_trained_on, log_probs
 
 POLICY = "default"  # the name that TRL expects
@@ -257,7 +258,11 @@ def set_weights(model: PeftModel, weights: dict[str, Tensor], adapter: str, path
             f"{key}: expected shape {_shape(expected, key)}, the file has {_shape(own, key)}. "
             "Use the base model that the adapter was trained on."
         )
-    set_peft_model_state_dict(model, own, adapter)
+    if is_sharded(model):
+        for key, weight in expected.items():
+            write(weight, own[key])
+    else:
+        set_peft_model_state_dict(model, own, adapter)
 
 
 def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | None:

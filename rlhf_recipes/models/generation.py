@@ -33,6 +33,7 @@ from transformers import (
 from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
 from rlhf_recipes.models.rows import Rows, pad_rows
+from rlhf_recipes.models.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +132,14 @@ def sample_with_transformers(
         RuntimeError: If anything else would shape what is drawn.
     """
     calls: list[Any] = []
+    # Of a sharded model, whose weights are gathered: FSDP's method around `generate` would let go of them
+    generate = partial(type(model).generate, model) if is_sharded(model) else model.generate
     with inheriting_nothing(model):
-        sequences: Tensor = model.generate(
+        sequences: Tensor = generate(
             **inputs,
             generation_config=generation_config,
             custom_generate=partial(_sample_checked, temperature, calls),
+            synced_gpus=False if is_sharded(model) else None,
         )
     if not calls:
         raise RuntimeError(

@@ -35,6 +35,7 @@ from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.sharding import load_whole, whole_weights
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, log_probs
 
@@ -348,7 +349,8 @@ class Roles:
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""
         name_base_absolutely(self.model)
-        self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
+        weights = whole_weights(self.model)
+        self.model.save_pretrained(str(folder), selected_adapters=[POLICY], state_dict=weights)
 
     def save_scalar_role(self, role: str, adapter: str, folder: str | Path) -> None:
         """Save a role with a head in the format of reward models (sequence classification, head included).
@@ -360,7 +362,7 @@ class Roles:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = get_peft_model_state_dict(self.model, adapter_name=adapter)
+        weights = get_peft_model_state_dict(self.model, whole_weights(self.model), adapter)
         head = self.heads[role].weight
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in {**weights, HEAD_KEY: head}.items()},
@@ -377,7 +379,7 @@ class Roles:
         """Load the weights of an existing role again, as `save_policy` or `save_scalar_role` wrote them."""
         weights = load_weights(self.model, folder, adapter)
         if role in self.heads:
-            self.heads[role].load_state_dict({"weight": weights[HEAD_KEY]})
+            load_whole(self.heads[role], {"weight": weights[HEAD_KEY]})
 
     def _add(self, role: str, config: PeftConfig) -> None:
         if isinstance(config, LoraConfig):  # its weights follow; a start such as PiSSA's would change the base for all

@@ -5,7 +5,6 @@ A run that resumes in the middle of the epochs over a rollout continues with tha
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from rlhf_recipes.data.chat_templates import encode_prompt
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.resumed import check_same_adapter, fingerprint
 from rlhf_recipes.models.roles import CRITIC_MODEL, FROZEN, Roles, is_critic_parameter
+from rlhf_recipes.models.sharding import load_whole, whole_weights
 from rlhf_recipes.models.trained_on import ROWS, log_probs, save_trained_on
 from rlhf_recipes.ppo.resume import (
     OF_THE_OPTIMIZER,
@@ -111,13 +111,14 @@ def reference_fingerprint(policy: Any, roles: Roles, reference: str | None) -> s
         return fingerprint(value for name, value in named if not _OF_AN_ADAPTER.intersection(name.split(".")))
     if reference is None:
         return None
-    weights = get_peft_model_state_dict(roles.model, adapter_name=reference)
+    weights = get_peft_model_state_dict(roles.model, whole_weights(roles.model), reference)
     return fingerprint(weights[name] for name in sorted(weights))
 
 
 def policy_alone(policy: Any) -> Any:
     """A fully trained policy without the other roles that its module tree carries: the same weights, not a copy."""
-    alone = copy.copy(policy)
+    alone = object.__new__(type(policy))  # `copy` would make FSDP's class anew
+    alone.__dict__.update(policy.__dict__)
     alone.__dict__.pop("forward", None)  # TRL's, which would compute with these weights in a deep copy too
     alone.__dict__["_modules"] = {name: child for name, child in policy.named_children() if name not in _NOT_POLICY}
     return alone
@@ -168,7 +169,8 @@ def _save_policy(run: Run, folder: Path, reader: Any, prompts: Sequence[Any]) ->
     if run.model is run.roles.model:
         save_adapter(run.roles, folder, run.processing_class, prompts)
     else:
-        policy_alone(run.model).save_pretrained(str(folder))
+        policy = policy_alone(run.model)
+        policy.save_pretrained(str(folder), state_dict=whole_weights(policy))
     reader.save_pretrained(folder)
 
 
@@ -201,7 +203,7 @@ def _load_policy(run: Run, folder: str | Path) -> None:
     policy = run.model
     if policy is not run.roles.model:
         saved = type(policy).from_pretrained(str(folder), use_safetensors=True, dtype=policy.dtype)
-        policy_alone(policy).load_state_dict(saved.state_dict())
+        load_whole(policy_alone(policy), saved.state_dict())
     else:
         run.roles.load(folder, POLICY, POLICY)
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.adapters import base_name
+from rlhf_recipes.models.sharding import whole
 from rlhf_recipes.ppo.functional import masked_mean
 from rlhf_recipes.ppo.rollout import join
 from rlhf_recipes.rewards.record import COLUMN
@@ -89,14 +90,15 @@ def check_arguments(
 
 
 def check_not_sharded(trainer: Any) -> None:
-    """Refuse a run whose model is spread over processes: its roles could not share it.
+    """Refuse a run whose model is spread over processes.
 
     Raises:
         ValueError: With what is supported.
     """
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
-            f"{type(trainer).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported."
+            f"{type(trainer).__name__} runs on one process or under DDP; DeepSpeed and FSDP are not supported. Launch "
+            "with recipes/accelerate/ddp.yaml."
         )
 
 
@@ -202,7 +204,8 @@ def check_gradient(
 ) -> None:
     """Check the norm of a step's gradient as `check_finite` does; what is kept is the rollout."""
     gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
-    check_finite("norm of the gradient", nn.utils.get_total_norm(gradients), join(rollout or [{}]), output_dir, rank)
+    norm = whole(nn.utils.get_total_norm(gradients))  # of a part alone, it would stop some processes and not others
+    check_finite("norm of the gradient", norm, join(rollout or [{}]), output_dir, rank)
 
 
 def check_one_base(model: nn.Module, others: Iterable[Any]) -> None:

@@ -27,6 +27,7 @@ from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.reward import load_scoring_model
 from rlhf_recipes.models.roles import CRITIC, CRITIC_MODEL, Roles
 from rlhf_recipes.models.rows import Texts, scatter_rows
+from rlhf_recipes.models.sharding import load_whole, whole_weights
 from rlhf_recipes.models.top_layers import check_top_layers
 from rlhf_recipes.ppo.checks import check_classifier, check_critic
 
@@ -256,7 +257,7 @@ class HeadCritic(_RoleCritic):
         if self._on_adapter:
             super().load(folder)
         else:
-            self._roles.heads[CRITIC].load_state_dict(load_file(Path(folder) / _HEAD_FILE))
+            load_whole(self._roles.heads[CRITIC], load_file(Path(folder) / _HEAD_FILE))
 
 
 class ModelCritic(Critic):
@@ -286,16 +287,16 @@ class ModelCritic(Critic):
         states = rows.gather(hidden, texts.positions_before)
         with torch.autocast(states.device.type, enabled=False):
             values: Tensor = model.score(states.to(model.score.weight.dtype))
-        return values.squeeze(-1).float()
+        return values.float().sum(dim=-1)  # of one: FSDP does not like a view
 
     def save(self, folder: str | Path) -> None:
         """Save it as a sequence classifier."""
-        self.network.save_pretrained(str(folder))
+        self.network.save_pretrained(str(folder), state_dict=whole_weights(self.network))
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote."""
         saved = type(self.network).from_pretrained(str(folder), use_safetensors=True)
-        self.network.load_state_dict(saved.state_dict())
+        load_whole(self.network, saved.state_dict())
 
 
 def build_critic(

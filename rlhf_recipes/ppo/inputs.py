@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.integrations import is_fsdp_enabled
 from trl import BEMACallback, SyncRefModelCallback
 
 from rlhf_recipes.models.adapters import check_shareable
@@ -23,8 +24,14 @@ def check_given(
 
     Raises:
         TypeError: If one of them is of another kind.
-        ValueError: If the training data is missing, or the adapter is made for something else than a policy.
+        ValueError: If the training data is missing, the adapter is made for something else than a policy, or not all
+            processes of a launch would read the base.
     """
+    if is_fsdp_enabled():  # transformers' word for this one setting
+        raise ValueError(
+            "With `fsdp_cpu_ram_efficient_loading` only one process reads the base, but each tries the policy out "
+            "before it is sharded. Set it to false in the launch's configuration, as in recipes/accelerate/fsdp2.yaml."
+        )
     if args is not None and not isinstance(args, PPOConfig):
         raise TypeError(
             f"`args` must be a `PPOConfig`, got {type(args).__name__}. It takes the fields of TRL's `GRPOConfig` that "

@@ -19,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
+from rlhf_recipes.models.sharding import call_inside
 from rlhf_recipes.models.states import states_at
 from rlhf_recipes.shaping import chunked_full_kl
 
@@ -179,17 +180,14 @@ def exact_kl(
             logits: Tensor = roles.model.get_output_embeddings()(states)
         return logits
 
-    counts = mask.bool()
+    counts, anchor_head = mask.bool(), head if to_old else reference_head
+    states = (hidden[counts], anchor_hidden[counts])
+
+    def kl_of_counted() -> Tensor:
+        return chunked_full_kl(*states, head, trainer.temperature, _POSITIONS_PER_CHUNK, to_old, anchor_head)
+
     with trainer.accelerator.autocast():
-        kl = chunked_full_kl(
-            hidden[counts],
-            anchor_hidden[counts],
-            head,
-            trainer.temperature,
-            _POSITIONS_PER_CHUNK,
-            to_old,
-            head if to_old else reference_head,
-        )
+        kl = call_inside(policy, kl_of_counted)
     return kl.new_zeros(mask.shape).masked_scatter(counts, kl)
 
 

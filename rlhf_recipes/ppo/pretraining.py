@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from rlhf_recipes.models.sharding import call_inside
 from rlhf_recipes.models.states import language_model_loss
 from rlhf_recipes.ppo.prompts import check_is_dataset
 
@@ -71,9 +72,14 @@ class PretrainingTexts:
             )
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         trunk: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        with accelerator.autocast():
+
+        def loss_of_batch() -> Tensor:
+            """Run the trunk, and make logits of its states in pieces."""
             hidden_states = trunk.base_model(**batch, use_cache=False).last_hidden_state
             return language_model_loss(hidden_states, **batch, head=policy.get_output_embeddings())
+
+        with accelerator.autocast():
+            return call_inside(policy, loss_of_batch)
 
     def _index(self, place: int) -> int:
         passed, position = divmod(place, len(self._texts))

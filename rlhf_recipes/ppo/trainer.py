@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.models.sharding import call_inside, is_sharded
 from rlhf_recipes.ppo import checkpoint, checks, setup
 from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
@@ -26,7 +27,6 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
 from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
-from rlhf_recipes.ppo.images import ImageTrainer
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
 from rlhf_recipes.ppo.objective import count_items, critic_loss, policy_loss, share_of_step
@@ -44,6 +44,7 @@ from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_columns_of_rewards
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
 from rlhf_recipes.ppo.sampling import build_sampler
+from rlhf_recipes.ppo.sharded import ShardedTrainer, check_sharding, on_whole_weights
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
 from rlhf_recipes.ppo.updates import UpdateControl
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.rows import Texts
 
 
-class PPOTrainer(QuietModelCard, ImageTrainer):
+class PPOTrainer(QuietModelCard, ShardedTrainer):
     """Train a policy with PPO against reward functions, reward models and reward adapters.
 
     Policy, frozen reference, critic and reward adapters share one base model in memory. One step generates
@@ -157,7 +158,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
-        checks.check_not_sharded(self)
+        check_sharding(self)
         if self.trains_whole_model:
             setup.add_log_probs(self, self.roles.model.get_base_model())
         setup.set_trainable(self.model, self.roles, self.critic)
@@ -303,6 +304,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
 
     # 5. The rollout: what the networks say of it, rewards of its tokens, and what PPO learns from them.
     @phase("score")
+    @on_whole_weights
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         record, args, rows = RewardRecord(), self.args, self.chats_of(inputs)
@@ -393,7 +395,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         args = self.args
         alone = args.micro_batches_per_rollout == self.accelerator.num_processes == 1
         more = args.kl_estimator == "full" or self.aux_loss_enabled
-        kept = alone and self.model.training and self._step > 0 and not more
+        kept = alone and self.model.training and self._step > 0 and not more and not is_sharded(self.model)
         with torch.set_grad_enabled(kept):
             outputs = policy_pass(self, self.model, texts, batch_size, self._read(args.kl_estimator == "full"))
         self.kept_pass.keep(outputs if kept else None)
@@ -414,7 +416,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         loss, values, metrics = self._policy_loss(model, batch)
         if values is None:
             with self.accelerator.autocast():
-                values = self.critic.forward(batch)
+                values = call_inside(self.model, lambda: self.critic.forward(batch))
         value_loss, value_metrics = critic_loss(values, batch, self.args)
         terms, loss = loss, loss + value_loss
         if not self.model.training:
@@ -444,8 +446,9 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         if new.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * new.router_loss
             metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
-        # float16's gradients need the scale of the whole loss
-        if not self.critic.reads_policy and loss.requires_grad and self.accelerator.scaler is None:
+        # float16's gradients need the scale of the whole loss, and FSDP averages those of a real backward pass alone
+        one_backward = self.critic.reads_policy or self.accelerator.scaler is not None or is_sharded(self.model)
+        if loss.requires_grad and not one_backward:
             named = self.model.named_parameters()
             loss = backward_now(loss, [parameter for name, parameter in named if not is_critic_parameter(name)])
         return loss, values, metrics
@@ -467,6 +470,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
 
     # 7. The end of an optimizer step: is it made?
     def _end_of_step(self) -> None:
+        self.check_reduction()
         if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
             rank, rollout = self.accelerator.process_index, self._buffered_inputs
             checks.check_gradient(self.model, rollout, self.args.output_dir, rank)
@@ -531,6 +535,7 @@ class PPOTrainer(QuietModelCard, ImageTrainer):
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    @on_whole_weights
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         checkpoint.save_controls(self, output_dir)

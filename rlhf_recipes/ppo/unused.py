@@ -38,7 +38,7 @@ UNUSED = {
     "log_multimodal": "prompts are text",
     "ds3_gather_for_generation": "DeepSpeed is not supported",
     "liger_kernel_config": "the roles share one model, without Liger's kernels",
-    "parallelism_config": "a run has one process, or several under DDP",
+    "parallelism_config": "a run has one process, or several under DDP or FSDP2, as it is launched",
     "torch_compile": "one model computes as several roles, between which a compiled graph could not switch",
     "data_seed": "the order of the prompts follows `seed`",
     "train_sampling_strategy": "prompts come in a random order, or in their own with `shuffle_dataset: false`",

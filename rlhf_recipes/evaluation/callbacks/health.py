@@ -17,6 +17,7 @@ from rlhf_recipes.evaluation.health_checks import CRITIC_CHECKS, TRAINING_CHECKS
 from rlhf_recipes.evaluation.records import RecordingCallback, log_apart
 from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.roles import is_critic_parameter
+from rlhf_recipes.models.sharding import whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -149,7 +150,7 @@ class TrainingHealth(_Health):
         """Measure the gradients that the optimizer is about to get."""
         for role, parameters in self._parameters.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros(())
+            norm = whole(torch.nn.utils.get_total_norm(gradients).detach()) if gradients else torch.zeros(())
             self._norms[role] = norm + self._norms[role] if role in self._norms else norm
 
     def on_optimizer_step(

@@ -1,0 +1,112 @@
+"""Run by `test_sharded.py` in processes that `accelerate launch` starts: trainings with sharded weights on CPUs."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import BitsAndBytesConfig, TrainerCallback
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.evaluation.policy import evaluate_policy
+from rlhf_recipes.models.sharding import whole
+from rlhf_recipes.ppo import trainer as of_ppo
+from tests.cpu_fsdp import shard_on_cpus
+from tests.ppo.ddp_train_worker import TEXTS
+from tests.ppo.support import without_chance
+
+DEFAULTS = {
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": False,
+    "max_steps": 4,
+    "num_iterations": 2,
+    "save_strategy": "no",
+    "bf16": False,
+}
+
+
+class Killed(TrainerCallback):
+    """Kill this process at the beginning of a step, and write down when."""
+
+    def __init__(self, step: int, journal: Path) -> None:
+        self._step, self._journal = step, journal
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step and args.process_index == 1:
+            self._journal.write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str, out: str) -> None:
+    """Run one training, and write what it logged, its evaluation and its weights as `<name>_<processes>`."""
+    processes, fields, more = int(os.environ.get("WORLD_SIZE", "1")), case.get("fields", {}), case.get("more", {})
+    args = PPOConfig(
+        f"{out}/{name}_{processes}",
+        use_cpu=True,
+        per_device_train_batch_size=4 // processes,
+        per_device_eval_batch_size=4,
+        max_completion_length=8,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **DEFAULTS | fields,
+    )
+    rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
+    if (quantization := case.get("quantization")) is not None:
+        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **quantization)
+    if "ptx_coef" in fields:
+        more["ptx_dataset"] = Dataset.from_list([{"text": text} for text in TEXTS[:5]])
+    policy = case.get("model", sft_adapter)
+    trainer = PPOTrainer(policy, reward_adapter, args, train_dataset=rows, eval_dataset=rows, **more)
+    if not case.get("chance"):
+        without_chance(trainer)
+    if "killed_at" in case:
+        trainer.add_callback(Killed(case["killed_at"], Path(out, "killed")))
+    trainer.train(resume_from_checkpoint=case.get("resume"))
+    held = sum(weight.to_local().numel() for weight in trainer.model.parameters() if isinstance(weight, DTensor))
+    result: dict[str, Any] = {
+        "kind": str(trainer.accelerator.distributed_type),
+        "log": trainer.state.log_history,
+        "held": held / sum(weight.numel() for weight in trainer.model.parameters()),
+    }
+    if case.get("evaluate"):
+        result["evaluation"] = evaluate_policy(trainer, rows, rows=10, seed=3)
+        trainer.save_model(f"{out}/{name}_{processes}/final")
+    named = trainer.model.named_parameters()
+    weights = {key: whole(weight.detach()).contiguous() for key, weight in named if weight.requires_grad}
+    if trainer.accelerator.is_main_process:
+        save_file(weights, Path(out, f"{name}_{processes}.safetensors"))
+        Path(out, f"{name}_{processes}.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+
+
+def train_past_fsdp(case: dict[str, Any], *arguments: str) -> None:
+    """Take the policy's gradient as without FSDP, which ran and was wrong, and write down the error."""
+    known, of_ppo.is_sharded = of_ppo.is_sharded, lambda model: False
+    try:
+        train("past", case, *arguments)
+    except RuntimeError as error:
+        Path(arguments[2], f"past_{os.environ['RANK']}.txt").write_text(str(error))
+    of_ppo.is_sharded = known
+
+
+def main() -> None:
+    """Run the cases that the fourth argument holds as JSON, by name."""
+    shard_on_cpus()
+    for name, case in json.loads(sys.argv[4]).items():
+        if name == "past":
+            train_past_fsdp(case, *sys.argv[1:4])
+        else:
+            train(name, case, *sys.argv[1:4])
+    os._exit(0)  # tearing it down can hang in gloo, after all work is done
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""PPO under FSDP2 is PPO under DDP and on one process: gradients, rollouts, files, resumed runs; what is refused."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from rlhf_recipes.ppo.inputs import check_given
+from rlhf_recipes.ppo.sharded import check_sharding
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+FOUR_BITS = {"bnb_4bit_quant_storage": "float32"}
+ALL_CONTROLS = {
+    "max_steps": 6,
+    "num_iterations": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "target_kl": 0.0095,  # drops the third update
+    "score_scaling": "running",
+    "kl_controller": "adaptive",
+    "kl_target": 0.01,
+    "kl_horizon": 16,
+}
+HEAD = {"critic": "head", "gradient_checkpointing": True, "kl_placement": "loss", "kl_estimator": "full"}
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "steps_per_generation": 4,
+    "max_steps": 6,
+    "critic_warmup_steps": 1,
+    "lr_scheduler_type": "linear",
+}
+
+
+def cases(policy, base, reward_adapter):
+    """Trainings that are the same on one process and on two, and then those that are not."""
+    same = {
+        "adapter": {"fields": ALL_CONTROLS, "evaluate": True},
+        "head": {"fields": HEAD, "evaluate": True},
+        "four_bits": {"quantization": FOUR_BITS, "evaluate": True, "fields": {"gradient_checkpointing": True}},
+        "replicated": {"quantization": {"bnb_4bit_quant_storage": "uint8"}},
+        "model": {"fields": {"critic": "model"}, "more": {"critic_model": str(reward_adapter)}, "evaluate": True},
+        "whole": {"model": base, "evaluate": True},
+    }
+    layers = {
+        "critic_layers": 1,
+        "ptx_coef": 0.3,
+        "ptx_batch_size": 2,
+    }  # each process has pretraining texts of its own
+    saved = {"chance": True, "quantization": FOUR_BITS, "fields": SAVING, "evaluate": True}
+    return same, {"layers": {"fields": layers}}, {"saved": saved, "past": {}}
+
+
+def run(command, arguments, repo_root, check=True):
+    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*command, str(WORKER), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert not check or finished.returncode == 0, finished.stderr[-5000:]
+    return finished
+
+
+def launch(repo_root, arguments, check=True):
+    """Launch two processes as the launch file says."""
+    file = repo_root / "recipes" / "accelerate" / "fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    return run([*command, "--main_process_port", "0"], arguments, repo_root, check)
+
+
+@pytest.fixture(scope="module")
+def found(sft_adapter, reward_adapter, tiny_model_path, tmp_path_factory, repo_root):
+    """Results and weights of each case by launch: `one`, `ddp` and `fsdp`."""
+    same, of_two, of_fsdp = cases(sft_adapter, tiny_model_path, reward_adapter)
+    folders, adapters = (
+        {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "fsdp")},
+        (sft_adapter, reward_adapter),
+    )
+    launch(repo_root, [*adapters, folders["fsdp"], json.dumps(same | of_two | of_fsdp)])
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        run([sys.executable], [*adapters, folders["one"], json.dumps(same)], repo_root)
+        two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        run(two, [*adapters, folders["ddp"], json.dumps(same | of_two)], repo_root)
+    finally:
+        del os.environ["ACCELERATE_USE_CPU"]
+    return folders
+
+
+def read(folders, kind, case):
+    stem = folders[kind] / f"{case}_{1 if kind == 'one' else 2}"
+    return json.loads(Path(f"{stem}.json").read_text()), load_file(f"{stem}.safetensors"), stem
+
+
+def steps(result):
+    return [entry for entry in result["log"] if "loss" in entry]
+
+
+def assert_same_steps(ours, theirs):
+    assert len(ours) == len(theirs) >= 4
+    for found_step, step in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "kl", "reward", "critic/value_loss", "ppo/updates_made", "entropy"):
+            assert found_step[key] == pytest.approx(step[key], rel=1e-5, abs=1e-5), (step["step"], key)
+
+
+def assert_same_evaluations(ours, theirs):
+    for side in ("policy", "reference"):
+        for key in ("reward_score", "kl", "length", "eos_rate"):
+            assert ours[side][key] == pytest.approx(theirs[side][key], rel=1e-4, abs=1e-4), (side, key)
+
+
+def assert_same_weights(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert_close(ours[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adapter", "head", "four_bits", "replicated", "model", "whole", "layers"])
+def test_sharded_processes_train_as_ddp_and_as_one(case, found):
+    sharded, weights, folder = read(found, "fsdp", case)
+    assert sharded["kind"] == "DistributedType.FSDP"
+    if case == "replicated":
+        assert sharded["held"] < 0.45, "4-bit weights in uint8 are whole on each process"
+    else:
+        assert sharded["held"] == pytest.approx(0.5, abs=0.05)
+    for other in ("ddp",) if case == "layers" else ("ddp", "one"):
+        expected, expected_weights, other_folder = read(found, other, case)
+        assert_same_steps(steps(sharded), steps(expected))
+        assert_same_weights(weights, expected_weights)
+        files = sorted(path.relative_to(other_folder) for path in other_folder.glob("final/**/*.safetensors"))
+        assert len(files) == 2 * ("evaluation" in expected)  # policy and critic
+        for file in files:
+            assert_same_weights(load_file(folder / file), load_file(other_folder / file))
+        if files:
+            assert_same_evaluations(sharded["evaluation"], expected["evaluation"])
+    if case == "adapter":
+        assert [entry["ppo/updates_made"] for entry in steps(sharded)] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+        assert any("eval_kl" in entry for entry in sharded["log"])
+
+
+@pytest.mark.slow
+def test_others_read_what_it_saved(found):
+    weights, folder = read(found, "fsdp", "adapter")[1:]
+    policy = AutoPeftModelForCausalLM.from_pretrained(folder / "final")
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(weight, weights[name])
+
+
+@pytest.mark.slow
+def test_a_gradient_past_fsdp_stops_every_process_at_the_first_step(found):
+    for rank in (0, 1):
+        error = (found["fsdp"] / f"past_{rank}.txt").read_text()
+        assert error.startswith("The policy got no gradient in the first step: it was taken past FSDP.")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_stops_the_others_and_the_run_resumes_exactly(
+    found, sft_adapter, reward_adapter, tmp_path, repo_root
+):
+    case = cases(None, None, None)[2]["saved"]
+    adapters = (sft_adapter, reward_adapter)
+    stopped = launch(repo_root, [*adapters, tmp_path, json.dumps({"saved": case | {"killed_at": 3}})], check=False)
+    assert (tmp_path / "killed").exists(), stopped.stderr[-5000:]
+    assert time.time() - float((tmp_path / "killed").read_text()) < 60
+    assert stopped.returncode != 0
+    assert not (tmp_path / "saved_2.json").exists()
+    checkpoint = tmp_path / "saved_2" / "checkpoint-3"  # in the middle of a rollout
+    assert {f"rollout_{rank}.safetensors" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
+    launch(repo_root, [*adapters, tmp_path, json.dumps({"saved": case | {"resume": str(checkpoint)}})])
+    whole, resumed = read(found, "fsdp", "saved"), read({"fsdp": tmp_path}, "fsdp", "saved")
+    numbers = [
+        [(e["loss"], e["grad_norm"], e["kl"]) for e in log[0]["log"] if "loss" in e] for log in (whole, resumed)
+    ]
+    assert numbers[0] == numbers[1]
+    assert len(numbers[0]) == SAVING["max_steps"]
+    assert all(torch.equal(resumed[1][name], weight) for name, weight in whole[1].items())
+    assert whole[0]["evaluation"]["policy"] == resumed[0]["evaluation"]["policy"]
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def two_nodes():
+    """Names, addresses and network devices of two nodes that see each other over one cable only."""
+    names = [f"rlhf{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "veth-a", "netns", names[0], "type", "veth", "peer", "name", "veth-b", "netns", names[1])
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}")
+    nodes = [(names[0], "10.77.0.1", "veth-a"), (names[1], "10.77.0.2", "veth-b")]
+    for name, address, device in nodes:
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+        for link in (device, "lo"):
+            ip("-n", name, "link", "set", link, "up")
+    yield nodes
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_and_stop_when_one_is_gone(
+    two_nodes, found, sft_adapter, reward_adapter, tmp_path, repo_root
+):
+    """A training as on one machine, and then one in which the process on the second node is killed."""
+    file = repo_root / "recipes" / "accelerate" / "fsdp2_two_nodes.yaml"
+    case = cases(None, None, None)[0]["four_bits"]
+    work = json.dumps({"four_bits": case, "gone": {"killed_at": 2}})
+    launches = []
+    for rank, (name, _, device) in enumerate(two_nodes):
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(file), "--main_process_ip", two_nodes[0][1], "--machine_rank", str(rank)]
+        command += ["--num_processes", "2", str(WORKER), *map(str, (sft_adapter, reward_adapter, tmp_path)), work]
+        own = {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device}
+        log = (tmp_path / f"node_{rank}.txt").open("w")
+        launches.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait(1800) for process in launches]
+    logs = [(tmp_path / f"node_{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
+    assert (tmp_path / "killed").exists(), logs
+    assert time.time() - float((tmp_path / "killed").read_text()) < 60
+    assert 0 not in codes, logs
+    assert not (tmp_path / "gone_2.json").exists()
+    two, one = (read(folders, "fsdp", "four_bits") for folders in ({"fsdp": tmp_path}, found))
+    assert_same_steps(steps(two[0]), steps(one[0]))
+    assert_same_weights(two[1], one[1])
+
+
+def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **args):
+    base = SimpleNamespace(is_loaded_in_8bit=in_8_bits)
+    own = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": "bf16"}
+    state = SimpleNamespace(fsdp_plugin=None if plugin is None else SimpleNamespace(**own | plugin))
+    return SimpleNamespace(
+        is_deepspeed_enabled=deepspeed,
+        is_fsdp_enabled=plugin is not None,
+        accelerator=SimpleNamespace(state=state),
+        image_reader=image_reader,
+        roles=SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base)),
+        args=SimpleNamespace(**{"fp16": False, "optim": "adamw_torch_fused", "ema_decay": None} | args),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "instead"),
+    [
+        ({"deepspeed": True}, r"ZeRO-2 take recipes/accelerate/ddp\.yaml, and in place of ZeRO-3 .*fsdp2\.yaml"),
+        ({"plugin": {"fsdp_version": 1}}, "Set `fsdp_version: 2`"),
+        ({"plugin": {"activation_checkpointing": True}}, "`activation_checkpointing: true` in the stage's YAML"),
+        ({"plugin": {}, "fp16": True}, "Set `bf16: true`"),
+        ({"plugin": {}, "optim": "paged_adamw_8bit"}, "Set `optim: adamw_torch`"),
+        ({"plugin": {}, "ema_decay": 0.9}, r"launch with recipes/accelerate/ddp\.yaml"),
+        ({"plugin": {}, "in_8_bits": True}, "Load the base in 4 bits, with `bnb_4bit_quant_storage: bfloat16`"),
+        ({"plugin": {}, "image_reader": object()}, r"Launch with recipes/accelerate/ddp\.yaml"),
+    ],
+)
+def test_refusals_name_what_to_use_instead(settings, instead):
+    with pytest.raises(ValueError, match=instead):
+        check_sharding(trainer(**settings))
+
+
+def test_what_is_allowed_computes_in_16_bits_by_autocast_alone():
+    check_sharding(trainer())
+    allowed = trainer(plugin={})
+    check_sharding(allowed)
+    assert allowed.accelerator.state.fsdp_plugin.mixed_precision_policy is None
+
+
+def test_a_launch_in_which_one_process_reads_the_base_is_refused(monkeypatch, prompts):
+    monkeypatch.setattr("rlhf_recipes.ppo.inputs.is_fsdp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading`.*Set it to false"):
+        check_given(None, prompts, None, None, None)
+
+
+def test_the_reason_against_deepspeed_still_holds():
+    """Once accelerate leaves the step to the training loop, PPO can drop an update there too."""
+    assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
+
+
+@pytest.mark.parametrize("file", ["fsdp2", "fsdp2_8_gpus", "fsdp2_two_nodes"])
+def test_accelerate_reads_the_launch_files(file, repo_root):
+    config = load_config_from_file(str(repo_root / "recipes" / "accelerate" / f"{file}.yaml"))
+    assert config.distributed_type == DistributedType.FSDP
+    assert config.num_processes == {"fsdp2": 2, "fsdp2_8_gpus": 8, "fsdp2_two_nodes": 16}[file]
+    assert config.num_machines == 1 + (file == "fsdp2_two_nodes")
+    of_fsdp2 = yaml.safe_load((repo_root / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert config.fsdp_config == of_fsdp2
+    known = {name.removeprefix("--") for action in launch_command_parser()._actions for name in action.option_strings}
+    assert of_fsdp2.keys() <= known, "accelerate would leave out what it does not know"
