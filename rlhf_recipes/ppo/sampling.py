@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +12,7 @@ from rlhf_recipes.ppo.vllm.sampler import VLLMSampler, start_engine
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
+    from rlhf_recipes.ppo.config import PPOConfig
 
 
 class Sampler(Protocol):
@@ -32,7 +35,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class TransformersSampler:
-    """Samples with the trainer's own networks."""
+    """Samples with the trainer's own networks; TRL spends time on padding, and on rows that have ended."""
 
     trainer: Any
 
@@ -41,6 +44,16 @@ class TransformersSampler:
     ) -> tuple[list[list[int]], None]:
         """As `Sampler`."""
         return sample_completions(self.trainer, prompt_ids, embedded), None
+
+
+@contextmanager
+def without_vllm(args: PPOConfig) -> Iterator[None]:
+    """Set `use_vllm` to false within the block."""
+    asked, args.use_vllm = args.use_vllm, False
+    try:
+        yield
+    finally:
+        args.use_vllm = asked
 
 
 def build_sampler(trainer: Any) -> Sampler:

@@ -64,6 +64,10 @@ def check_sharding(trainer: Any) -> None:
             getattr(trainer.roles.model.get_base_model(), "is_loaded_in_8bit", False),
             "Load the base in 4 bits, with `bnb_4bit_quant_storage: bfloat16`.",
         ),
+        "vLLM gets the adapter as a whole, and each process holds a part of it": (
+            args.use_vllm,
+            "Leave `use_vllm` out, or launch with recipes/accelerate/ddp.yaml.",
+        ),
         "pictures are embedded outside of the model's forward pass": (
             trainer.image_reader is not None,
             "Launch with recipes/accelerate/ddp.yaml.",

@@ -43,7 +43,7 @@ from rlhf_recipes.ppo.passes import (
 from rlhf_recipes.ppo.pretraining import PretrainingTexts
 from rlhf_recipes.ppo.prompts import check_rows, evaluation_rows, prompt_rules, training_rows, with_columns_of_rewards
 from rlhf_recipes.ppo.rollout import Batch, Rollout, reshuffle, sort_within_steps, texts_of
-from rlhf_recipes.ppo.sampling import build_sampler
+from rlhf_recipes.ppo.sampling import build_sampler, without_vllm
 from rlhf_recipes.ppo.sharded import ShardedTrainer, check_sharding, on_whole_weights
 from rlhf_recipes.ppo.token_rewards import Placement, Scored, TokenRewards, configured_advantages
 from rlhf_recipes.ppo.trial import try_out
@@ -150,11 +150,10 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
         policy.requires_grad_(False)  # TRL rounds trainable parameters of a 4-bit model to bfloat16: none is, for now
         eval_dataset = evaluation_rows(eval_dataset, self.prompt_rules, policy)
-        uses_vllm, args.use_vllm = args.use_vllm, False  # TRL's would merge the adapter, and send all weights
-        super().__init__(
-            policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
-        )
-        args.use_vllm = uses_vllm
+        with without_vllm(args):  # TRL's would merge the adapter, and send all weights
+            super().__init__(
+                policy, reward_funcs, args, train_dataset, eval_dataset, tokenizer, tokenizers, callbacks, optimizers
+            )
         setup.seed_sampling(args.seed, self.accelerator.process_index)
         self.truncation = Truncation(tokenizer, self.eos_token_ids, args.truncate_tokens or (), args.truncate_after)
         self.shuffle_dataset = self.shuffle_dataset and not isinstance(train_dataset, IterableDataset)  # it is already
@@ -276,7 +275,6 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         return super()._generate(prompts)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, *others: Any) -> Any:
-        # TRL spends time on padding, and on rows that have ended
         return self.sampler(prompt_ids, self.embed_tokenized(prompt_ids, fields))
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:

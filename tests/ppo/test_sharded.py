@@ -257,7 +257,9 @@ def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **
         accelerator=SimpleNamespace(state=state),
         image_reader=image_reader,
         roles=SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base)),
-        args=SimpleNamespace(**{"fp16": False, "optim": "adamw_torch_fused", "ema_decay": None} | args),
+        args=SimpleNamespace(
+            **{"fp16": False, "optim": "adamw_torch_fused", "ema_decay": None, "use_vllm": False} | args
+        ),
     )
 
 
@@ -270,6 +272,7 @@ def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **
         ({"plugin": {}, "fp16": True}, "Set `bf16: true`"),
         ({"plugin": {}, "optim": "paged_adamw_8bit"}, "Set `optim: adamw_torch`"),
         ({"plugin": {}, "ema_decay": 0.9}, r"launch with recipes/accelerate/ddp\.yaml"),
+        ({"plugin": {}, "use_vllm": True}, r"Leave `use_vllm` out"),
         ({"plugin": {}, "in_8_bits": True}, "Load the base in 4 bits, with `bnb_4bit_quant_storage: bfloat16`"),
         ({"plugin": {}, "image_reader": object()}, r"Launch with recipes/accelerate/ddp\.yaml"),
     ],
