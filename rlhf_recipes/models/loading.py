@@ -13,7 +13,6 @@ from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -26,7 +25,13 @@ from transformers.utils import is_bitsandbytes_available
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
-from rlhf_recipes.models.vision import image_classifier_class, language_layers, processor_class, sees_images
+from rlhf_recipes.models.vision import (
+    image_classifier_class,
+    image_model_class,
+    language_layers,
+    processor_class,
+    sees_images,
+)
 from rlhf_recipes.quiet import held_back
 
 if TYPE_CHECKING:
@@ -281,7 +286,7 @@ def load_image_model(path: str | None, **options: Any) -> PreTrainedModel:
 
     Options and errors are those of `load_causal_lm`.
     """
-    return _load_generator(AutoModelForImageTextToText, path, options)
+    return _load_generator(image_model_class(_config(path, options)), path, options)
 
 
 def _load_generator(auto_class: Any, path: str | None, options: dict[str, Any]) -> PreTrainedModel:
@@ -342,11 +347,15 @@ def load_image_classifier(path: str | None, **options: Any) -> PreTrainedModel:
 
     The head is random: seed the generators first. Options and errors are those of `load_causal_lm`.
     """
-    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    scorer = image_classifier_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    scorer = image_classifier_class(_config(path, options))
     model, missing, _ = _load(scorer, path, num_labels=1, **options)
     _check_trunk_is_complete(model, path, missing)
     return model
+
+
+def _config(path: str | None, options: dict[str, Any]) -> Any:
+    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    return AutoConfig.from_pretrained(_check_path(path), **source)
 
 
 def _check_trunk_is_complete(model: PreTrainedModel, path: str | None, missing: set[str]) -> None:

@@ -62,6 +62,23 @@ def sees_images(model: Any) -> bool:
     return hasattr(model.base_model, "get_image_features")
 
 
+def image_model_class(config: Any) -> Any:
+    """Return transformers' class of a family of vision-language models that writes text.
+
+    Args:
+        config: Configuration of a model.
+
+    Raises:
+        ValueError: If it is of no vision-language model.
+    """
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(
+            f"`model_type: {config.model_type}` reads no pictures. Give a vision-language model, or take the column "
+            "of pictures (`images` or `image`) out of the rows."
+        )
+    return AutoModelForImageTextToText._model_mapping[type(config)]
+
+
 def image_classifier_class(config: Any) -> type[PreTrainedModel]:
     """Make the class of a family of vision-language models that gives a text with pictures a score.
 
@@ -84,9 +101,7 @@ def image_classifier_class(config: Any) -> type[PreTrainedModel]:
         >>> scorer(**processor.tokenizer("red colour", return_tensors="pt")).logits.shape
         torch.Size([1, 1])
     """
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise ValueError(f"`model_type: {config.model_type}` reads no pictures. Give a vision-language model.")
-    generator: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+    generator = image_model_class(config)
     family = next(base for base in generator.__mro__ if PreTrainedModel in base.__bases__)
     name = generator.__name__.replace("ForConditionalGeneration", "ForSequenceClassification")
     if (renamed := get_checkpoint_conversion_mapping(generator.__name__)) is not None:

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.models import language_layers, load_image_classifier, load_processor
+from rlhf_recipes.models import language_layers, load_image_classifier, load_image_model, load_processor
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.image_embeddings import pad_prompts
 from rlhf_recipes.models.images import MODEL_TYPES, ImageReader, chat_with_images, check_reads_images
@@ -293,8 +293,9 @@ def test_what_reads_no_pictures_has_no_processor(tiny_model_path):
         load_processor(tiny_model_path)
     with pytest.raises(FileNotFoundError, match="Model folder './nowhere' does not exist"):
         load_processor("./nowhere")
-    with pytest.raises(ValueError, match="`model_type: llama` reads no pictures"):
-        load_image_classifier(tiny_model_path)
+    for load in (load_image_model, load_image_classifier):
+        with pytest.raises(ValueError, match="`model_type: llama` reads no pictures. Give a vision-language model"):
+            load(tiny_model_path)
 
 
 @pytest.mark.slow
