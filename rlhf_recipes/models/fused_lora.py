@@ -86,7 +86,8 @@ def _is_no_product(module: nn.Module) -> bool:
     """Return whether a module that is a kind of linear layer gives something else than a product with its weight."""
     weight: Any = getattr(module, "weight", None)
     own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if not own or isinstance(module, BaseTunerLayer) or not weight.is_floating_point():  # as those in 4 bits
+    # Weights in 8 bits are integers, and those in 4 bits may be stored as anything
+    if not own or isinstance(module, BaseTunerLayer | Linear4bit) or not weight.is_floating_point():
         return False
     with torch.no_grad():
         output = module(weight.new_zeros(1, weight.size(1)))

@@ -181,6 +181,17 @@ def test_layers_in_4_bits(tmp_path, dtype, autocast):
         assert_close(found[1][1][name], gradient, atol=tolerance["atol"], rtol=10 * tolerance["rtol"])
 
 
+def test_layers_in_4_bits_are_adapted_however_they_are_stored(tmp_path):
+    """FSDP needs them as floating-point numbers, which are four bits each all the same."""
+    tiny_llama(word_tokenizer(["a", "b", "c"]), hidden_size=64, layers=1).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="float32")
+    base = load_causal_lm(str(tmp_path), quantization_config=four_bit)
+    model = get_peft_model(base, fuse_lora(LoraConfig(target_modules="all-linear"), base))
+    adapted = [layer.base_layer for layer in model.modules() if isinstance(layer, FusedLinear4bit)]
+    assert len(adapted) == 7
+    assert {layer.weight.dtype for layer in adapted} == {torch.float32}
+
+
 def test_saved_adapters_are_pefts_own(tmp_path):
     torch.manual_seed(0)
     base = tiny_llama(word_tokenizer(["a", "b", "c"]), hidden_size=64, layers=1)

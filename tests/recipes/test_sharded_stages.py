@@ -21,6 +21,7 @@ OPTIONS = {
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "lora_r": 4,
+    "lora_dropout": 0.0,  # whose masks are drawn by each process
     "disable_tqdm": True,
     "load_in_4bit": True,
     "bnb_4bit_quant_storage": "float32",
