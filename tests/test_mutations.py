@@ -314,6 +314,7 @@ BUGS = [
         "probability /= count + 1",
         "TestBootstrapCount.test_is_poissons_with_mean_1",
     ),
+    Bug(BOOTSTRAP, "[] if count else [row]", "[row]", "TestMemberRows.test_rows_of_a_prompt_stay_together"),
     Bug(
         JUDGING,
         "judge, prompt, pair[1], pair[0]",
@@ -569,7 +570,7 @@ PURE_FILES = (
     *("masks.py", "functional/*.py", "losses/*.py", "shaping/*.py", "statistics/*.py"),
     *(f"tools/ranking/{name}.py" for name in ("active", "ranking", "ratings", "score_intervals", "votes")),
     *(f"tools/planning/{name}.py" for name in ("memory", "phases", "sharding", "serving", "speed", "fit")),
-    *("evaluation/hacking_signs.py", "models/readout.py", "rewards/ensemble.py"),
+    *("evaluation/hacking_signs.py", "models/readout.py", "reward_modeling/bootstrap.py", "rewards/ensemble.py"),
     *("ppo/rollout.py", "models/rows.py"),
 )
 PURE_FUNCTIONS = {  # in files that hold more than pure functions
