@@ -34,7 +34,7 @@ test-slow: venv
 VLLM := .venv-vllm/.installed
 
 test-vllm: venv $(VLLM)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/ppo/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/ppo/with_vllm
 
 $(VLLM):
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -182,12 +182,9 @@ def exact_kl(
 
     counts, anchor_head = mask.bool(), head if to_old else reference_head
     states = (hidden[counts], anchor_hidden[counts])
-
-    def kl_of_counted() -> Tensor:
-        return chunked_full_kl(*states, head, trainer.temperature, _POSITIONS_PER_CHUNK, to_old, anchor_head)
-
+    temperature, size = trainer.temperature, _POSITIONS_PER_CHUNK
     with trainer.accelerator.autocast():
-        kl = call_inside(policy, kl_of_counted)
+        kl = call_inside(policy, lambda: chunked_full_kl(*states, head, temperature, size, to_old, anchor_head))
     return kl.new_zeros(mask.shape).masked_scatter(counts, kl)
 
 

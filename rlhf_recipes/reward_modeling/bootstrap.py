@@ -32,7 +32,7 @@ def bootstrap_count(key: str, member: int, seed: int = 0) -> int:
 
     Example:
         >>> [bootstrap_count(prompt, member=0) for prompt in "abcdefgh"]
-        [1, 0, 1, 1, 1, 1, 4, 1]
+        [1, 3, 1, 0, 1, 1, 0, 2]
     """
     drawn = random.Random(f"{seed}/{member}/{key}").random()
     count, probability = 0, math.exp(-1.0)
@@ -62,7 +62,7 @@ def member_rows(rows: Sequence[Row], member: int, seed: int = 0) -> tuple[list[R
         >>> rows = [{"prompt": prompt, "completions": [" yes", " no"], "label": 1.0} for prompt in "abcdefgh"]
         >>> train, test = member_rows(rows, member=0)
         >>> "".join(row["prompt"] for row in train), "".join(row["prompt"] for row in test)
-        ('acdefggggh', 'b')
+        ('abefggg', 'cdh')
     """
     train: list[Row] = []
     held_out: list[Row] = []

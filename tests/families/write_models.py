@@ -45,6 +45,26 @@ Of these transformers has no sequence classifier. Their reward comes from elsewh
 another family, a server.
 
 {no_adapter_table}
+## With pictures
+
+Vision-language models that all stages read [pictures](ppo.md#pictures) with, each held with a tiny random model and
+its own processor to what transformers makes of single rows: states and logits to 2e-5, packed, padded and in batches,
+and greedy texts token by token (`tests/models/test_vision_families.py`, `tests/ppo/test_images.py`).
+
+| `model_type` | what is special | tested |
+|---|---|---|
+| `llava` | a picture has one size | all stages, to the end of the recipe |
+| `qwen2_5_vl` | positions on a grid, pictures of any size | all stages, to the end of the recipe and from its YAMLs |
+| `qwen2_vl` | the same | states, texts, the score head, PPO |
+| `internvl` | a picture is cut into tiles | the same |
+| `idefics3` | the same | the same |
+| `smolvlm` | the same; its processor needs torchvision and num2words | the same, with Idefics3's processor |
+| `gemma3` | the tokens of a picture attend to each other; not packed | the same |
+
+Others are refused by name. Instead of Qwen3-VL, whose pictures also enter deeper layers, take Qwen2.5-VL; of
+PaliGemma, whose whole prompt attends in both directions, Gemma 3; of LLaVA-NeXT, LLaVA or Qwen2.5-VL. Mistral 3's
+processor needs torchvision, without which it was not tried.
+
 ## The others: {others}
 
 "A model of its own": its classifier reads something else than the last token, so that a reward model of this family is

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -192,6 +193,59 @@ def test_a_process_that_is_killed_stops_the_others_and_the_run_resumes_exactly(
     assert len(numbers[0]) == SAVING["max_steps"]
     assert all(torch.equal(resumed[1][name], weight) for name, weight in whole[1].items())
     assert whole[0]["evaluation"]["policy"] == resumed[0]["evaluation"]["policy"]
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def two_nodes():
+    """Names, addresses and network devices of two nodes that see each other over one cable only."""
+    names = [f"rlhf{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "veth-a", "netns", names[0], "type", "veth", "peer", "name", "veth-b", "netns", names[1])
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}")
+    nodes = [(names[0], "10.77.0.1", "veth-a"), (names[1], "10.77.0.2", "veth-b")]
+    for name, address, device in nodes:
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+        for link in (device, "lo"):
+            ip("-n", name, "link", "set", link, "up")
+    yield nodes
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_and_stop_when_one_is_gone(
+    two_nodes, found, sft_adapter, reward_adapter, tmp_path, repo_root
+):
+    """A training as on one machine, and then one in which the process on the second node is killed."""
+    file = repo_root / "recipes" / "accelerate" / "fsdp2_two_nodes.yaml"
+    case = cases(None, None, None)[0]["four_bits"]
+    work = json.dumps({"four_bits": case, "gone": {"killed_at": 2}})
+    launches = []
+    for rank, (name, _, device) in enumerate(two_nodes):
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(file), "--main_process_ip", two_nodes[0][1], "--machine_rank", str(rank)]
+        command += ["--num_processes", "2", str(WORKER), *map(str, (sft_adapter, reward_adapter, tmp_path)), work]
+        own = {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device}
+        log = (tmp_path / f"node_{rank}.txt").open("w")
+        launches.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait(1800) for process in launches]
+    logs = [(tmp_path / f"node_{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
+    assert (tmp_path / "killed").exists(), logs
+    assert time.time() - float((tmp_path / "killed").read_text()) < 60
+    assert 0 not in codes, logs
+    assert not (tmp_path / "gone_2.json").exists()
+    two, one = (read(folders, "fsdp", "four_bits") for folders in ({"fsdp": tmp_path}, found))
+    assert_same_steps(steps(two[0]), steps(one[0]))
+    assert_same_weights(two[1], one[1])
 
 
 def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **args):

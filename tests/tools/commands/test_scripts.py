@@ -63,7 +63,10 @@ def test_a_launch_configuration_is_a_file_or_a_name(launched, tmp_path, monkeypa
     launch("sft", ["--accelerate_config", "single_process"])
     assert [args.config_file for args in launched] == ["mine.yaml", str(TOP / "accelerate" / "single_process.yaml")]
     assert main(["sft", "--accelerate_config", "zero3"]) == 2
-    assert "'zero3' is no file, and none of the names ddp, single_process" in capsys.readouterr().err
+    assert (
+        "'zero3' is no file, and none of the names ddp, fsdp2, fsdp2_8_gpus, fsdp2_two_nodes, single_process"
+        in capsys.readouterr().err
+    )
     assert main(["sft", "--accelerate_config", "--seed", "1"]) == 2
     assert "takes a file or a name, got nothing" in capsys.readouterr().err
     assert len(launched) == 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.ppo.vllm.engine import SamplingStopped
 from tests.ppo.support import logged, trained, without_chance
-from tests.ppo.vllm.stub_vllm import Engine, serving
+from tests.ppo.with_vllm.stub_vllm import Engine, serving
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from rlhf_recipes.ppo.vllm.colocated import ColocatedVLLM, start_vllm
 from rlhf_recipes.ppo.vllm.engine import Adapter, Drawing, SamplingStopped
 from rlhf_recipes.ppo.vllm.sampler import VLLMSampler
 from tests.ppo.support import logged
-from tests.ppo.vllm.stub_vllm import Engine, merged
+from tests.ppo.with_vllm.stub_vllm import Engine, merged
 
 
 class LLM:
