@@ -8,6 +8,7 @@ from tests.ppo.support import logged, trained, without_chance
 from tests.ppo.test_resume import watched
 
 
+@pytest.mark.slow
 def test_each_prompt_comes_as_often_as_from_a_data_set(make_trainer, prompts):
     fields = {"num_generations": 2, "shuffle_dataset": False, "max_steps": 6}
     orders = []
@@ -21,6 +22,7 @@ def test_each_prompt_comes_as_often_as_from_a_data_set(make_trainer, prompts):
     assert orders[0] == orders[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_at_the_right_rows(make_trainer, prompts, tmp_path):
     """After a step within a rollout, one between two, and one after the stream has ended twice."""
     rows = prompts.select(range(12)).to_iterable_dataset()

@@ -138,6 +138,7 @@ def check(run, judged_by):
     assert (run.ppo.folder / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_movie_sentiment_on_made_up_rows(stages, make_pairs, reviews, reward_judge):
     data = make_pairs(reviews)
     run = stages("movie_sentiment", data / "texts", data / "pairs", gold_score=reward_judge(data / "judge_pairs"))

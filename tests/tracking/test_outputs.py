@@ -140,6 +140,7 @@ run.finish()
 """
 
 
+@pytest.mark.slow
 def test_stages_are_joined_on_a_server_and_the_manifest_is_kept_offline(tmp_path, stage, run_alone, server):
     finished = run_alone(["-c", RUNS, stage], tmp_path, **server.settings)
     assert finished.returncode == 0, finished.stderr

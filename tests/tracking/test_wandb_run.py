@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import accelerate
+import pytest
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -105,6 +106,7 @@ def test_stages_share_a_group_and_point_at_their_parents_without_a_key(tmp_path)
     assert read_run(tmp_path / "outputs" / "ppo")["wandb_run_id"] == ppo["id"]
 
 
+@pytest.mark.slow
 def test_offline_only_without_a_key_and_a_choice(tmp_path):
     no_key, key, chosen = {}, {"WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}, {"WANDB_MODE": "disabled"}
     output = run_alone(MODES, tmp_path, json.dumps([no_key, key, chosen]))
