@@ -122,8 +122,7 @@ def test_every_stage_runs(load, load_stage, repo_root, tmp_path, capsys):
             {"captions": 64, "demonstrations": 32, "pairs": 32, "max_steps": 2, "evaluation_rows": 8},
             id="two steps",
         ),
-        pytest.param("llava", {}, id="whole", marks=pytest.mark.slow),
-        pytest.param("qwen2_5_vl", {}, id="whole, Qwen2.5-VL", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", {}, id="whole", marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_with_pictures(load, tmp_path, capsys, model, sizes):
