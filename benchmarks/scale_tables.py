@@ -117,12 +117,16 @@ def server_row(model, sizes, kind="h100"):
     return [model, f"{layout.tensor_parallel}", *gib, f"{server.sequences:,}", f"{sync_bytes(sizes) / MIB:,.0f}"]
 
 
+def budget(gpu):
+    """Bytes of a GPU that a run may take."""
+    return (1 - MARGIN) * gpu.mib * MIB - CUDA_CONTEXT_BYTES
+
+
 def fit_row(model, sizes):
     """For each kind of GPU, the fewest and the least change from the recipes' setting with which the run fits."""
     cells = [model]
     for gpu in GPUS.values():
-        budget = (1 - MARGIN) * gpu.mib * MIB - CUDA_CONTEXT_BYTES
-        found = smallest_change(Setting(in_4_bits(sizes), Layout(), budget, MICRO_BATCH * STEPS))
+        found = smallest_change(Setting(in_4_bits(sizes), Layout(), budget(gpu), MICRO_BATCH * STEPS))
         cells.append("-" if found is None else describe(found))
     return cells
 
@@ -136,10 +140,9 @@ def describe(setting):
 def speed_rows(model, sizes, kind="h100"):
     """Completion tokens per second on a kind of GPU, from slow to fast, where the run fits."""
     gpu, work = GPUS[kind], Work(epochs=4, steps=4)
-    budget = (1 - MARGIN) * gpu.mib * MIB - CUDA_CONTEXT_BYTES
 
     def cell(run, layout):
-        if peak(run, layout)[1] > budget:
+        if peak(run, layout)[1] > budget(gpu):
             return "-"
         low, high = (
             tokens_per_second(run, layout, update_seconds(run, layout, gpu, work, pace)) for pace in (SLOW, FAST)

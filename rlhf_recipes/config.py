@@ -219,13 +219,14 @@ def read_setting(name: str, argv: Iterable[str] | None = None) -> Any:
         >>> read_setting("algorithm", ["--beta", "0.1", "--algorithm", "rloo"])
         'rloo'
     """
-    words = {
-        option.partition("=")[0]: [*([option.partition("=")[2]] if "=" in option else []), *values]
-        for option, *values in group_options(sys.argv[1:] if argv is None else argv)
-    }
-    if words.get(f"--{name}"):
-        return words[f"--{name}"][0]
-    return _read_mapping(Path(words["--config"][0])).get(name) if words.get("--config") else None
+    words: dict[str, str] = {}
+    for first, *rest in group_options(sys.argv[1:] if argv is None else argv):
+        option, equals, inline = first.partition("=")
+        if equals or rest:
+            words[option.removeprefix("--").replace("-", "_")] = inline if equals else rest[0]
+    if name in words:
+        return words[name]
+    return _read_mapping(Path(words["config"])).get(name) if "config" in words else None
 
 
 def given_settings(config: Any) -> dict[str, Any]:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 IMAGE_COLUMNS = ("images", "image")  # of rows, with the pictures that belong into the messages of their prompts
+
+
+def image_columns(names: Collection[str] | None) -> list[str]:
+    """Return those of a data set's columns that hold the pictures of its prompts.
+
+    Args:
+        names: Names of all its columns; `None`, as of a stream that does not know them, are none.
+
+    Example:
+        >>> image_columns(["prompt", "image"]), image_columns(None)
+        (['image'], [])
+    """
+    return [name for name in IMAGE_COLUMNS if name in (names or ())]
 
 
 def as_text(value: Any) -> str:

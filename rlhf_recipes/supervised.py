@@ -18,7 +18,7 @@ from rlhf_recipes.config import ChosenDefaults
 from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.messages import image_columns
 from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.images import ImageReader, check_model_type, check_reads_images
 from rlhf_recipes.models.resumed import check_same_adapter
@@ -198,7 +198,7 @@ class ImageCollator:
         """
         if not isinstance(dataset, Dataset):
             return
-        if not set(IMAGE_COLUMNS) & set(dataset.column_names):
+        if not image_columns(dataset.column_names):
             raise ValueError(
                 f"A processor is given, but the {name} rows have no column `images` or `image`: they have "
                 f"{dataset.column_names}. Add one (an empty list where a row has no picture), or give the processor's "

@@ -393,6 +393,7 @@ def test_a_setting_read_before_the_others_is_the_one_that_counts(tmp_path):
         ([f"--config={file}", "--beta", "0.1"], "rloo"),
         (["--config", str(file), "--algorithm", "grpo"], "grpo"),
         (["--algorithm=grpo", "--config", str(file)], "grpo"),
+        (["--use-cpu", "true", "--algorithm", "rloo", "--use_cpu", "true"], "rloo"),
         (["--algorithm", "grpo", "--algorithm", "rloo"], "rloo"),
     ):
         assert read_setting("algorithm", argv) == expected, argv

@@ -260,6 +260,7 @@ BUGS = [
     Bug(METRICS, "+ (z / (2 * n)) ** 2", "", "TestProportionInterval.test_numbers"),
     Bug(METRICS, "float(rows[0]) * count, count,", "float(rows.sum()), len(rows),", "TestShareInterval.test_numbers"),
     Bug(NUMBERS, "list | tuple", "list", "test_json_has_none_for_numbers_that_are_not_finite"),
+    Bug(NUMBERS, "value = value[step]", "value = value[path[0]]", "test_a_place_that_is_not_there_holds_nothing"),
     Bug(PLACEMENT, "(gamma, counted_after", "(gamma, -counted_after", "test_discounted_pays_later_tokens_more"),
     Bug(PLACEMENT, "(mask.bool(), scores", "(mask.bool(), 0.5 * scores", "test_every_token_pays_the_score_each_time"),
     Bug(DENSE, "scores - before, 0.0", "before - scores, 0.0", "TestPlaceDifferences.test_numbers"),

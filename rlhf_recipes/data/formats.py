@@ -31,7 +31,7 @@ from rlhf_recipes.data.dialogues import (
 )
 from rlhf_recipes.data.instructions import only_prompts
 from rlhf_recipes.data.preferences import are_preferences, best_completions, to_preference_table
-from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.messages import image_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,7 +217,7 @@ def prompt_keys(dataset: Dataset) -> list[str]:
     values = dataset[column]
     prompts = (split_dialogue(value)[0] for value in values) if column == "messages" else values
     keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
-    for name in set(IMAGE_COLUMNS) & set(dataset.column_names):
+    for name in image_columns(dataset.column_names):
         stored = dataset.select_columns(name).with_format("arrow")  # as paths or files: nothing is decoded
         pictures = (value for batch in stored.iter(_PICTURES_AT_A_TIME) for value in batch[name].to_pylist())
         keys = [

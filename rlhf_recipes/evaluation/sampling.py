@@ -25,10 +25,10 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.data.chat_templates import encode_prompt, end_token_ids, options_of
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.generation import sample_after
-from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt
 from rlhf_recipes.models.padding import keeps_padding_out
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.rows import Texts
 from rlhf_recipes.models.sharding import gathered
 from rlhf_recipes.models.states import completion_logps
 from rlhf_recipes.ppo._trl import rewards, tokenized_prompts
@@ -194,15 +194,7 @@ def _sample_batch(
     embedded = trainer.embedded_prompts(prompt_ids, rows) if isinstance(trainer, PPOTrainer) else None
     with network(trainer, of_reference) as model:
         completion_ids = _completion_ids(trainer, model, prompt_ids, embedded, ends, max_new_tokens, mixed_lengths)
-        ids, mask = pad_rows(prompt_ids, tokenizer.pad_token_id, device, side="left")
-        sampled, counts = pad_rows(completion_ids, tokenizer.pad_token_id, device)
-        texts = Texts(
-            prompt_ids=ids,
-            prompt_mask=mask,
-            completion_ids=sampled,
-            completion_mask=counts,
-            **pad_prompts(embedded),
-        )
+        texts = Texts.padded(prompt_ids, completion_ids, tokenizer.pad_token_id, device, embedded)
         logps, entropies = _logps(trainer, model, texts)
     kl: list[float] | list[None] = [None] * len(rows)
     if has_reference(trainer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.messages import image_columns
 from rlhf_recipes.models.loading import (
     load_causal_lm,
     load_image_classifier,
@@ -39,7 +39,7 @@ def load_policy_base(
         ValueError: As of `load_causal_lm` and `load_processor`.
     """
     path, options = model_args.model_name_or_path, {**model_options(model_args), **source}
-    if _have_images(rows):
+    if image_columns(rows["train"].column_names):
         return load_image_model(path, **options), load_processor(path, **source)
     return load_causal_lm(path, **options), tokenizer
 
@@ -49,10 +49,6 @@ def load_reward_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """The same with a new head of one output: the start of a reward model, which sees the pictures of rows."""
     path, options = model_args.model_name_or_path, {**model_options(model_args), **source}
-    if _have_images(rows):
+    if image_columns(rows["train"].column_names):
         return load_image_classifier(path, **options), load_processor(path, **source)
     return load_sequence_classifier(path, **options), tokenizer
-
-
-def _have_images(rows: Mapping[str, Any]) -> bool:
-    return bool(set(IMAGE_COLUMNS) & set(rows["train"].column_names))

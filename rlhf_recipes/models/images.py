@@ -24,7 +24,7 @@ from trl import prepare_multimodal_messages
 
 from rlhf_recipes.data.chat_templates import encode_answer, options_of
 from rlhf_recipes.data.dialogues import BadRow
-from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.messages import IMAGE_COLUMNS, image_columns
 from rlhf_recipes.models.image_embeddings import (
     EmbeddedPrompt,
     Pixels,
@@ -37,9 +37,8 @@ from rlhf_recipes.models.vision import language_part
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_NESTED = (
-    5  # dimensions of pixels that a processor (Idefics3's) lays out by text: of a single one, pictures come first
-)
+# Dimensions of pixels that a processor (Idefics3's) lays out by text: of a single one, pictures come first
+_NESTED = 5
 # What is not here was not tried, or reads more than this: features in deeper layers (Qwen3-VL), attention in both
 # directions in the whole prompt (PaliGemma).
 MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "internvl", "gemma3")
@@ -55,7 +54,7 @@ def check_no_images(dataset: Any, name: str) -> None:
     Raises:
         ValueError: If they have a column of pictures.
     """
-    if found := [column for column in IMAGE_COLUMNS if column in (dataset.column_names or ())]:
+    if found := image_columns(dataset.column_names):
         raise ValueError(
             f"The {name} rows have the column {found[0]!r}, but this stage reads text and sees no pictures. Remove "
             "it, and write what is to be known of the pictures into the texts (`reward_prompt` for reward models)."
@@ -125,8 +124,11 @@ class ImageReader:
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of what a network takes beside token ids, as `network_fields` makes them."""
-        name = token_types(self._model)
-        return self._of_pictures if name is None else (*self._of_pictures, name)
+        return self._of_pictures if self._types is None else (*self._of_pictures, self._types)
+
+    @cached_property
+    def _types(self) -> str | None:
+        return token_types(self._model)
 
     @cached_property
     def _of_pictures(self) -> tuple[str, ...]:
@@ -160,8 +162,8 @@ class ImageReader:
         given = [row for row in pixels if row is not None]
         if not given:
             return {}
-        name, types = token_types(self._model), (input_ids == self._image_token).long()
-        return join_pixels(given) | ({} if name is None else {name: types})
+        types = {} if self._types is None else {self._types: (input_ids == self._image_token).long()}
+        return join_pixels(given) | types
 
     @property
     def _image_token(self) -> int:

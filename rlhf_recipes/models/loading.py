@@ -197,7 +197,7 @@ def load_processor(path: str | None, *, revision: str = "main", trust_remote_cod
         ValueError: If the model has no processor, or its tokenizer no padding or end-of-sequence token.
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loader = processor_class(AutoConfig.from_pretrained(_check_path(path), **source))
+    loader = processor_class(_config(path, source))
     processor = loader.from_pretrained(path, padding_side="left", **source)
     if not isinstance(processor, ProcessorMixin):  # AutoProcessor falls back to a tokenizer
         raise ValueError(

@@ -81,8 +81,7 @@ def pack(model: Any) -> None:
     """Let a causal model read texts one after another, if it gives the same states then; else leave it as it is.
 
     It must be set to transformers' `sdpa`, and each of its layers must attend to the whole text before a token, and to
-    nothing behind it. What its layers make
-    of texts one after another is tried out on two short ones.
+    nothing behind it. What its layers make of texts one after another is tried out on two short ones.
     """
     config, trunk = model.config.get_text_config(), model.base_model
     kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]

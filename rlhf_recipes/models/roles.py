@@ -30,11 +30,11 @@ from rlhf_recipes.models.adapters import (
     read_policy,
     set_weights,
 )
-from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts, pad_prompts
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, Pixels, embed_prompts
 from rlhf_recipes.models.loading import HEAD_MODULES
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.models.rows import Texts, pad_rows
+from rlhf_recipes.models.rows import Texts
 from rlhf_recipes.models.sharding import load_whole, whole_weights
 from rlhf_recipes.models.top_layers import decoder_layers, only_top, states_below
 from rlhf_recipes.models.trained_on import OF_THE_SPREAD, TOLERANCE, check_trained_on, log_probs
@@ -336,15 +336,7 @@ class Roles:
         starts = [len(ids) for ids in chosen] if prompts is None else [len(prompt.embeds) for prompt in prompts]
         before = [ids[:start] for ids, start in zip(chosen, starts, strict=True)]
         after = [ids[start:] for ids, start in zip(chosen, starts, strict=True)]
-        prompt_ids, prompt_mask = pad_rows(before, pad_token_id, self.model.device, side="left")
-        completion_ids, completion_mask = pad_rows(after, pad_token_id, self.model.device)
-        return Texts(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            completion_ids=completion_ids,
-            completion_mask=completion_mask,
-            **pad_prompts(prompts),
-        )
+        return Texts.padded(before, after, pad_token_id, self.model.device, prompts)
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy's adapter in PEFT's format (`peft.AutoPeftModelForCausalLM` loads it)."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.models.image_embeddings import positions_after
+from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts, positions_after
 
 _GROUPS = 4  # of texts, which attention pads to their longest: more groups have less padding, and each costs calls
 
@@ -218,6 +218,38 @@ class Texts:
     prompt_embeds: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
     prompt_positions: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
     prompt_types: Tensor | None = field(default=None, metadata=OF_PROMPT, kw_only=True)
+
+    @staticmethod
+    def padded(
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        pad_token_id: int,
+        device: torch.device | None = None,
+        embedded: Sequence[EmbeddedPrompt] | None = None,
+    ) -> Texts:
+        """Pad texts that are lists of token ids: prompts on the left, completions on the right.
+
+        Args:
+            prompt_ids: Token ids of `B` prompts.
+            completion_ids: Token ids of their completions.
+            pad_token_id: What is put where there is no token.
+            device: Where the tensors go.
+            embedded: The prompts as embeddings, where they have pictures.
+
+        Example:
+            >>> texts = Texts.padded([[5, 6], [7]], [[8], [9, 1]], 0)
+            >>> texts.prompt_ids.tolist(), texts.completion_mask.tolist()
+            ([[5, 6], [0, 7]], [[1, 0], [1, 1]])
+        """
+        prompts, prompt_mask = pad_rows(prompt_ids, pad_token_id, device, side="left")
+        completions, completion_mask = pad_rows(completion_ids, pad_token_id, device)
+        return Texts(
+            prompt_ids=prompts,
+            prompt_mask=prompt_mask,
+            completion_ids=completions,
+            completion_mask=completion_mask,
+            **pad_prompts(embedded),
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

@@ -15,7 +15,7 @@ from rlhf_recipes.data.context import context_length
 from rlhf_recipes.data.dialogues import BadRow, check_kind
 from rlhf_recipes.data.formats import encode_prompts
 from rlhf_recipes.data.reward_prompts import REWARD_PROMPT, reward_prompt_problem
-from rlhf_recipes.messages import IMAGE_COLUMNS
+from rlhf_recipes.messages import image_columns
 from rlhf_recipes.models.images import chat_with_images
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def with_columns_of_rewards(rules: PromptRules, rewards: list[Any], train_datase
     columns = getattr(train_dataset, "column_names", None) or ()
     reason = next((_needed(reward) for reward in rewards if getattr(reward, "needs_reward_prompt", False)), None)
     blind = [reward for reward in rewards if hasattr(reward, "needs_reward_prompt") and not _reads_images(reward)]
-    if reason is None and blind and set(IMAGE_COLUMNS) & set(columns):
+    if reason is None and blind and image_columns(columns):
         reason = f"{blind[0].__name__!r} reads text and does not see the pictures"
     if reason is None and REWARD_PROMPT in columns:
         reason = "the rows of `train_dataset` have it, and scores are compared"
@@ -220,8 +220,8 @@ def check_rows(dataset: Any, name: str, rules: PromptRules, needed: int = 1) -> 
     else:
         _check_chats(dataset, name, rules)
     if REWARD_PROMPT in dataset.column_names:
-        images = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
-        rows = dataset.select_columns(["prompt", REWARD_PROMPT, *images]).with_format(None)
+        read = ["prompt", REWARD_PROMPT, *image_columns(dataset.column_names)]
+        rows = dataset.select_columns(read).with_format(None)
         problems = {index: problem for index, row in enumerate(rows) if (problem := _reward_problem(row, rules))}
         if problems:
             index, what = next(iter(problems.items()))
@@ -292,7 +292,7 @@ def _check_columns(columns: Any, name: str, rules: PromptRules) -> None:
                 f"The reward {reward!r} reads the column {column!r}, but `{name}` has {list(columns)}. Add it to the "
                 "rows, with true or false for each prompt, or build the gate without it."
             )
-    if rules.images is None and (found := [column for column in IMAGE_COLUMNS if column in columns]):
+    if rules.images is None and (found := image_columns(columns)):
         raise ValueError(
             f"`{name}` has the column {found[0]!r}, but prompts are read by a tokenizer, which sees no pictures. Give "
             "the model's processor as `processing_class` (`AutoProcessor.from_pretrained`), or remove the column."

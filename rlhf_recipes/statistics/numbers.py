@@ -25,6 +25,26 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
 
 
+def value_at(value: Any, *path: str | int) -> Any:
+    """Return what stands at a place of a JSON value that may be anything; `None` if there is no such place.
+
+    Args:
+        value: The value.
+        path: Keys and indices, from the outermost.
+
+    Example:
+        >>> answer = {"choices": [{"text": "Hi"}]}
+        >>> value_at(answer, "choices", 0, "text"), value_at(answer, "choices", 1), value_at("none", "choices")
+        ('Hi', None, None)
+    """
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value
+
+
 def none_for_nonfinite(value: Any) -> Any:
     """Replace numbers that are not finite by `None`, at any depth, because JSON has none.
 

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.shaping import transforms_state
-from tests.ppo.support import trained, without_chance
+from tests.ppo.support import trained, without_chance, worker_config
 
 SUBJECTS = ["the film", "a story", "this actor was so", "that"]
 TEXTS = [f"{subject} {verdict}" for subject in SUBJECTS for verdict in ("was", "felt very good", "is", "not so")]
@@ -21,20 +21,8 @@ def main() -> None:
     sft_adapter, reward_adapter, out, fields = *sys.argv[1:4], json.loads(sys.argv[4])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     resume = fields.pop("resume", None)
-    args = PPOConfig(
-        f"{out}/run_{processes}",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=4 // processes,
-        gradient_accumulation_steps=2,
-        max_completion_length=8,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        **{"save_strategy": "no"} | fields,
-    )
+    own = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    args = worker_config(f"{out}/run_{processes}", **own | fields)
     rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
     trainer = PPOTrainer(model=sft_adapter, reward_funcs=reward_adapter, args=args, train_dataset=rows)
     if not fields.get("save_steps") and not resume:

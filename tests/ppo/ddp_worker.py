@@ -10,27 +10,19 @@ from datasets import Dataset
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.evaluation.policy import evaluate_policy
-from tests.ppo.support import without_chance
+from tests.ppo.support import without_chance, worker_config
 
 TEXTS = ["the film was", "a story", "this actor felt", "that ending is", "the plot", "a good", "it was", "i liked"] * 2
 
 
 def make_trainer(per_device: int, sft_adapter: str, reward_adapter: str, out: str, critic: str) -> PPOTrainer:
-    args = PPOConfig(
+    args = worker_config(
         f"{out}/run",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         per_device_train_batch_size=per_device,
         per_device_eval_batch_size=4,
-        max_completion_length=8,
         max_steps=3,
         num_iterations=2,
-        learning_rate=1e-3,
         critic=critic,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
     return PPOTrainer(model=sft_adapter, reward_funcs=reward_adapter, args=args, train_dataset=rows, eval_dataset=rows)

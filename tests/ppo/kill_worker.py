@@ -5,8 +5,9 @@ import os
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.checkpoints import check_output_dir
+from tests.ppo.support import worker_config
 
 TEXTS = [f"{subject} {verdict}" for subject in ("the film", "a story") for verdict in ("was", "felt", "is so", "not")]
 STEPS = 60
@@ -26,18 +27,13 @@ class Journal(TrainerCallback):
 
 
 def config(folder, resume):
-    return PPOConfig(
+    return worker_config(
         folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         steps_per_generation=4,
         num_iterations=2,
-        max_completion_length=8,
         max_steps=STEPS,
-        learning_rate=1e-3,
         kl_controller="adaptive",
         kl_target=0.01,
         kl_horizon=16,
@@ -48,8 +44,6 @@ def config(folder, resume):
         save_total_limit=2,
         resume_from_checkpoint=resume,
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
     )
 
 

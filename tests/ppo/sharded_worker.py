@@ -13,21 +13,20 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, TrainerCallback
 
-from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.evaluation.policy import evaluate_policy
 from rlhf_recipes.models.sharding import whole
 from rlhf_recipes.ppo import trainer as of_ppo
 from tests.cpu_fsdp import shard_on_cpus
 from tests.ppo.ddp_train_worker import TEXTS
-from tests.ppo.support import without_chance
+from tests.ppo.support import without_chance, worker_config
 
 DEFAULTS = {
+    "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "gradient_checkpointing": False,
     "max_steps": 4,
     "num_iterations": 2,
-    "save_strategy": "no",
-    "bf16": False,
+    "logging_steps": 1,
 }
 
 
@@ -46,18 +45,8 @@ class Killed(TrainerCallback):
 def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str, out: str) -> None:
     """Run one training, and write what it logged, its evaluation and its weights as `<name>_<processes>`."""
     processes, fields, more = int(os.environ.get("WORLD_SIZE", "1")), case.get("fields", {}), case.get("more", {})
-    args = PPOConfig(
-        f"{out}/{name}_{processes}",
-        use_cpu=True,
-        per_device_train_batch_size=4 // processes,
-        per_device_eval_batch_size=4,
-        max_completion_length=8,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        **DEFAULTS | fields,
-    )
+    own = {"per_device_train_batch_size": 4 // processes}
+    args = worker_config(f"{out}/{name}_{processes}", **DEFAULTS | own | fields)
     rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
     if (quantization := case.get("quantization")) is not None:
         more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **quantization)

@@ -5,11 +5,27 @@ from collections import Counter
 import pytest
 import torch
 
+from rlhf_recipes import PPOConfig
 from rlhf_recipes.models.rows import Texts
 from rlhf_recipes.rewards.record import COLUMN
 
 EOS = 1  # of the tiny tokenizer
 WORDS = range(6, 30)  # ids of plain words in it
+
+
+def worker_config(folder, **fields):
+    """Settings of a short training in a process of its own."""
+    short = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return PPOConfig(folder, **short | fields)
 
 
 def slow_but(values, *often):

@@ -21,7 +21,7 @@ import torch
 from rlhf_recipes.data.context import context_length
 from rlhf_recipes.evaluation.judges.budget import Budget
 from rlhf_recipes.extras import from_extra
-from rlhf_recipes.statistics.numbers import is_number
+from rlhf_recipes.statistics.numbers import is_number, value_at
 
 if TYPE_CHECKING:
     import httpx
@@ -270,7 +270,7 @@ class EndpointModel:
         """Answer; see `LanguageModel`."""
         sampling = {"temperature": temperature} | ({"seed": seed} if temperature > 0 else {})
         choice = self._ask(messages, {"max_tokens": max_tokens} | sampling)
-        content = _at(choice, "message", "content")
+        content = value_at(choice, "message", "content")
         if not isinstance(content, str):
             raise self._unusable("`choices[0].message.content` is no text", choice)
         return content
@@ -285,12 +285,12 @@ class EndpointModel:
         # At temperature 0 some servers would call the likeliest token certain.
         asked = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": _TOP}
         choice = self._ask(messages, asked)
-        tokens = _at(choice, "logprobs", "content", 0, "top_logprobs")
+        tokens = value_at(choice, "logprobs", "content", 0, "top_logprobs")
         if not isinstance(tokens, list) or not tokens:
             raise self._unusable("it has no `top_logprobs`; ask for whole answers, without probabilities", choice)
         weights = dict.fromkeys(options, 0.0)
         for token in tokens:
-            text, logprob = _at(token, "token"), _at(token, "logprob")
+            text, logprob = value_at(token, "token"), value_at(token, "logprob")
             if not isinstance(text, str) or not (is_number(logprob) or logprob == -math.inf) or logprob > 1e-3:
                 raise self._unusable("`top_logprobs` holds what is no token with its log-probability", token)
             if text.strip(" \t\r\n▁Ġ") in weights:
@@ -312,18 +312,18 @@ class EndpointModel:
         except (ValueError, RecursionError):
             raise self._unusable("it is no JSON", content.decode("utf-8", errors="replace")) from None
         self._count(answer, body, time.perf_counter() - start)
-        choice = _at(answer, "choices", 0)
+        choice = value_at(answer, "choices", 0)
         if choice is None:
             raise self._unusable("it has no `choices`", answer)
         return choice
 
     def _count(self, answer: Any, body: Mapping[str, Any], seconds: float) -> None:
-        counts = [_at(answer, "usage", name) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [value_at(answer, "usage", name) for name in ("prompt_tokens", "completion_tokens")]
         said = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
         if len(said) == 2:
             self._budget.add(said[0], said[1], seconds)
             return
-        texts = body["messages"], _at(answer, "choices", 0, "message", "content") or ""
+        texts = body["messages"], value_at(answer, "choices", 0, "message", "content") or ""
         sizes = [len(json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")) for text in texts]
         read, written = (math.ceil(size / _BYTES_PER_TOKEN) for size in sizes)
         self._budget.add(read, written, seconds, estimated=True)
@@ -375,16 +375,6 @@ class EndpointModel:
     def _unusable(self, fault: str, answer: Any) -> ValueError:
         text = answer if isinstance(answer, str) else json.dumps(answer)
         return ValueError(f"{self._url} answered no chat completion: {fault}: {self._shown(text)}")
-
-
-def _at(value: Any, *path: str | int) -> Any:
-    """What stands at a place of an answer; `None` if there is no such place."""
-    for step in path:
-        try:
-            value = value[step]
-        except (LookupError, TypeError):
-            return None
-    return value
 
 
 def _checked(weights: dict[str, float]) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from rlhf_recipes.statistics.numbers import is_number
 
 _LARGEST_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
 
@@ -144,7 +145,7 @@ def check_log_probs(values: Any, expected: int) -> None:
 
 
 def _is_log_prob(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= 1e-3
+    return is_number(value) and value <= 1e-3
 
 
 def largest_rank(rank: int) -> int:

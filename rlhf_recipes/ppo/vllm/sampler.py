@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FOLDER = "vllm_adapters"  # of the versions, in that of the run
-_SCORED = (
-    160  # tokens of the text on which both sides are compared: more than a block of vLLM's cache has, 128 on CPUs
-)
+# Tokens of the text on which both sides are compared: more than a block of vLLM's cache has, 128 on CPUs
+_SCORED = 160
 _GOES_ON = 16  # tokens that are sampled after it
 _PROMPTS = 64  # of the run, from which it is made
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-4, 0.05

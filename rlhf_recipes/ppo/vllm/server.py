@@ -20,6 +20,7 @@ from rlhf_recipes.ppo.vllm.engine import (
     check_log_probs,
     checked_completion,
 )
+from rlhf_recipes.statistics.numbers import value_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ class VLLMServer:
         status, answer = self._ask("GET", "/v1/models")
         if status != 200:
             raise self._refused("to say what it serves", answer)
-        context = _at(answer, "data", 0, "max_model_len")
+        context = value_at(answer, "data", 0, "max_model_len")
         self.context: int | None = context if isinstance(context, int) else None
 
     def load(self, adapter: Adapter) -> None:
@@ -73,7 +74,7 @@ class VLLMServer:
             self._ask("GET", "/health")
             status, answer = self._ask("POST", "/v1/load_lora_adapter", request, answers=(500,))
         if status != 200 and "already been loaded" not in _message(answer):
-            if status == 404 and _at(answer, "detail") is not None:  # there is no such endpoint
+            if status == 404 and value_at(answer, "detail") is not None:  # there is no such endpoint
                 answer = "adapters cannot be loaded at run time"
             raise self._refused(
                 f"to load the adapter in {str(adapter.folder)!r}, which it must be able to read", answer
@@ -92,7 +93,7 @@ class VLLMServer:
         with ThreadPoolExecutor(_REQUESTS) as pool:
             choices = list(pool.map(partial(self._complete, adapter), prompts, requests))
         return [
-            checked_completion(choice.get("token_ids"), _at(choice, "logprobs", "token_logprobs"), drawing)
+            checked_completion(choice.get("token_ids"), value_at(choice, "logprobs", "token_logprobs"), drawing)
             for choice in choices
         ]
 
@@ -101,7 +102,7 @@ class VLLMServer:
         choice = self._complete(adapter, ids, {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0})
         found: Any = choice.get("prompt_logprobs")
         places = found[1:] if isinstance(found, list) else []
-        values = [_at(place, str(token), "logprob") for place, token in zip(places, ids[1:], strict=False)]
+        values = [value_at(place, str(token), "logprob") for place, token in zip(places, ids[1:], strict=False)]
         check_log_probs(values, len(ids) - 1)
         return values
 
@@ -110,7 +111,7 @@ class VLLMServer:
         for _ in range(_TRIES):
             loads = self.loads
             status, answer = self._ask("POST", "/v1/completions", request)
-            if status == 200 and isinstance(choice := _at(answer, "choices", 0), dict):
+            if status == 200 and isinstance(choice := value_at(answer, "choices", 0), dict):
                 return choice
             if status != 404:
                 break
@@ -177,16 +178,6 @@ def _parsed(body: bytes) -> Any:
 
 def _message(answer: Any) -> str:
     """What an answer says, in one line of plain characters."""
-    found = _at(answer, "error", "message")
+    found = value_at(answer, "error", "message")
     text = found if isinstance(found, str) else answer if isinstance(answer, str) else json.dumps(answer)
     return ascii(text[:300])
-
-
-def _at(answer: Any, *path: str | int) -> Any:
-    """What stands at a place of an answer; `None` if there is no such place."""
-    for step in path:
-        try:
-            answer = answer[step]
-        except (LookupError, TypeError):
-            return None
-    return answer

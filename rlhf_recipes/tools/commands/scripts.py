@@ -142,7 +142,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description=describe(command),
         epilog="Every field is also a key of the YAML. The command line wins; `null` unsets a field.",
         add_help=False,
-        conflict_handler="resolve",  # a field of vLLM that a recipe sets is an option of the plan too
+        # A field of vLLM that a recipe sets is an option of the plan too
+        conflict_handler="resolve" if command == "plan" else "error",
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this page")
     parser.add_argument("--help-all", action="store_true", help="show every field, which takes seconds")

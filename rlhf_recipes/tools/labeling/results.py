@@ -90,6 +90,7 @@ class LiveResults:
 
     def __init__(self, store: Store) -> None:
         self._store, self._lock = store, threading.Lock()
+        self._items = store.items()
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._latest: Results | None = None
         self._next: Future[Results] | None = None
@@ -106,9 +107,10 @@ class LiveResults:
             return self._latest
 
     def _compute(self) -> Results:
-        # The judgements first: items are added meanwhile, and none is ever removed.
         judgements = self._store.judgements(latest=MOST_JUDGEMENTS)
-        return compute_results(self._store.items(), judgements)
+        if any(judgement.item not in self._items for judgement in judgements):
+            self._items = self._store.items()  # some were added; none is ever changed or removed
+        return compute_results(self._items, judgements)
 
 
 def compute_results(items: Mapping[int, Item], judgements: Sequence[Judgement]) -> Results:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import ModelConfig
 
-from rlhf_recipes.config import DataArguments, parse_stage
+from rlhf_recipes.config import DataArguments, parse_stage, read_setting
 from rlhf_recipes.ppo.arguments import PPOArguments
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.tools.columns import in_columns
@@ -245,19 +243,12 @@ def _parse(fields: list[str], processes: int) -> tuple[tuple[Any, ...], str]:
                 f"{error} Plans are for the PPO stage: give its YAML, recipes/<name>/ppo.yaml."
             ) from error
         raise
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config")
-    before.add_argument("--use_cpu")
-    before.add_argument("--generation_batch_size")
-    args, _ = before.parse_known_args(fields)
-    given = {} if args.config is None else yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-    given |= {name: value for name, value in vars(args).items() if value is not None}
-    if processes > 1 and given.get("generation_batch_size") is not None:
+    if processes > 1 and read_setting("generation_batch_size", fields) is not None:
         raise ValueError(
             "`generation_batch_size` counts the completions of all processes, and a plan those of each: give "
             "`steps_per_generation` in its place."
         )
-    return arguments, "cpu" if str(given.get("use_cpu")).lower() in ("true", "1", "yes") else "cuda"
+    return arguments, "cpu" if str(read_setting("use_cpu", fields)).lower() in ("true", "1", "yes") else "cuda"
 
 
 def _caveats(sizes: RunSizes, layout: Layout) -> list[str]:
