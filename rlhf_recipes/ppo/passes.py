@@ -110,7 +110,7 @@ def policy_pass(
         places = rows.places(part.positions_before).flatten()[drawn]
         labels = part.completion_ids.flatten()[drawn]
         labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
-        with trainer.accelerator.autocast(), states_at(inner, places) as states:
+        with trainer.accelerator.autocast(), states_at(inner, places, whole=router_loss) as states:
             tokens = part.network_input(rows, inner.get_input_embeddings())
             outputs = model(**tokens, **routers, labels=labels[None], fused_lm_head=True)
             more = [] if read is None else [read(states[0])]
