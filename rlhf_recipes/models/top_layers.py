@@ -102,7 +102,7 @@ def only_read_in_last_layer(model: Any, places: Tensor) -> Iterator[None]:
     """
     layers = getattr(model.base_model, "layers", None)
     with ExitStack() as hooks:
-        again = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
+        again = torch.is_grad_enabled() and getattr(model, "is_activation_checkpointing", False)
         if isinstance(layers, nn.ModuleList) and not again:
             for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
                 module = _submodule(layers[-1], name)
