@@ -1,4 +1,4 @@
-"""Time and memory of an update: this project's PPO, now and at an earlier commit, TRL's PPO, GRPO, RLOO, and the floor.
+"""Time and memory of an update: this project's PPO, now and at an earlier commit, TRL's trainers, and the floor.
 
     python benchmarks/speed.py                      # 27M, fixed lengths, float32
     python benchmarks/speed.py --sizes 1.3M 27M --lengths fixed ragged --precisions fp32 bf16 4bit
