@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_recipes.models.fused_lora import fusable_update
+from rlhf_recipes.models.parts import tokens_in_mlp
 
-_PARTS = ("gate_proj", "up_proj", "down_proj")
-_IN_CACHE = 2**18  # numbers of one tensor of the inner width that a CPU works on at a time
+PARTS = ("gate_proj", "up_proj", "down_proj")
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-5, 0.02  # of the norm of the output
 
 
@@ -56,8 +56,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
         dtype = _compute_dtype(x)
-        parts = [part for name in _PARTS if (part := _part(getattr(self, name), x, dtype)) is not None]
-        if len(parts) < len(_PARTS):
+        parts = [part for name in PARTS if (part := _part(getattr(self, name), x, dtype)) is not None]
+        if len(parts) < len(PARTS):
             by_layers: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return by_layers
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -188,9 +188,8 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(tokens: int, inner: int, device: torch.device) -> list[slice]:
-    """Tokens that are computed together: all on a GPU, on a CPU as many as its cache holds."""
-    size = max(_IN_CACHE // inner, 32) if device.type == "cpu" else tokens
-    return [slice(start, start + size) for start in range(0, tokens, max(size, 1))]
+    size = tokens_in_mlp(inner, device.type)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -252,11 +251,11 @@ def fuse_mlps(model: nn.Module) -> None:
     same: dict[type, bool] = {}
     for name, module in list(model.named_modules()):
         children = {child for child, _ in module.named_children()}
-        if isinstance(module, GatedMLP) or not children.issuperset(_PARTS):
+        if isinstance(module, GatedMLP) or not children.issuperset(PARTS):
             continue
         kind = type(module)
         if kind not in same:
-            same[kind] = children == {*_PARTS, "act_fn"} and _computes_the_formula(module)
+            same[kind] = children == {*PARTS, "act_fn"} and _computes_the_formula(module)
         if same[kind] and not _hooked(module):
             model.set_submodule(name, GatedMLP(module))
 

@@ -19,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.parts import tokens_in_output
 from rlhf_recipes.models.quantized import unpacked
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
 from rlhf_recipes.models.sharding import call_inside, is_sharded
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.rollout import Rollout
 
-TILE_VOCABULARY = 32768  # entries that TRL's fused output layer works on at a time
-_LOGITS_AT_A_TIME, _FEWEST_TOKENS = 2**19, 64  # on a CPU, whose cache they should stay in
 _POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 
@@ -139,15 +138,9 @@ def policy_pass(
 
 
 def _tokens_at_a_time(model: Any, count: int) -> int:
-    """How many of `count` tokens the output layer scores at a time.
-
-    TRL's fused one works on tiles of up to 4,096 tokens: on a GPU by a kernel, in place, on a CPU by some ten
-    operations that each make another tile.
-    """
+    """How many of `count` tokens the output layer scores at a time."""
     weight = model.get_output_embeddings().weight
-    if weight.device.type != "cpu" or is_sharded(model):
-        return max(count, 1)
-    return max(_LOGITS_AT_A_TIME // min(len(weight), TILE_VOCABULARY), _FEWEST_TOKENS)
+    return max(count, 1) if is_sharded(model) else tokens_in_output(len(weight), weight.device.type)
 
 
 def keep_states(states: Tensor) -> Tensor:

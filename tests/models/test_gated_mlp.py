@@ -67,7 +67,7 @@ def tokens(*shape, dtype=torch.float64):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Parts of 32 tokens."""
-    monkeypatch.setattr(gated_mlp, "_IN_CACHE", 1)
+    monkeypatch.setattr(gated_mlp, "tokens_in_mlp", lambda inner, device: 32)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (6,), (2, 3, 6), (1, 33, 6), (2, 32, 6), (7, 19, 6)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_recipes.models.parts import TILE_VOCABULARY, tokens_in_mlp, tokens_in_output
 from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
 
 MIB = 2**20
@@ -26,8 +27,6 @@ TRAINING_BYTES = {"cpu": 12 * MIB, "cuda": 0}
 # freed blocks stay with the process (docs/performance.md).
 HEAP_FACTOR = 5
 
-# TRL's output layer makes logits of at most this many tokens and vocabulary entries at a time.
-TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 LOGITS_COPIES = 5  # of float32, of one step of generation: raw, at the temperature, and three of drawing a token
 _KL_POSITIONS = 512  # for which the exact KL makes logits at a time
 
@@ -100,14 +99,14 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
       head_size`, which on a CPU are float32 in 16 bits too. The fused kernels (`sdpa`, flash) keep one more number for
       each head; `eager` keeps the weights, a float32 and their 16-bit copy for each head and each token that is looked
       at.
-    - The MLP keeps what its activation function reads and, with a gate, also its result and the other factor: `3 I`
-      or `I`.
+    - The MLP keeps what its activation function reads, `I`. With a gate it keeps the other factor too, and where its
+      weights are trained the function's result, `3 I`; where they are frozen only its input besides, `2 I + H`.
     - Each adapted linear layer keeps its input and the `r` numbers between its two matrices. The frozen matrices need
       no inputs. Layers with the same input share it, unless each casts it and keeps its own copy: 16-bit weights
       with float32 adapters, or float32 weights under autocast.
 
-    The output of the MLP's activation function, after the gate, is the input of its last linear layer, and is counted
-    there.
+    The output of the MLP's activation function is the input of its last linear layer, and is counted there. With a
+    gate and frozen weights it is not kept, nor are the numbers between the adapters' matrices.
     """
     compute = sizes.compute_bytes
     width = network.heads * network.head_size
@@ -118,7 +117,8 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
         attention = 4.0 * width * 4 + 4 * network.heads
     else:
         attention = (4.0 if casts else 3.0) * width * compute + 4 * network.heads
-    mlp = (3 if network.gated else 1) * network.intermediate * compute
+    wide = 1 if not network.gated else 2 if adapter.in_parts else 3
+    mlp = (wide * network.intermediate + (network.hidden if wide == 2 else 0)) * compute
     cast_bytes = 2 if sizes.autocast else 4
     inputs = adapter.inputs * cast_bytes if casts else adapter.shared_inputs * compute
     return 8 * network.hidden + attention + mlp + inputs + adapter.ranks * cast_bytes
@@ -138,7 +138,7 @@ def kept_activations(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSiz
     """
     tokens = sizes.micro_batch * sizes.length
     last = 3 * 4 * network.hidden * tokens
-    casts = 2.0 * adapter.parameters / network.layers if sizes.autocast else 0.0
+    casts = 2.0 * (adapter.parameters - adapter.in_mlps) / network.layers if sizes.autocast else 0.0
     again = -(-network.layers // sizes.checkpointing) if sizes.checkpointing else 0  # the first, then every n-th
     stored = (network.layers - again) * (tokens * kept_per_layer(sizes, network, adapter) + casts)
     return stored + again * tokens * network.hidden * sizes.weight_bytes + last
@@ -149,28 +149,32 @@ def working_memory(sizes: RunSizes, tokens: int, backward: bool) -> float:
 
     The widest place is the MLP. Forward: the result of its first projection beside the base layer's, the adapter's
     and the scaled adapter's part of the second, `4 I`, and the residual in float32 with the norm's work on it, `3 H`.
-    Backward: gradients at three places of width `I`, and `2 H`. A quantized layer is turned back into numbers of the
-    computation, one layer at a time, on a CPU and, for more than a few tokens, on a GPU.
+    Backward: gradients at three places of width `I`, and `2 H`. With a gate and frozen weights it works on a part of
+    the tokens, for which there are `5 I`. A quantized layer is turned back into numbers of the computation, one layer
+    at a time, on a CPU and, for more than a few tokens, on a GPU.
     """
     network = sizes.network
     wide, narrow = (3, 2) if backward else (4, 3)
-    layer = tokens * (wide * network.intermediate * sizes.compute_bytes + narrow * network.hidden * 4)
+    in_mlp = tokens
+    if network.gated and sizes.policy.in_parts:
+        wide, in_mlp = 5, min(tokens, tokens_in_mlp(network.intermediate, sizes.device))
+    layer = in_mlp * wide * network.intermediate * sizes.compute_bytes + tokens * narrow * network.hidden * 4
     return layer + (network.largest_linear * sizes.compute_bytes if sizes.quantized_bits else 0)
 
 
 def logits_memory(sizes: RunSizes, backward: bool) -> float:
     """Bytes with which TRL's fused output layer computes log-probabilities and entropies of a micro-batch.
 
-    It never makes a tensor of (batch, tokens, vocabulary), but tiles of up to 4096 tokens and 32768 vocabulary
-    entries, one after the other. Tokens are those of the completions. On a GPU a kernel works on the tile in place,
-    and the tile is allocated in its full width. On a CPU torch makes copies in float32: three forward; backward eight
-    and a tile of truth values; and in 16 bits one of the tile's gradient and of the piece of the output matrix.
-    Backward also has the gradient of the hidden states in float32.
+    It never makes a tensor of (batch, tokens, vocabulary), but tiles of up to 4096 tokens, on a CPU far fewer, and
+    32768 vocabulary entries, one after the other. Tokens are those of the completions. On a GPU a kernel works on the
+    tile in place, and the tile is allocated in its full width. On a CPU torch makes copies in float32: three forward;
+    backward eight and a tile of truth values; and in 16 bits one of the tile's gradient and of the piece of the output
+    matrix. Backward also has the gradient of the hidden states in float32.
     """
     network, compute = sizes.network, sizes.compute_bytes
     rows = sizes.micro_batch * sizes.completion
-    tokens = min(rows, TILE_TOKENS)
     width = min(network.vocabulary, TILE_VOCABULARY) if sizes.device == "cpu" else TILE_VOCABULARY
+    tokens = min(rows, tokens_in_output(network.vocabulary, sizes.device))
     piece = 0 if compute == 4 else min(network.vocabulary, TILE_VOCABULARY) * network.hidden * (4 if backward else 2)
     gradient = rows * network.hidden * 4 if backward else 0
     if sizes.device == "cuda":

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.gated_mlp import PARTS
 from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes
 
 
@@ -83,7 +84,7 @@ def network_sizes(model: PreTrainedModel) -> NetworkSizes:
     )
 
 
-def adapter_sizes(model: PreTrainedModel, config: LoraConfig) -> AdapterSizes:
+def adapter_sizes(model: PreTrainedModel, config: LoraConfig, in_parts: bool = True) -> AdapterSizes:
     """Put an adapter on a model without weights and read its shape.
 
     In a block of linear layers (attention, MLP) all but the last read the block's input; the last has its own.
@@ -91,29 +92,43 @@ def adapter_sizes(model: PreTrainedModel, config: LoraConfig) -> AdapterSizes:
     Args:
         model: From `empty_model`; it is changed.
         config: The adapter's configuration.
+        in_parts: Whether gated MLPs are computed in parts.
     """
     peft = get_peft_model(model, fuse_lora(config, model), low_cpu_mem_usage=True)
     layers = model.config.get_text_config().num_hidden_layers
-    blocks: dict[str, list[Any]] = {}
+    blocks: dict[str, dict[str, Any]] = {}
     for name, module in peft.named_modules():
         if isinstance(module, LoraLayer):
-            blocks.setdefault(name.rpartition(".")[0], []).append(module)
-    members = [module for block in blocks.values() for module in block]
-    first = sum(block[0].in_features for block in blocks.values() if len(block) > 1)
-    last = sum(block[-1].in_features for block in blocks.values())
+            block, _, last = name.rpartition(".")
+            blocks.setdefault(block, {})[last] = module
+    inputs, shared, ranks, in_mlps = 0, 0, 0, 0
+    for block in blocks.values():
+        if in_parts and block.keys() <= set(PARTS):
+            numbers = [
+                p.numel() for module in block.values() for name, p in module.named_parameters() if "lora_" in name
+            ]
+            in_mlps += sum(numbers)
+            continue
+        widths = [module.in_features for module in block.values()]
+        inputs += sum(widths)
+        shared += widths[-1] + (widths[0] if len(widths) > 1 else 0)
+        ranks += sum(rank for module in block.values() for rank in module.r.values())
     return AdapterSizes(
         parameters=sum(p.numel() for name, p in peft.named_parameters() if "lora_" in name),
-        ranks=sum(rank for module in members for rank in module.r.values()) // layers,
-        inputs=sum(module.in_features for module in members) // layers,
-        shared_inputs=(first + last) // layers,
+        ranks=ranks // layers,
+        inputs=inputs // layers,
+        shared_inputs=shared // layers,
+        in_parts=in_parts,
+        in_mlps=in_mlps,
     )
 
 
 def whole_model_sizes(model: PreTrainedModel) -> AdapterSizes:
     """A model that is trained as a whole, in place of an adapter: it keeps the inputs of all linear layers."""
-    copy = adapter_sizes(model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear"))
+    lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear")
+    copy = adapter_sizes(model, lora, in_parts=False)
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
-    return AdapterSizes(total, 0, copy.inputs, copy.shared_inputs)
+    return AdapterSizes(total, 0, copy.inputs, copy.shared_inputs, in_parts=False)
 
 
 def _widths(linear: Any) -> tuple[int, int]:

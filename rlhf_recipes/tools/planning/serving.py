@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_recipes.tools.planning.memory import weight_bytes, working_memory
 from rlhf_recipes.tools.planning.sizes import Layout, NetworkSizes, RunSizes
@@ -45,7 +45,8 @@ def server_memory(sizes: RunSizes, layout: Layout) -> ServerMemory:
     parallel, network = layout.tensor_parallel, sizes.network
     weights = (weight_bytes(network, 2, sizes.quantized_bits) + 2 * sizes.policy.parameters) / parallel
     logits = 2 * 4 * SEQUENCES * network.vocabulary  # in float32, and sorted or normalized
-    working = working_memory(sizes, BATCHED_TOKENS, backward=False) / parallel + logits
+    all_at_once = replace(sizes, policy=replace(sizes.policy, in_parts=False))
+    working = working_memory(all_at_once, BATCHED_TOKENS, backward=False) / parallel + logits
     cache = layout.vllm_bytes - weights - working
     tokens = max(0, int(cache // cache_bytes_of_a_token(network, parallel)))
     return ServerMemory(weights, working, cache, tokens // sizes.length)

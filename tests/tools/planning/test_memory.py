@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.gated_mlp import fuse_mlps
 from rlhf_recipes.models.packing import pack
 from rlhf_recipes.tools.planning.memory import (
     PhaseMemory,
@@ -27,7 +28,7 @@ from rlhf_recipes.tools.planning.memory import (
     working_memory,
 )
 from rlhf_recipes.tools.planning.network import adapter_sizes, empty_model, network_sizes
-from tests.tools.planning.support import ADAPTER, NETWORK, SIZES
+from tests.tools.planning.support import ADAPTER, NETWORK, SIZES, WHOLE
 
 AUTOCAST = replace(SIZES, weight_bytes=2, autocast=True)
 
@@ -45,18 +46,20 @@ def test_weight_bytes_numbers():
 
 
 def test_kept_per_layer_numbers():
-    # norms 2 x 8 x 4; q, k, v 3 x 8 x 4 and 4 for each head; MLP 3 x 16 x 4; inputs 40 x 4; ranks 14 x 4
-    assert kept_per_layer(SIZES, NETWORK, ADAPTER) == 64 + 96 + 8 + 192 + 160 + 56
+    # norms 2 x 8 x 4; q, k, v 3 x 8 x 4 and 4 for each head; MLP (2 x 16 + 8) x 4; inputs 16 x 4; ranks 8 x 4
+    assert kept_per_layer(SIZES, NETWORK, ADAPTER) == 64 + 96 + 8 + 160 + 64 + 32
+    # trained as a whole: MLP 3 x 16 x 4; inputs 40 x 4; ranks 14 x 4
+    assert kept_per_layer(SIZES, NETWORK, WHOLE) == 64 + 96 + 8 + 192 + 160 + 56
     # every adapted layer casts its input, so that the attention's output is kept beside it
     mixed = replace(SIZES, autocast=True, device="cuda")
-    assert kept_per_layer(mixed, NETWORK, ADAPTER) == 64 + 64 + 8 + 96 + 128 + 28
-    assert kept_per_layer(replace(AUTOCAST, device="cuda"), NETWORK, ADAPTER) == 64 + 48 + 8 + 96 + 80 + 28
+    assert kept_per_layer(mixed, NETWORK, ADAPTER) == 64 + 64 + 8 + 80 + 64 + 16
+    assert kept_per_layer(replace(AUTOCAST, device="cuda"), NETWORK, ADAPTER) == 64 + 48 + 8 + 80 + 32 + 16
     # a CPU keeps q, k, v and the attention's output in float32, 4 x 8 x 4
-    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 128 + 8 + 96 + 80 + 28
+    assert kept_per_layer(AUTOCAST, NETWORK, ADAPTER) == 64 + 128 + 8 + 80 + 32 + 16
     # the weights of 2 heads to 5 tokens, in place of one number for each head
-    assert kept_per_layer(replace(SIZES, eager=True), NETWORK, ADAPTER) == 64 + 96 + 40 + 192 + 160 + 56
+    assert kept_per_layer(replace(SIZES, eager=True), NETWORK, ADAPTER) == 64 + 96 + 40 + 160 + 64 + 32
     plain = replace(NETWORK, gated=False)
-    assert kept_per_layer(SIZES, plain, ADAPTER) == 64 + 96 + 8 + 64 + 160 + 56
+    assert kept_per_layer(SIZES, plain, ADAPTER) == 64 + 96 + 8 + 64 + 64 + 32
 
 
 @pytest.mark.parametrize(
@@ -75,19 +78,29 @@ def test_casts_inputs_where_formats_differ(weights, bits, autocast, casts):
 
 
 def test_kept_activations_numbers():
-    tokens, layer = 10, 576
+    tokens, layer = 10, 424
     assert kept_activations(SIZES, NETWORK, ADAPTER) == 2 * tokens * layer + 3 * 4 * 8 * tokens
     checkpointing = replace(SIZES, checkpointing=1)
     assert kept_activations(checkpointing, NETWORK, ADAPTER) == 2 * 8 * 4 * tokens + 3 * 4 * 8 * tokens
     every_second = kept_activations(replace(SIZES, checkpointing=2), NETWORK, ADAPTER)
-    assert every_second == (576 + 8 * 4) * tokens + 3 * 4 * 8 * tokens
-    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 404 + 3 * 4 * 8 * tokens + 2 * 600
+    assert every_second == (424 + 8 * 4) * tokens + 3 * 4 * 8 * tokens
+    assert kept_activations(AUTOCAST, NETWORK, ADAPTER) == 2 * tokens * 328 + 3 * 4 * 8 * tokens + 2 * 600
+    in_mlps = replace(ADAPTER, in_mlps=100)  # of which no copies are kept
+    expected = 2 * tokens * 328 + 3 * 4 * 8 * tokens + 2 * 500
+    assert kept_activations(AUTOCAST, NETWORK, in_mlps) == expected
 
 
 def test_working_memory_numbers():
-    assert working_memory(SIZES, 10, backward=False) == 10 * (4 * 16 * 4 + 3 * 8 * 4)
-    assert working_memory(SIZES, 10, backward=True) == 10 * (3 * 16 * 4 + 2 * 8 * 4)
-    quantized = replace(SIZES, quantized_bits=4)
+    assert working_memory(SIZES, 10, backward=False) == 10 * (5 * 16 * 4 + 3 * 8 * 4)
+    assert working_memory(SIZES, 10, backward=True) == 10 * (5 * 16 * 4 + 2 * 8 * 4)
+    many = 20_000  # a CPU computes the MLP for 2**18 / 16 at a time, a GPU for 4096
+    assert working_memory(SIZES, many, backward=True) == 2**14 * 5 * 16 * 4 + many * 2 * 8 * 4
+    gpu = replace(SIZES, device="cuda")
+    assert working_memory(gpu, many, backward=True) == 4096 * 5 * 16 * 4 + many * 2 * 8 * 4
+    whole = replace(SIZES, policy=WHOLE)
+    assert working_memory(whole, 10, backward=False) == 10 * (4 * 16 * 4 + 3 * 8 * 4)
+    assert working_memory(whole, 10, backward=True) == 10 * (3 * 16 * 4 + 2 * 8 * 4)
+    quantized = replace(whole, quantized_bits=4)
     assert working_memory(quantized, 10, backward=True) == 10 * (3 * 16 * 4 + 2 * 8 * 4) + 128 * 4
 
 
@@ -98,7 +111,8 @@ def test_logits_memory_numbers():
     gpu = replace(SIZES, device="cuda")
     assert logits_memory(gpu, backward=False) == 4 * 32768 * 4
     large = replace(SIZES, micro_batch=4000, network=replace(NETWORK, vocabulary=150_000))
-    assert logits_memory(large, backward=False) == 4096 * 32768 * 16
+    assert logits_memory(large, backward=False) == 32 * 32768 * 16
+    assert logits_memory(replace(large, device="cuda"), backward=False) == 4096 * 32768 * 4
 
 
 def test_small_terms_numbers():
@@ -164,6 +178,7 @@ def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpoin
     if "device" not in fields:
         pack(base)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    fuse_mlps(base)
     model = get_peft_model(base, fuse_lora(config)).train()
     if checkpointing:
         model.enable_input_require_grads()

@@ -34,7 +34,7 @@ def test_generate_numbers():
     assert generate.optimizer == 8 * TRAINED
     assert (generate.cache, generate.logits, generate.activations) == (2 * 6 * 5 * 4 * 4 * 3, 5 * 4 * 6 * 100, 0)
     long = ppo_memory(replace(SIZES, prompt=300))["generate"]
-    assert (long.cache, long.logits, long.activations) == (0, 0, 6 * 300 * 352)  # the prompts take more
+    assert (long.cache, long.logits, long.activations) == (0, 0, 6 * 300 * 416)  # the prompts take more
     wide = ppo_memory(replace(CPU, weight_bytes=2, network=replace(NETWORK, hidden=800)))["generate"]
     assert (wide.cache, wide.logits) == (0, 5 * 4 * 6 * 100 + 2 * 6 * 100 * 800)  # the first token does
 
@@ -43,21 +43,21 @@ def test_score_numbers():
     score = ppo_memory(replace(CPU, evaluation_batch=4))["score"]
     assert (score.activations, score.logits) == (2 * 4 * 20 * 8, 8 * 100 * 16)
     small = replace(NETWORK, vocabulary=1)
-    assert ppo_memory(replace(CPU, network=small))["score"].activations == 10 * 352
+    assert ppo_memory(replace(CPU, network=small))["score"].activations == 10 * 416
     assert ppo_memory(replace(CPU, exact_kl=True))["score"].logits == 6 * 4 * 512 * 100
 
 
 def test_train_numbers():
-    kept = 2 * 10 * 576 + 960
+    kept = 2 * 10 * 424 + 960
     train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1)))["train"]
-    assert (train.activations, train.logits) == (kept + 10 * 256, 0)  # a backward pass begins
+    assert (train.activations, train.logits) == (kept + 10 * 384, 0)  # a backward pass begins
     assert train.optimizer == 12 * TRAINED + 4 * 600  # the policy's gradient is kept while the critic runs
     assert train.rest == FIXED_BYTES["cpu"] + TRAINING_BYTES["cpu"] + 6 * 128
     train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=200)))["train"]
     assert (train.activations, train.logits) == (kept, 4 * 200 * 37 + 128)  # the policy's output layer
     assert train.optimizer == 12 * TRAINED
     again = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1), checkpointing=1))["train"]
-    assert again.activations == 640 + 960 + 10 * 576 + 10 * 256
+    assert again.activations == 640 + 960 + 10 * 424 + 10 * 384
 
 
 def test_critic_takes_what_it_is():
@@ -67,7 +67,7 @@ def test_critic_takes_what_it_is():
     assert adapter.total - head.total == 600 * (4 + 12 + 4)  # networks run one after the other
     deeper = replace(NETWORK, layers=4)
     own = ppo_memory(replace(small, critic_network=deeper))["train"]
-    assert own.activations - adapter.activations == 2 * 10 * 576
+    assert own.activations - adapter.activations == 2 * 10 * 424
 
 
 def test_several_gpus_numbers():
