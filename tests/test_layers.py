@@ -27,6 +27,7 @@ PURE = (
     "shaping",
     "ppo.functional",
     "reward_modeling.losses",
+    "models.parts",
     "tools.certificate.functional",
     "tools.planning.fit",
     "tools.planning.memory",

@@ -193,7 +193,8 @@ def test_kept_activations_are_what_torch_keeps(other_model_path, form, checkpoin
     sizes = replace(SIZES, network=network, **lengths, **fields)
     planned = kept_activations(sizes, network, adapter_sizes(empty, config))
     result = 2 * 4 * 64 * network.hidden  # the last states and the output layer's copy are not for the layers
-    assert kept == pytest.approx(planned - result, rel=0.04)  # the first norm's input needs no gradient
+    first = 0 if checkpointing else 4 * 64 * network.hidden  # the input of the first norm needs no gradient
+    assert kept == pytest.approx(planned - result - first, rel=0.03)
 
 
 def tensor_bytes(model):
