@@ -54,6 +54,18 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def add_faults(trainer: PPOTrainer, name: str, case: dict[str, Any], out: str) -> None:
+    """Let happen in a training what its case is about."""
+    if "killed_at" in case:
+        trainer.add_callback(Killed(case["killed_at"], Path(out, "killed")))
+    if name == "infinite":
+        trainer.add_callback(Infinite())
+    if name == "lost" and trainer.accelerator.process_index == 1:  # before DeepSpeed takes them
+        for key, weight in trainer.model.named_parameters():
+            if weight.requires_grad and is_critic_parameter(key):
+                weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.zero_())
+
+
 def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str, out: str) -> None:
     """Run one training, and write what it logged, its evaluation and its weights as `<name>_<processes>`."""
     processes, fields, more = int(os.environ.get("WORLD_SIZE", "1")), case.get("fields", {}), case.get("more", {})
@@ -68,14 +80,7 @@ def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str
     trainer = PPOTrainer(policy, reward_adapter, args, train_dataset=rows, eval_dataset=rows, **more)
     if not case.get("chance"):
         without_chance(trainer)
-    if "killed_at" in case:
-        trainer.add_callback(Killed(case["killed_at"], Path(out, "killed")))
-    if name == "infinite":
-        trainer.add_callback(Infinite())
-    if name == "lost" and trainer.accelerator.process_index == 1:  # before DeepSpeed takes them
-        for key, weight in trainer.model.named_parameters():
-            if weight.requires_grad and is_critic_parameter(key):
-                weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.zero_())
+    add_faults(trainer, name, case, out)
     trainer.train(resume_from_checkpoint=case.get("resume"))
     held = sum(weight.to_local().numel() for weight in trainer.model.parameters() if isinstance(weight, DTensor))
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
