@@ -19,10 +19,11 @@ from rlhf_recipes.ppo.checks import check_finite
 from rlhf_recipes.ppo.images import ImageTrainer
 from rlhf_recipes.ppo.rollout import join
 from rlhf_recipes.ppo.updates import UpdateControl
-from rlhf_recipes.ppo.zero import OPTIMIZERS, ZeroSteps, check_zero
+from rlhf_recipes.ppo.zero import ZeroSteps, check_zero
 
 Result = TypeVar("Result")
 _FILE = "recipes/accelerate/fsdp2.yaml"
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")  # torch's own know sharded weights
 _TOLERANCE = 1e-3  # of the sum of a gradient's absolute values, for the order in which processes are added up
 
 
@@ -52,7 +53,7 @@ def check_sharding(trainer: Any) -> None:
             "Set `bf16: true`, or launch with recipes/accelerate/ddp.yaml.",
         ),
         f"`optim: {args.optim}` does not know sharded weights": (
-            args.optim not in OPTIMIZERS,
+            args.optim not in _OPTIMIZERS,
             "Set `optim: adamw_torch`, or launch with recipes/accelerate/ddp.yaml.",
         ),
         "`ema_decay` averages whole weights": (
@@ -197,12 +198,12 @@ class ShardedTrainer(ImageTrainer):
 
     def check_gradient(self) -> None:
         """Check the gradient of a step: it must be finite, and in a spread run's first step the processes' mean."""
-        if self._reduction is not None:
-            self._reduction.check()
-            self._reduction = None
         if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
             rollout, rank = self._buffered_inputs, self.accelerator.process_index
             check_finite("norm of the gradient", self._norm(), join(rollout or [{}]), self.args.output_dir, rank)
+        if self._reduction is not None:
+            self._reduction.check()
+            self._reduction = None
 
     def _norm(self) -> Tensor:
         if self.is_deepspeed_enabled:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.ppo.updates import UpdateControl
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")  # torch's work on any part of a weight
+# Torch's that work on any part of a weight. In the place of torch's Adagrad ZeRO puts one of its own making
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")
 _FILE, _DDP = "recipes/accelerate/zero2.yaml", "recipes/accelerate/ddp.yaml"
 _OF_CRITIC = "of_critic"  # in a parameter group: ZeRO puts flat tensors in the place of the named weights
 _TOLERANCE = 1e-5  # of the sum of a gradient's absolute values, for the order in which float32 is added up
@@ -44,8 +45,8 @@ def check_zero(trainer: Any) -> None:
             "optimizer" in config or "scheduler" in config,
             "Remove it: the stage's YAML says both.",
         ),
-        f"`optim: {args.optim}` does not work on any part of a weight": (
-            args.optim not in OPTIMIZERS,
+        f"`optim: {args.optim}` is not known to be the same on parts of weights": (
+            args.optim not in _OPTIMIZERS,
             f"Set `optim: adamw_torch`, or launch with {_DDP}.",
         ),
         "`ema_decay` reads gradients, which DeepSpeed has cleared by then": (

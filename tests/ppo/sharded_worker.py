@@ -42,6 +42,11 @@ class Infinite(TrainerCallback):
             weight.register_hook(lambda gradient: gradient * float("inf"))
 
 
+def lose(weight: Any) -> None:
+    """Forget the gradient of a weight, as a fault between the backward pass and the reduction would."""
+    weight.grad.zero_()
+
+
 class Killed(TrainerCallback):
     """Kill this process at the beginning of a step, and write down when."""
 
@@ -63,7 +68,7 @@ def add_faults(trainer: PPOTrainer, name: str, case: dict[str, Any], out: str) -
     if name == "lost" and trainer.accelerator.process_index == 1:  # before DeepSpeed takes them
         for key, weight in trainer.model.named_parameters():
             if weight.requires_grad and is_critic_parameter(key):
-                weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.zero_())
+                weight.register_post_accumulate_grad_hook(lose)
 
 
 def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str, out: str) -> None:

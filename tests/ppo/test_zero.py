@@ -167,6 +167,7 @@ OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
         ({"config": {"optimizer": {"type": "AdamW"}}}, "Remove it: the stage's YAML says both"),
         ({"config": {"scheduler": {"type": "WarmupLR"}}}, "Remove it: the stage's YAML says both"),
         ({"optim": "paged_adamw_8bit"}, "Set `optim: adamw_torch`"),
+        ({"optim": "adagrad"}, "Set `optim: adamw_torch`"),
         ({"ema_decay": 0.9}, r"launch with recipes/accelerate/ddp\.yaml"),
         ({"processes": 2}, "Set `use_cpu: true`"),  # the test is one process
         ({"use_vllm": True}, "Leave `use_vllm` out"),
@@ -186,6 +187,15 @@ def test_zero_3_is_refused_before_anything_is_loaded(monkeypatch, prompts):
     monkeypatch.setattr("rlhf_recipes.ppo.inputs.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"ZeRO-3 .*fsdp2\.yaml.*zero2\.yaml"):
         check_given(None, prompts, None, None, None)
+
+
+def test_an_infinite_gradient_of_the_first_step_is_called_so(tmp_path):
+    accelerator = SimpleNamespace(scaler=None, process_index=0)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    run = SimpleNamespace(accelerator=accelerator, args=args, _buffered_inputs=[{"ids": torch.ones(2)}])
+    run._norm, run._reduction = lambda: torch.tensor(float("inf")), object()  # which would find another gradient
+    with pytest.raises(FloatingPointError, match="norm of the gradient is inf"):
+        ShardedTrainer.check_gradient(run)
 
 
 def test_an_optimizer_that_transformers_would_drop_is_refused():
