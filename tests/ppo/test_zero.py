@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from torch import nn
+from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.models.roles import CRITIC_MODEL
@@ -134,6 +135,10 @@ def test_accelerate_still_steps_within_the_backward_pass_and_nowhere_else():
     """Once it leaves the step to the loop, the first step is checked, and its norm is logged, before it is made."""
     assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
     assert "pass  #" in inspect.getsource(DeepSpeedOptimizerWrapper.step)
+
+
+def test_transformers_still_drops_an_optimizer_that_was_given():
+    assert "trainer.optimizer = None" in inspect.getsource(deepspeed_init)
 
 
 def trainer(image_reader=None, stage=2, precision="no", config=None, processes=1, **args):
