@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_init
@@ -135,6 +137,13 @@ def test_accelerate_still_steps_within_the_backward_pass_and_nowhere_else():
     """Once it leaves the step to the loop, the first step is checked, and its norm is logged, before it is made."""
     assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
     assert "pass  #" in inspect.getsource(DeepSpeedOptimizerWrapper.step)
+
+
+def test_accelerate_knows_the_fields_of_the_launch_file(repo_root):
+    config = yaml.safe_load((repo_root / "recipes" / "accelerate" / "zero2.yaml").read_text())
+    assert (config["distributed_type"], config["deepspeed_config"]["zero_stage"]) == ("DEEPSPEED", 2)
+    known = {name.removeprefix("--") for action in launch_command_parser()._actions for name in action.option_strings}
+    assert config["deepspeed_config"].keys() <= known, "accelerate would leave out what it does not know"
 
 
 def test_transformers_still_drops_an_optimizer_that_was_given():
