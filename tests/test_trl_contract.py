@@ -30,6 +30,7 @@ METHODS = {
     "_generate": "self prompts",
     "_generate_and_score_completions": "self inputs",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_get_grad_norm": "self model grad_norm",
     "_get_train_sampler": "self dataset",
     "_load_best_model": "self",
     "_load_from_checkpoint": "self resume_from_checkpoint model",

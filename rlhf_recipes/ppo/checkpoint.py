@@ -29,6 +29,7 @@ from rlhf_recipes.ppo.resume import (
     OF_THE_OPTIMIZER,
     both_settings,
     check_settings,
+    differences,
     follow_rates,
     recut,
     settings_of,
@@ -143,6 +144,7 @@ class Run(Protocol):
     optimizer: Any
     lr_scheduler: Any
     optimizer_given: bool
+    is_deepspeed_enabled: bool
     _step: int
     _buffered_inputs: Any
     _train_sampler: Any
@@ -224,6 +226,7 @@ def check_run(run: Run, folder: str) -> None:
     """
     rank = run.accelerator.process_index
     state, rollout = load_ppo_state(folder, rank, "cpu")
+    _check_launch(run, folder, state)
     check_settings(folder, state, rollout, settings_of(run.args, run.accelerator.num_processes), rank)
     check_same_adapter(folder, run.model, what="this run's policy")
     run.critic.check_saved(Path(folder) / "critic")
@@ -237,6 +240,24 @@ def check_run(run: Run, folder: str) -> None:
         raise ValueError(
             f"The run of {folder!r} started from another `model` than this one, which is its reference: the KL would "
             "be that to another policy. Resume with the `model` of that run."
+        )
+
+
+def _check_launch(run: Run, folder: str, state: dict[str, Any]) -> None:
+    parts, ours = list(Path(folder).glob("global_step*/*optim_states.pt")), run.is_deepspeed_enabled
+    if bool(parts) != ours:
+        raise ValueError(
+            f"The checkpoint {folder!r} was saved {'under' if parts else 'without'} DeepSpeed, and this run is "
+            f"{'under' if ours else 'without'} it. Launch it as then, or start a new run from its policy, which "
+            "`model` takes."
+        )
+    old, new = both_settings(state, settings_of(run.args, run.accelerator.num_processes))
+    changed = [name for name in ("processes", *OF_THE_OPTIMIZER) if old[name] != new[name]]
+    if ours and changed:
+        raise ValueError(
+            "Under DeepSpeed a run goes on with the optimizer and the schedule of its checkpoint as they are, so that "
+            f"this cannot change: {differences(changed, old, new)}. Set it back, or start a new run from the policy "
+            f"in {folder!r}, which `model` takes."
         )
 
 

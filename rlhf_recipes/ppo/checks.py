@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models.adapters import base_name
-from rlhf_recipes.models.sharding import whole
 from rlhf_recipes.ppo.functional import masked_mean
-from rlhf_recipes.ppo.rollout import join
 from rlhf_recipes.rewards.record import COLUMN
 from rlhf_recipes.shaping import looks_like_per_token
 
@@ -197,15 +195,6 @@ def check_finite(what: str, value: Tensor, batch: dict[str, Tensor], output_dir:
         f"The {what} is {value.item()}. {where}; it is saved in {path}. A lower `learning_rate`, `max_grad_norm`, or "
         "float32 in place of half precision often helps. The last checkpoint is from before this step."
     )
-
-
-def check_gradient(
-    policy: nn.Module, rollout: list[dict[str, Tensor]] | None, output_dir: str | None, rank: int
-) -> None:
-    """Check the norm of a step's gradient as `check_finite` does; what is kept is the rollout."""
-    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients))  # of a part alone, it would stop some processes and not others
-    check_finite("norm of the gradient", norm, join(rollout or [{}]), output_dir, rank)
 
 
 def check_one_base(model: nn.Module, others: Iterable[Any]) -> None:

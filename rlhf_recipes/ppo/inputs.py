@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.integrations import is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from trl import BEMACallback, SyncRefModelCallback
 
 from rlhf_recipes.models.adapters import check_shareable
@@ -31,6 +31,12 @@ def check_given(
         raise ValueError(
             "With `fsdp_cpu_ram_efficient_loading` only one process reads the base, but each tries the policy out "
             "before it is sharded. Set it to false in the launch's configuration, as in recipes/accelerate/fsdp2.yaml."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "ZeRO-3 lets no process run a network before DeepSpeed's engine is there, but PPO tries the policy out "
+            "before, and runs parts of it past the engine. Launch with recipes/accelerate/fsdp2.yaml, which spreads "
+            "the base as well; or where it fits on each GPU with recipes/accelerate/zero2.yaml."
         )
     if args is not None and not isinstance(args, PPOConfig):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""PPO with a model that FSDP2 spreads over processes: what is refused, what is checked, and what is saved."""
+"""PPO with what FSDP2 or DeepSpeed spreads over processes: what is refused, what is checked, and what is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from rlhf_recipes.models.roles import is_critic_parameter
 from rlhf_recipes.models.sharding import gathered, is_sharded, part_like, whole
+from rlhf_recipes.ppo.checks import check_finite
 from rlhf_recipes.ppo.images import ImageTrainer
+from rlhf_recipes.ppo.rollout import join
+from rlhf_recipes.ppo.updates import UpdateControl
+from rlhf_recipes.ppo.zero import ZeroSteps, check_zero
 
 Result = TypeVar("Result")
 _FILE = "recipes/accelerate/fsdp2.yaml"
@@ -31,11 +35,7 @@ def check_sharding(trainer: Any) -> None:
     """
     name, args = type(trainer).__name__, trainer.args
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"{name} does not run under DeepSpeed, whose optimizer accelerate steps within the backward pass, before "
-            "PPO decides whether the update is made. In place of ZeRO-2 take recipes/accelerate/ddp.yaml, and in "
-            f"place of ZeRO-3 {_FILE}, which spreads the base as well."
-        )
+        check_zero(trainer)
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -167,19 +167,55 @@ def on_whole_weights(method: Callable[..., Result]) -> Callable[..., Result]:
 class ShardedTrainer(ImageTrainer):
     """TRL's engine, whose model may be spread over processes: its files are those of a model that is not."""
 
-    _reduction: ReductionCheck | None = None  # until the end of a sharded model's first step
+    updates: UpdateControl
+    _buffered_inputs: Any  # the micro-batches of the rollout that is trained on
+    _reduction: ReductionCheck | ZeroSteps | None = None  # until the end of the first step
+
+    def watch_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let DeepSpeed's engine make only the updates of this optimizer that PPO makes."""
+        if self.is_deepspeed_enabled:
+            policy: Any = self.model
+            clip = self.args.max_grad_norm
+            self._reduction = ZeroSteps(optimizer, policy, self.updates, self.accelerator, clip)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_deepspeed_enabled and self.optimizer is not None:
+            raise ValueError(
+                "transformers makes a new optimizer for DeepSpeed, so that one that was given, or that of an earlier "
+                "`train()`, would be lost. Leave it out and build a new trainer for each training, or launch with "
+                "recipes/accelerate/ddp.yaml."
+            )
         prepared = super()._prepare_for_training(*args, **kwargs)
         policy: Any = self.model
-        self._reduction = ReductionCheck(self.accelerator, policy) if is_sharded(policy) else None
+        if is_sharded(policy):
+            self._reduction = ReductionCheck(self.accelerator, policy)
         return prepared
 
-    def check_reduction(self) -> None:
-        """Check, at the end of a sharded model's first step, that its gradients are averaged over the processes."""
+    @property
+    def spreads(self) -> bool:
+        """Whether FSDP2 or DeepSpeed spreads what is trained over processes, and takes gradients in its own way."""
+        return bool(is_sharded(self.model) or self.is_deepspeed_enabled)
+
+    def check_gradient(self) -> None:
+        """Check the gradient of a step: it must be finite, and in a spread run's first step the processes' mean."""
+        if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
+            rollout, rank = self._buffered_inputs, self.accelerator.process_index
+            check_finite("norm of the gradient", self._norm(), join(rollout or [{}]), self.args.output_dir, rank)
         if self._reduction is not None:
             self._reduction.check()
             self._reduction = None
+
+    def _norm(self) -> Tensor:
+        if self.is_deepspeed_enabled:
+            engine: Any = self.accelerator.deepspeed_engine_wrapped
+            return torch.as_tensor(engine.get_global_grad_norm())
+        policy: Any = self.model
+        gradients = [weight.grad for weight in policy.parameters() if weight.grad is not None]
+        return whole(nn.utils.get_total_norm(gradients))  # of a part alone, it would stop some processes, not others
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        norm: float = super()._get_grad_norm(model, grad_norm)
+        return norm if self.updates.made else 0.0  # DeepSpeed's is still that of an update that was left out
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as TRL does; a sharded model is gathered, and the main process writes it."""
@@ -203,6 +239,8 @@ class ShardedTrainer(ImageTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded what is trained, and no more
+            self._load_from_checkpoint(checkpoint)
         if checkpoint is None or not is_sharded(self.model):
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from rlhf_recipes.checkpoints import load_finished
 from rlhf_recipes.models.chance import compute_as_in_evaluation
 from rlhf_recipes.models.roles import is_critic_parameter
-from rlhf_recipes.models.sharding import call_inside, is_sharded
+from rlhf_recipes.models.sharding import call_inside
 from rlhf_recipes.ppo import checkpoint, checks, setup
 from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
@@ -176,7 +176,6 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
     processing_class: PreTrainedTokenizerBase
     _logs: dict[str, Any]
     _step: int  # micro-batches so far
-    _buffered_inputs: Any  # the micro-batches of the rollout that is trained on
     # What a checkpoint needs besides
     optimizer_given = False  # whether the optimizer brought its own rates
     _train_sampler: Any = None
@@ -225,7 +224,8 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not existing:
             self.optimizer = optimizer = setup.configured_optimizer(optimizer, self.model, self.args)
-        elif not isinstance(optimizer, AcceleratedOptimizer):  # then it is the one of an earlier `train()`
+            self.watch_steps(optimizer)
+        elif not (self.is_deepspeed_enabled or isinstance(optimizer, AcceleratedOptimizer)):  # of an earlier `train()`
             checks.check_optimizer(self.model, optimizer, self.args)
             self.optimizer_given = True
         return optimizer
@@ -393,7 +393,7 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         args = self.args
         alone = args.micro_batches_per_rollout == self.accelerator.num_processes == 1
         more = args.kl_estimator == "full" or self.aux_loss_enabled
-        kept = alone and self.model.training and self._step > 0 and not more and not is_sharded(self.model)
+        kept = alone and self.model.training and self._step > 0 and not more and not self.spreads
         with torch.set_grad_enabled(kept):
             outputs = policy_pass(self, self.model, texts, batch_size, self._read(args.kl_estimator == "full"))
         self.kept_pass.keep(outputs if kept else None)
@@ -421,6 +421,8 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
             metrics.means["loss"] = (terms, count_items(batch.completion_mask, self.args))
         else:
             accumulated = self.current_gradient_accumulation_steps
+            if self.accelerator.sync_gradients:
+                self.updates.decide()  # before the backward pass, in which DeepSpeed steps
             loss = loss * share_of_step(batch, self.args, accumulated, self.accelerator.num_processes)
             if self.ptx_texts is not None:
                 number = self._step * self.accelerator.num_processes + self.accelerator.process_index
@@ -444,8 +446,8 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         if new.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * new.router_loss
             metrics.means["ppo/router_loss"] = (new.router_loss, count_items(mask, self.args))
-        # float16's gradients need the scale of the whole loss, and FSDP averages those of a real backward pass alone
-        one_backward = self.critic.reads_policy or self.accelerator.scaler is not None or is_sharded(self.model)
+        # float16's gradients need the scale of the whole loss; FSDP and DeepSpeed average those of one backward pass
+        one_backward = self.critic.reads_policy or self.accelerator.scaler is not None or self.spreads
         if loss.requires_grad and not one_backward:
             named = self.model.named_parameters()
             loss = backward_now(loss, [parameter for name, parameter in named if not is_critic_parameter(name)])
@@ -468,15 +470,11 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
 
     # 7. The end of an optimizer step: is it made?
     def _end_of_step(self) -> None:
-        self.check_reduction()
-        if self.accelerator.scaler is None:  # in float16 the scaler leaves such updates out, and lowers its scale
-            rank, rollout = self.accelerator.process_index, self._buffered_inputs
-            checks.check_gradient(self.model, rollout, self.args.output_dir, rank)
-        made = self.updates.end_step()
-        self._metrics["train"]["ppo/updates_made"].append(float(made))
+        self.check_gradient()
+        self._metrics["train"]["ppo/updates_made"].append(float(self.updates.made))
         self._metrics["train"]["ppo/entropy_coef"].append(self.updates.entropy_coef)
         for name, parameter in self.model.named_parameters():
-            if not made or (self.updates.warming_up and not is_critic_parameter(name)):
+            if not self.updates.made or (self.updates.warming_up and not is_critic_parameter(name)):
                 parameter.grad = None  # unlike a zero, it also keeps Adam from moving on with its momentum
 
     # 8. Metrics, and what follows from them.

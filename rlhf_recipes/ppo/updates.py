@@ -25,6 +25,7 @@ class UpdateControl:
         stopped: Whether the rest of this rollout's updates is left out.
         warming_up: Whether only the critic is trained.
         entropy_coef: Weight of the entropy bonus in the next step.
+        made: Whether the update of the last step that was decided about is made.
     """
 
     def __init__(self, args: PPOConfig, accelerator: Accelerator) -> None:
@@ -33,7 +34,7 @@ class UpdateControl:
         self._sums: Tensor | None = None
         self._adapted_coef = args.entropy_coef
         self.entropy_coef = 0.0 if args.use_adaptive_entropy else args.entropy_coef
-        self.stopped = False
+        self.stopped, self.made = False, True
         self.warming_up = args.critic_warmup_steps > 0
 
     def begin_rollout(self, explained_variance: float, step: int) -> None:
@@ -57,7 +58,7 @@ class UpdateControl:
         )
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def end_step(self) -> bool:
+    def decide(self) -> None:
         """Decide whether the update of the micro-batches since the last call is made, and adapt the entropy bonus."""
         assert self._sums is not None
         total: Tensor = self._accelerator.reduce(self._sums, reduction="sum")
@@ -67,7 +68,7 @@ class UpdateControl:
         if self._args.target_kl is not None and approx_kl > self._args.target_kl:
             self.stopped = True
         too_far = self._args.ratio_threshold is not None and ratio > self._args.ratio_threshold
-        return not (self.stopped or too_far)
+        self.made = not (self.stopped or too_far)
 
     def _adapt_entropy(self, entropy: float) -> None:
         # As TRL's GRPO does it (Skywork-OR1, https://huggingface.co/papers/2505.22312): the weight moves by a fixed

@@ -1,12 +1,12 @@
-"""PPO under FSDP2 is PPO under DDP and on one process: gradients, rollouts, files, resumed runs; what is refused."""
+"""PPO under FSDP2 or ZeRO-2 is PPO under DDP and on one process: gradients, rollouts, files, resumed runs."""
 
-import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -38,6 +37,7 @@ ALL_CONTROLS = {
     "kl_horizon": 16,
 }
 HEAD = {"critic": "head", "gradient_checkpointing": True, "kl_placement": "loss", "kl_estimator": "full"}
+WARMUP = {"critic_warmup_steps": 2, "weight_decay": 0.1}
 SAVING = {
     "save_strategy": "steps",
     "save_steps": 1,
@@ -58,13 +58,15 @@ def cases(policy, base, reward_adapter):
         "model": {"fields": {"critic": "model"}, "more": {"critic_model": str(reward_adapter)}, "evaluate": True},
         "whole": {"model": base, "evaluate": True},
     }
-    layers = {
-        "critic_layers": 1,
-        "ptx_coef": 0.3,
-        "ptx_batch_size": 2,
-    }  # each process has pretraining texts of its own
+    layers = {"critic_layers": 1, "ptx_coef": 0.3, "ptx_batch_size": 2}
+    of_two = {  # each process has pretraining texts of its own
+        "layers": {"fields": layers},
+        "warmup": {"fields": WARMUP},
+        "warmup_head": {"fields": WARMUP | {"critic": "head"}},
+        "tensorflow": {"fields": {"tensorflow_adam": True}},
+    }
     saved = {"chance": True, "quantization": FOUR_BITS, "fields": SAVING, "evaluate": True}
-    return same, {"layers": {"fields": layers}}, {"saved": saved, "past": {}}
+    return same, of_two, {"saved": saved, "past": {}, "infinite": {}, "lost": {}}
 
 
 def run(command, arguments, repo_root, check=True):
@@ -76,22 +78,28 @@ def run(command, arguments, repo_root, check=True):
     return finished
 
 
-def launch(repo_root, arguments, check=True):
-    """Launch two processes as the launch file says."""
-    file = repo_root / "recipes" / "accelerate" / "fsdp2.yaml"
+def launch(repo_root, arguments, check=True, file="fsdp2"):
+    """Launch two processes as a launch file says."""
+    file = repo_root / "recipes" / "accelerate" / f"{file}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
     return run([*command, "--main_process_port", "0"], arguments, repo_root, check)
 
 
 @pytest.fixture(scope="module")
-def found(sft_adapter, reward_adapter, tiny_model_path, tmp_path_factory, repo_root):
-    """Results and weights of each case by launch: `one`, `ddp` and `fsdp`."""
-    same, of_two, of_fsdp = cases(sft_adapter, tiny_model_path, reward_adapter)
-    folders, adapters = (
-        {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "fsdp")},
-        (sft_adapter, reward_adapter),
-    )
-    launch(repo_root, [*adapters, folders["fsdp"], json.dumps(same | of_two | of_fsdp)])
+def adapters(sft_adapter, reward_adapter):
+    return sft_adapter, reward_adapter
+
+
+@pytest.fixture(scope="module")
+def of_all(adapters, tiny_model_path):
+    return cases(adapters[0], tiny_model_path, adapters[1])
+
+
+@pytest.fixture(scope="module")
+def unspread(adapters, of_all, tmp_path_factory, repo_root):
+    """Results and weights of each case by launch: `one` and `ddp`."""
+    same, of_two, _ = of_all
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp")}
     os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         run([sys.executable], [*adapters, folders["one"], json.dumps(same)], repo_root)
@@ -100,6 +108,27 @@ def found(sft_adapter, reward_adapter, tiny_model_path, tmp_path_factory, repo_r
     finally:
         del os.environ["ACCELERATE_USE_CPU"]
     return folders
+
+
+@pytest.fixture(scope="module")
+def found(unspread, adapters, of_all, tmp_path_factory, repo_root):
+    """The same, with those of `fsdp`."""
+    folder, work = tmp_path_factory.mktemp("fsdp"), of_all[0] | of_all[1] | of_all[2]
+    for name in ("tensorflow", "infinite", "lost"):
+        del work[name]
+    launch(repo_root, [*adapters, folder, json.dumps(work)])
+    return unspread | {"fsdp": folder}
+
+
+@pytest.fixture(scope="module")
+def zero(unspread, adapters, of_all, tmp_path_factory, repo_root):
+    """The same, with those of `zero2`."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install 'rlhf-recipes[deepspeed]'")
+    folder, work = tmp_path_factory.mktemp("zero2"), of_all[0] | of_all[1] | of_all[2]
+    del work["past"]  # of which DeepSpeed itself says that something is wrong, in other words
+    launch(repo_root, [*adapters, folder, json.dumps(work)], file="zero2")
+    return unspread | {"zero2": folder}
 
 
 def read(folders, kind, case):
@@ -131,28 +160,48 @@ def assert_same_weights(ours, theirs):
         assert_close(ours[name], weight, atol=1e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["adapter", "head", "four_bits", "replicated", "model", "whole", "layers"])
-def test_sharded_processes_train_as_ddp_and_as_one(case, found):
-    sharded, weights, folder = read(found, "fsdp", case)
-    assert sharded["kind"] == "DistributedType.FSDP"
-    if case == "replicated":
-        assert sharded["held"] < 0.45, "4-bit weights in uint8 are whole on each process"
-    else:
-        assert sharded["held"] == pytest.approx(0.5, abs=0.05)
-    for other in ("ddp",) if case == "layers" else ("ddp", "one"):
-        expected, expected_weights, other_folder = read(found, other, case)
-        assert_same_steps(steps(sharded), steps(expected))
+SAME = ["adapter", "head", "four_bits", "replicated", "model", "whole"]
+OF_TWO = ["layers", "warmup", "warmup_head"]
+
+
+def assert_as_unspread(folders, kind, case):
+    """A spread run logged, saved and evaluated what one process and DDP did."""
+    spread, weights, folder = read(folders, kind, case)
+    for other in ("ddp", "one") if case in SAME else ("ddp",):
+        expected, expected_weights, other_folder = read(folders, other, case)
+        assert_same_steps(steps(spread), steps(expected))
         assert_same_weights(weights, expected_weights)
         files = sorted(path.relative_to(other_folder) for path in other_folder.glob("final/**/*.safetensors"))
         assert len(files) == 2 * ("evaluation" in expected)  # policy and critic
         for file in files:
             assert_same_weights(load_file(folder / file), load_file(other_folder / file))
         if files:
-            assert_same_evaluations(sharded["evaluation"], expected["evaluation"])
+            assert_same_evaluations(spread["evaluation"], expected["evaluation"])
     if case == "adapter":
-        assert [entry["ppo/updates_made"] for entry in steps(sharded)] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
-        assert any("eval_kl" in entry for entry in sharded["log"])
+        assert [entry["ppo/updates_made"] for entry in steps(spread)] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+        assert any("eval_kl" in entry for entry in spread["log"])
+    return spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*SAME, *OF_TWO])
+def test_sharded_processes_train_as_ddp_and_as_one(case, found):
+    sharded = assert_as_unspread(found, "fsdp", case)
+    assert sharded["kind"] == "DistributedType.FSDP"
+    if case == "replicated":
+        assert sharded["held"] < 0.45, "4-bit weights in uint8 are whole on each process"
+    else:
+        assert sharded["held"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*SAME, *OF_TWO, "tensorflow"])
+def test_zero_trains_as_ddp_and_as_one(case, zero):
+    result = assert_as_unspread(zero, "zero2", case)
+    assert result["kind"] == "DistributedType.DEEPSPEED"
+    if case != "tensorflow":
+        assert result["adam"] == pytest.approx(0.5, abs=0.01)
+        assert read(zero, "ddp", case)[0]["adam"] == 1.0
 
 
 @pytest.mark.slow
@@ -168,24 +217,42 @@ def test_others_read_what_it_saved(found):
 def test_a_gradient_past_fsdp_stops_every_process_at_the_first_step(found):
     for rank in (0, 1):
         error = (found["fsdp"] / f"past_{rank}.txt").read_text()
-        assert error.startswith("The policy got no gradient in the first step: it was taken past FSDP.")
+        assert error.startswith("RuntimeError: The policy got no gradient in the first step: it was taken past FSDP.")
 
 
 @pytest.mark.slow
+def test_a_gradient_lost_before_deepspeed_stops_every_process_at_the_first_step(zero):
+    for rank in (0, 1):
+        error = (zero["zero2"] / f"lost_{rank}.txt").read_text()
+        assert error.startswith("RuntimeError: The gradient of the critic is not the mean of those of the processes")
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_of_one_process_stops_all_under_zero(zero):
+    for rank in (0, 1):
+        error = (zero["zero2"] / f"infinite_{rank}.txt").read_text()
+        assert error.startswith("FloatingPointError: The norm of the gradient is inf.")
+        assert (zero["zero2"] / "infinite_2" / f"nonfinite_batch_{rank}.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "file"), [("found", "fsdp2"), ("zero", "zero2")])
 def test_a_process_that_is_killed_stops_the_others_and_the_run_resumes_exactly(
-    found, sft_adapter, reward_adapter, tmp_path, repo_root
+    kind, file, request, adapters, of_all, tmp_path, repo_root
 ):
-    case = cases(None, None, None)[2]["saved"]
-    adapters = (sft_adapter, reward_adapter)
-    stopped = launch(repo_root, [*adapters, tmp_path, json.dumps({"saved": case | {"killed_at": 3}})], check=False)
+    folders, case = request.getfixturevalue(kind), of_all[2]["saved"]
+    killed = [*adapters, tmp_path, json.dumps({"saved": case | {"killed_at": 3}})]
+    stopped = launch(repo_root, killed, check=False, file=file)
     assert (tmp_path / "killed").exists(), stopped.stderr[-5000:]
     assert time.time() - float((tmp_path / "killed").read_text()) < 60
     assert stopped.returncode != 0
     assert not (tmp_path / "saved_2.json").exists()
     checkpoint = tmp_path / "saved_2" / "checkpoint-3"  # in the middle of a rollout
     assert {f"rollout_{rank}.safetensors" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
-    launch(repo_root, [*adapters, tmp_path, json.dumps({"saved": case | {"resume": str(checkpoint)}})])
-    whole, resumed = read(found, "fsdp", "saved"), read({"fsdp": tmp_path}, "fsdp", "saved")
+    resumed = json.dumps({"saved": case | {"resume": str(checkpoint)}})
+    launch(repo_root, [*adapters, tmp_path, resumed], file=file)
+    name = "fsdp" if file == "fsdp2" else file
+    whole, resumed = read(folders, name, "saved"), read({name: tmp_path}, name, "saved")
     numbers = [
         [(e["loss"], e["grad_norm"], e.get("kl")) for e in log[0]["log"] if "loss" in e] for log in (whole, resumed)
     ]
@@ -222,18 +289,16 @@ def two_nodes():
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one_and_stop_when_one_is_gone(
-    two_nodes, found, sft_adapter, reward_adapter, tmp_path, repo_root
-):
+def test_two_nodes_train_as_one_and_stop_when_one_is_gone(two_nodes, found, adapters, of_all, tmp_path, repo_root):
     """A training as on one machine, and then one in which the process on the second node is killed."""
     file = repo_root / "recipes" / "accelerate" / "fsdp2_two_nodes.yaml"
-    case = cases(None, None, None)[0]["four_bits"]
+    case = of_all[0]["four_bits"]
     work = json.dumps({"four_bits": case, "gone": {"killed_at": 2}})
     launches = []
     for rank, (name, _, device) in enumerate(two_nodes):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command += ["--config_file", str(file), "--main_process_ip", two_nodes[0][1], "--machine_rank", str(rank)]
-        command += ["--num_processes", "2", str(WORKER), *map(str, (sft_adapter, reward_adapter, tmp_path)), work]
+        command += ["--num_processes", "2", str(WORKER), *map(str, (*adapters, tmp_path)), work]
         own = {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device}
         log = (tmp_path / f"node_{rank}.txt").open("w")
         launches.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT))
@@ -248,12 +313,12 @@ def test_two_nodes_train_as_one_and_stop_when_one_is_gone(
     assert_same_weights(two[1], one[1])
 
 
-def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **args):
+def trainer(image_reader=None, plugin=None, in_8_bits=False, **args):
     base = SimpleNamespace(is_loaded_in_8bit=in_8_bits)
     own = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": "bf16"}
     state = SimpleNamespace(fsdp_plugin=None if plugin is None else SimpleNamespace(**own | plugin))
     return SimpleNamespace(
-        is_deepspeed_enabled=deepspeed,
+        is_deepspeed_enabled=False,
         is_fsdp_enabled=plugin is not None,
         accelerator=SimpleNamespace(state=state),
         image_reader=image_reader,
@@ -267,7 +332,6 @@ def trainer(deepspeed=False, image_reader=None, plugin=None, in_8_bits=False, **
 @pytest.mark.parametrize(
     ("settings", "instead"),
     [
-        ({"deepspeed": True}, r"ZeRO-2 take recipes/accelerate/ddp\.yaml, and in place of ZeRO-3 .*fsdp2\.yaml"),
         ({"plugin": {"fsdp_version": 1}}, "Set `fsdp_version: 2`"),
         ({"plugin": {"activation_checkpointing": True}}, "`activation_checkpointing: true` in the stage's YAML"),
         ({"plugin": {}, "fp16": True}, "Set `bf16: true`"),
@@ -294,11 +358,6 @@ def test_a_launch_in_which_one_process_reads_the_base_is_refused(monkeypatch, pr
     monkeypatch.setattr("rlhf_recipes.ppo.inputs.is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading`.*Set it to false"):
         check_given(None, prompts, None, None, None)
-
-
-def test_the_reason_against_deepspeed_still_holds():
-    """Once accelerate leaves the step to the training loop, PPO can drop an update there too."""
-    assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
 
 
 @pytest.mark.parametrize("file", ["fsdp2", "fsdp2_8_gpus", "fsdp2_two_nodes"])

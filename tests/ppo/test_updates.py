@@ -126,7 +126,8 @@ def decide(updates, *micro_batches):
         row = torch.tensor([[*log_ratios, 1e3]])  # and one token of padding
         mask = torch.tensor([[1] * len(log_ratios) + [0]])
         updates.record(row, torch.full(row.shape, entropy), mask)
-    return updates.end_step()
+    updates.decide()
+    return updates.made
 
 
 @pytest.mark.parametrize(("limit", "made"), [(0.019, False), (0.021, True)])

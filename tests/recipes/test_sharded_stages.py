@@ -1,9 +1,10 @@
-"""SFT, TRL's trainer, under FSDP2: the numbers and the adapter of one process."""
+"""SFT and the reward model, TRL's trainers, under FSDP2 and ZeRO-2: the numbers and the adapter of one process."""
 
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,18 +38,30 @@ def read(folder):
     return steps, load_file(folder / "adapter_model.safetensors"), numbers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft"])
-def test_a_stage_of_trl_is_the_same_sharded(stage, run_stage, tiny_texts, write_rows, tmp_path, repo_root):
-    texts = [text.split() for text in tiny_texts]
+def rows_of(stage, texts):
+    texts = [text.split() for text in texts]
     rows = [{"prompt": " ".join(text[:2]), "completion": " " + " ".join(text[2:])} for text in texts]
-    options = OPTIONS | {"dataset_name": write_rows(rows)}
+    if stage == "sft":
+        return rows
+    worse = [row["completion"] for row in (*rows[1:], rows[0])]
+    return [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": text + " bad"}
+        for row, text in zip(rows, worse, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "file"), [("sft", "fsdp2"), ("sft", "zero2"), ("reward", "zero2")])
+def test_a_stage_of_trl_is_the_same_sharded(stage, file, run_stage, tiny_texts, write_rows, tmp_path, repo_root):
+    if file == "zero2" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install 'rlhf-recipes[deepspeed]'")
+    options = OPTIONS | {"dataset_name": write_rows(rows_of(stage, tiny_texts))}
     alone = run_stage(stage, **options, per_device_train_batch_size=4)
     base = alone.trainer.model.get_base_model().config._name_or_path
     own = {"model_name_or_path": base, "output_dir": tmp_path / "sharded", "per_device_train_batch_size": 2}
     words = [word for name, value in (options | own).items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", str(repo_root / "recipes" / "accelerate" / "fsdp2.yaml"), str(STAGE)]
+    command += ["--config_file", str(repo_root / "recipes" / "accelerate" / f"{file}.yaml"), str(STAGE)]
     command += [str(repo_root / "recipes" / f"{stage}.py"), *words]
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)

@@ -87,7 +87,7 @@ class TrainingHealth(_Health):
     With every log there is an entry with, as means per optimizer step since the last one:
 
     - `health/grad_norm_policy`, `health/grad_norm_critic`: norms of the gradients that the optimizer gets, after
-      clipping (`max_grad_norm`);
+      clipping (`max_grad_norm`); not under DeepSpeed, which has cleared them by then;
     - `health/seconds_generate`, `health/seconds_score`, `health/seconds_train`: wall time. `generate` is the time
       between forward passes with a cache of keys and values; `train` begins with the first forward pass with a
       gradient; `score` is what is left in between: log-probabilities, values and rewards. With vLLM there are no
@@ -126,7 +126,8 @@ class TrainingHealth(_Health):
             model.register_forward_pre_hook(self._clock.before_forward, with_kwargs=True),
             model.register_forward_hook(self._clock.after_forward, with_kwargs=True),
         ]
-        self._parameters = dict(_by_role(self._trainer.model))
+        cleared = self._trainer.is_deepspeed_enabled
+        self._parameters = {} if cleared else dict(_by_role(self._trainer.model))
         self._reset()
         self._tokens = None
 

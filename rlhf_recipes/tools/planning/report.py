@@ -258,8 +258,10 @@ def _caveats(sizes: RunSizes, layout: Layout) -> list[str]:
             f"{sizes.quantized_bits}-bit weights in tensors of bytes stay whole on every GPU. To divide 4-bit "
             "weights, set `bnb_4bit_quant_storage: bfloat16`."
         )
-    if layout.is_zero:
-        notes.append("`PPOTrainer` does not run under DeepSpeed: this is what it would take, for a comparison.")
+    if layout.is_zero and layout.divides_weights:
+        notes.append("`PPOTrainer` does not run under ZeRO-3: this is what it would take, for a comparison.")
+    elif layout.is_zero:
+        notes.append("`PPOTrainer` runs under ZeRO-2 with `bf16: false`; load the base with `dtype: bfloat16`.")
     if layout.divides_weights:
         notes.append(
             "while a rollout is sampled, and under FSDP2 scored, every GPU holds all weights (`buffers`): otherwise "

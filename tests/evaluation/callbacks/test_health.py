@@ -156,6 +156,20 @@ def test_sft_has_a_policy_and_no_rollout(tiny_model_path, prompts, tmp_path):
     assert not any("health/grad_norm_critic" in row for row in rows)
 
 
+def test_no_norm_is_told_of_gradients_that_deepspeed_has_cleared(make_trainer):
+    trainer = make_trainer()
+    trainer.is_deepspeed_enabled = True
+    health = TrainingHealth(trainer)
+    of_a_step = (trainer.args, trainer.state, trainer.control)
+    trainer.callback_handler.callbacks = [health]
+    for event in (health.on_train_begin, health.on_pre_optimizer_step, health.on_optimizer_step):
+        event(*of_a_step)
+    Trainer.log(trainer, {"loss": 0.0})
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert "health/seconds_train" in logged
+    assert not any(name.startswith("health/grad_norm") for name in logged)
+
+
 def test_the_frontier_is_the_history_in_a_file(make_trainer, reward_adapter):
     def gold(completion_ids, **kwargs):
         return [float(len(ids)) for ids in completion_ids]

@@ -122,7 +122,10 @@ def test_several_gpus(plan):
     floats = plan(num_processes=4, sharding="zero3", bnb_4bit_quant_storage="bfloat16", **GPUS)
     assert "ZeRO-3: each holds 1/4" in floats
     assert "stay whole" not in floats
-    assert "but 1/4 of gradients and optimizer states" in plan(num_processes=4, sharding="zero2", **GPUS)
+    assert "`PPOTrainer` does not run under ZeRO-3" in floats
+    shared = plan(num_processes=4, sharding="zero2", **GPUS)
+    assert "but 1/4 of gradients and optimizer states" in shared
+    assert "`PPOTrainer` runs under ZeRO-2 with `bf16: false`" in shared
 
 
 def test_speed_is_a_range_with_its_assumptions(plan):
