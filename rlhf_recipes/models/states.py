@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.parts import tokens_in_output
 from rlhf_recipes.models.rows import Texts, scatter_tokens
+from rlhf_recipes.models.sharding import is_sharded
 from rlhf_recipes.models.top_layers import only_read_in_last_layer
 
 _POSITIONS_PER_CHUNK = 256  # for which there are logits at a time; several tensors of their size are in memory
@@ -89,6 +91,32 @@ def states_given(model: nn.Module, states: Tensor) -> Iterator[None]:
         yield
     finally:
         setattr(base, base.base_model_prefix, trunk)
+
+
+def tokens_at_a_time(model: Any) -> int:
+    """How many tokens TRL's fused output layer of a model scores at a time."""
+    weight = model.get_output_embeddings().weight
+    device = "elsewhere" if is_sharded(model) else weight.device.type  # the layers of a sharded model go together
+    return tokens_in_output(len(weight), device)
+
+
+def score_others(model: Any, states: Tensor, labels: Tensor, size: int) -> list[Any]:
+    """Run TRL's fused output layer on all states but the first `size`, which the pass of the layers has scored.
+
+    Args:
+        model: The model, with or without adapters.
+        states: The states that tokens are drawn from, shape `(1, n, H)`.
+        labels: The tokens, shape `(1, n)`.
+        size: Tokens that are scored at a time.
+
+    Returns:
+        What the model returns, for one part after the other.
+    """
+    outputs = []
+    for given, targets in zip(states.split(size, 1)[1:], labels.split(size, 1)[1:], strict=True):
+        with states_given(model, given):
+            outputs.append(model(shift_labels=targets, fused_lm_head=True))
+    return outputs
 
 
 class _Given(nn.Module):

@@ -1,7 +1,7 @@
 """The critic: what return to expect before each completion token.
 
 `Critic` is what PPO asks of one. Three are here: an adapter of its own on the shared base, a head on the policy's own
-states, and a model of its own. `build_critic` chooses by the configuration.
+states, and a model of its own. `setup.build_critic` chooses by the configuration.
 
 `B` sequences, `P` prompt tokens (padded on the left), `T` completion tokens (padded on the right), `H` hidden size.
 """
@@ -25,15 +25,13 @@ from rlhf_recipes.models.arguments import positions_follow_mask
 from rlhf_recipes.models.packing import is_packed, pack
 from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.resumed import check_same_adapter
-from rlhf_recipes.models.reward import load_scoring_model
-from rlhf_recipes.models.roles import CRITIC, CRITIC_MODEL, Roles
+from rlhf_recipes.models.roles import CRITIC, Roles
 from rlhf_recipes.models.rows import Rows, Texts, scatter_rows
 from rlhf_recipes.models.sharding import load_whole, whole_weights
 from rlhf_recipes.models.top_layers import check_top_layers, only_read_in_last_layer
-from rlhf_recipes.ppo.checks import check_classifier, check_critic
+from rlhf_recipes.ppo.checks import check_classifier
 
 if TYPE_CHECKING:
-    from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.rollout import Rollout
 
 _HEAD_FILE = "head.safetensors"
@@ -312,55 +310,3 @@ class ModelCritic(Critic):
         """Read what `save` wrote."""
         saved = type(self.network).from_pretrained(str(folder), use_safetensors=True)
         load_whole(self.network, saved.state_dict())
-
-
-def build_critic(
-    policy: PreTrainedModel | PeftModel,
-    roles: Roles,
-    args: PPOConfig,
-    reward_role: str | None = None,
-    model: str | Path | PreTrainedModel | Critic | None = None,
-) -> Critic:
-    """Make the critic that the configuration asks for.
-
-    Args:
-        policy: The policy, to whose modules the critic's are added.
-        roles: The roles on the shared base.
-        args: The configuration: `critic`, `critic_init` and `critic_layers`.
-        reward_role: The reward adapter to start from.
-        model: For `critic="model"`: a sequence classifier with one output and the policy's tokenizer, or the path of
-            one, or of an adapter of one; or a `Critic` of one's own. Else the folder of a critic of the same kind that
-            goes on.
-
-    Raises:
-        ValueError: If what the critic is to start from is not there, or an option has no meaning for it.
-    """
-    check_critic(args, reward_role, model)
-    critic: Critic
-    if args.critic != "model":
-        critic = _role_critic(policy, roles, args, reward_role)
-        if model is not None:
-            critic.check_saved(str(model))
-            critic.load(str(model))
-    elif isinstance(model, Critic):
-        critic = model
-    else:
-        classifier: Any = model
-        if isinstance(model, str | Path):
-            classifier = load_scoring_model(str(model), args.adapter_tolerance, args.trust_remote_code)
-        embeddings: Any = policy.get_input_embeddings()
-        critic = ModelCritic(classifier, embeddings.weight.size(0))
-        if args.critic_init == "policy":
-            nn.init.zeros_(classifier.score.weight)
-    if critic.network is not None:
-        policy.add_module(CRITIC_MODEL, critic.network.to(policy.device))
-    return critic
-
-
-def _role_critic(
-    policy: PreTrainedModel | PeftModel, roles: Roles, args: PPOConfig, reward_role: str | None
-) -> _RoleCritic:
-    if args.critic == "head":
-        return HeadCritic(policy, roles)
-    source = POLICY if args.critic_init == "policy" else reward_role or POLICY
-    return AdapterCritic(roles, source, args.critic_layers)

@@ -19,11 +19,10 @@ from trl.models import unwrap_model_for_generation
 
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.packing import is_packed
-from rlhf_recipes.models.parts import tokens_in_output
 from rlhf_recipes.models.quantized import unpacked
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
 from rlhf_recipes.models.sharding import call_inside, is_sharded
-from rlhf_recipes.models.states import states_at, states_given
+from rlhf_recipes.models.states import score_others, states_at, tokens_at_a_time
 from rlhf_recipes.shaping import chunked_full_kl
 
 if TYPE_CHECKING:
@@ -115,15 +114,12 @@ def policy_pass(
         drawn = mask.flatten().nonzero().squeeze(1)
         places = rows.places(part.positions_before).flatten()[drawn]
         labels = part.completion_ids.flatten()[drawn][None]
-        size = _tokens_at_a_time(inner, len(drawn))
+        size = tokens_at_a_time(inner)
         with trainer.accelerator.autocast():
             with states_at(inner, places, router_loss, size) as states:
                 tokens = part.network_input(rows, inner.get_input_embeddings())
                 outputs = model(**tokens, **routers, shift_labels=labels[:, :size], fused_lm_head=True)
-            scored = [outputs]
-            for given, targets in zip(states[0].split(size, 1)[1:], labels.split(size, 1)[1:], strict=True):
-                with states_given(inner, given):
-                    scored.append(inner(shift_labels=targets, fused_lm_head=True))
+            scored = [outputs, *score_others(inner, states[0], labels, size)]
             more = [] if read is None else [read(states[0])]
         logps, entropies = (
             torch.cat([getattr(each, name) for each in scored], 1) for name in ("log_probs", "entropy")
@@ -135,12 +131,6 @@ def policy_pass(
     joined = [scatter_rows(list(zip(indices_of_parts, column, strict=True)), length) for column in columns]
     kept = joined[2] if read is not None else None
     return PolicyPass(joined[0], joined[1], kept, outputs.aux_loss if router_loss else None)
-
-
-def _tokens_at_a_time(model: Any, count: int) -> int:
-    """How many of `count` tokens the output layer scores at a time."""
-    weight = model.get_output_embeddings().weight
-    return max(count, 1) if is_sharded(model) else tokens_in_output(len(weight), weight.device.type)
 
 
 def keep_states(states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build the policy and the rewards of a PPO run from what the user gives: paths, models, adapters, functions."""
+"""Build policy, critic and rewards of a PPO run from what the user gives: paths, models, adapters, functions."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from rlhf_recipes.models.packing import pack
 from rlhf_recipes.models.plain_lora import changes_base
 from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout
-from rlhf_recipes.models.reward import load_reward_model
-from rlhf_recipes.models.roles import FROZEN, REFERENCE, Roles, is_critic_parameter
-from rlhf_recipes.ppo.checks import check_one_base
+from rlhf_recipes.models.reward import load_reward_model, load_scoring_model
+from rlhf_recipes.models.roles import CRITIC_MODEL, FROZEN, REFERENCE, Roles, is_critic_parameter
+from rlhf_recipes.ppo.checks import check_critic, check_one_base
+from rlhf_recipes.ppo.critics import AdapterCritic, Critic, HeadCritic, ModelCritic
 from rlhf_recipes.ppo.ema import PolicyAverage
 from rlhf_recipes.ppo.inputs import check_policy, check_reward_list, unused_tokenizer
 from rlhf_recipes.ppo.resume import critic_rate
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from rlhf_recipes.ppo.config import PPOConfig
-    from rlhf_recipes.ppo.critics import Critic
     from rlhf_recipes.ppo.group_config import Config
 
 
@@ -183,6 +183,58 @@ def configured_transforms(args: PPOConfig) -> list[ScoreTransform]:
     if args.ngram_penalty is not None:
         transforms.append(RepetitionPenalty(args.ngram_penalty))
     return transforms
+
+
+def build_critic(
+    policy: PreTrainedModel | PeftModel,
+    roles: Roles,
+    args: PPOConfig,
+    reward_role: str | None = None,
+    model: str | Path | PreTrainedModel | Critic | None = None,
+) -> Critic:
+    """Make the critic that the configuration asks for.
+
+    Args:
+        policy: The policy, to whose modules the critic's are added.
+        roles: The roles on the shared base.
+        args: The configuration: `critic`, `critic_init` and `critic_layers`.
+        reward_role: The reward adapter to start from.
+        model: For `critic="model"`: a sequence classifier with one output and the policy's tokenizer, or the path of
+            one, or of an adapter of one; or a `Critic` of one's own. Else the folder of a critic of the same kind that
+            goes on.
+
+    Raises:
+        ValueError: If what the critic is to start from is not there, or an option has no meaning for it.
+    """
+    check_critic(args, reward_role, model)
+    critic: Critic
+    if args.critic != "model":
+        critic = _role_critic(policy, roles, args, reward_role)
+        if model is not None:
+            critic.check_saved(str(model))
+            critic.load(str(model))
+    elif isinstance(model, Critic):
+        critic = model
+    else:
+        classifier: Any = model
+        if isinstance(model, str | Path):
+            classifier = load_scoring_model(str(model), args.adapter_tolerance, args.trust_remote_code)
+        embeddings: Any = policy.get_input_embeddings()
+        critic = ModelCritic(classifier, embeddings.weight.size(0))
+        if args.critic_init == "policy":
+            nn.init.zeros_(classifier.score.weight)
+    if critic.network is not None:
+        policy.add_module(CRITIC_MODEL, critic.network.to(policy.device))
+    return critic
+
+
+def _role_critic(
+    policy: PreTrainedModel | PeftModel, roles: Roles, args: PPOConfig, reward_role: str | None
+) -> AdapterCritic | HeadCritic:
+    if args.critic == "head":
+        return HeadCritic(policy, roles)
+    source = POLICY if args.critic_init == "policy" else reward_role or POLICY
+    return AdapterCritic(roles, source, args.critic_layers)
 
 
 def add_log_probs(trainer: GRPOTrainer, model: Any) -> None:

@@ -25,7 +25,7 @@ from rlhf_recipes.ppo._trl import as_scored
 from rlhf_recipes.ppo.checkpoint import continue_run
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.console import show_roles, show_rollouts
-from rlhf_recipes.ppo.critics import Critic, CriticRollout, build_critic
+from rlhf_recipes.ppo.critics import Critic, CriticRollout
 from rlhf_recipes.ppo.functional import backward_now, masked_moments, whiten
 from rlhf_recipes.ppo.inputs import check_callbacks, check_given, reward_tokenizers
 from rlhf_recipes.ppo.metrics import EvaluatedRows, LossMetrics, RolloutFacts, StepMetrics
@@ -144,7 +144,7 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
         tokenizers: Any = reward_tokenizers(reward_processing_classes, reward_funcs)
         reward_funcs, args.reward_weights = setup.build_rewards(reward_funcs, self.roles, tokenizer, args, tokenizers)
         self.prompt_rules = with_columns_of_rewards(self.prompt_rules, reward_funcs, train_dataset, self.roles)
-        self.critic = build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
+        self.critic = setup.build_critic(policy, self.roles, args, next(iter(self.roles.heads), None), critic_model)
         checks.check_arguments(args, placement, potential, ptx_dataset, reference_adapter)
         train_dataset = training_rows(train_dataset, self.prompt_rules, args, policy)
         self.token_rewards, self.potential = TokenRewards(args, placement, score_transforms), potential
