@@ -33,7 +33,9 @@ OPTIONS = {
 RANKINGS = {"objective": "ranking", "readout": "mean", "gradient_checkpointing": True}
 CASES = {
     "sft": ("sft", {}),
+    "sft_bf16": ("sft", {"bf16": True}),
     "reward": ("reward", {"normalize_head": True}),
+    "reward_bf16": ("reward", {"bf16": True}),
     "rankings": ("reward", RANKINGS),
     "tokens": ("reward", {"objective": "token", "load_in_4bit": False, "bnb_4bit_quant_storage": "uint8"}),
 }
@@ -44,10 +46,10 @@ def rows_of(case, texts):
     rows = [
         {"prompt": " ".join(words[:2]), "completion": " " + " ".join(words[2:])} for words in map(str.split, texts)
     ]
-    if case == "sft":
+    if case.startswith("sft"):
         return rows
     groups = [[row["completion"], f" was bad{' so' * (n % 3)}", " is dull"] for n, row in enumerate(rows)]
-    if case == "reward":
+    if case.startswith("reward"):
         pairs = zip(rows, groups, strict=True)
         return [{"prompt": row["prompt"], "chosen": group[0], "rejected": group[1]} for row, group in pairs]
     target = {"rankings": ("ranks", [1, 2, 2]), "tokens": ("ratings", [1.0, -1.0, 0.5])}[case]
@@ -82,7 +84,8 @@ def read(folder):
 def test_a_stage_of_trl_is_the_same_sharded(case, run_stage, tiny_texts, write_rows, tmp_path, repo_root):
     stage, fields = CASES[case]
     options = OPTIONS | fields | {"dataset_name": write_rows(rows_of(case, tiny_texts))}
-    alone = run_stage(stage, **options, per_device_train_batch_size=4)
+    # The micro-batches of both processes, one after the other: in bfloat16 other ones would round otherwise
+    alone = run_stage(stage, **options, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     base = alone.trainer.model.get_base_model().config._name_or_path
     own = {"model_name_or_path": base, "output_dir": tmp_path / "sharded", "per_device_train_batch_size": 2}
     launch(repo_root, stage, options | own)
