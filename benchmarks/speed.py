@@ -1,7 +1,11 @@
-"""Time and memory of an update: this project's PPO, TRL 1.12's PPO, TRL's GRPO and RLOO, and the floor.
+"""Time and memory of an update: this project's PPO, now and at an earlier commit, TRL's trainers, and the floor.
 
     python benchmarks/speed.py                      # 27M, fixed lengths, float32
     python benchmarks/speed.py --sizes 1.3M 27M --lengths fixed ragged --precisions fp32 bf16 4bit
+    OMP_NUM_THREADS=2 python benchmarks/speed.py    # with two threads
+    python benchmarks/speed.py --micro_batch 8      # rollouts of four micro-batches
+    python benchmarks/speed.py --sizes 135M --precisions 4bit --completion_length 64 \
+        --systems earlier_adapter ppo_adapter
     python benchmarks/speed.py --growth             # against batch, length and vocabulary
     python benchmarks/speed.py --short              # this project against the floor, a guard of two minutes
     python benchmarks/speed.py --gpu --sizes 0.5B 1.5B 3B 7B --precisions 4bit --batch 16 --prompt_length 128 \
@@ -11,11 +15,14 @@ Every measurement is a process of its own; the systems take turns, and medians a
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -24,32 +31,60 @@ from speed_world import COMPLETION_LENGTH, LENGTHS, PROMPT_LENGTH, QWEN, SIZES, 
 
 HERE = Path(__file__).resolve().parent
 OURS = ["ppo_head", "ppo_adapter", "ppo_adapter_half"]  # the last one with `critic_layers` at half the layers
-SYSTEMS = ["trl112", *OURS, "floor_head", "floor_adapter", "grpo", "rloo", "sft"]
+EARLIER = {system.replace("ppo", "earlier"): system for system in OURS}  # the same, of an earlier commit
+SYSTEMS = ["trl112", *EARLIER, *OURS, "floor_head", "floor_adapter", "grpo", "rloo", "sft"]
 PHASES = ["update", "generate", "score", "train", "rest"]
 TO_TRL112 = ["update", "peak_mib"]  # what is set in relation to it
 # (what, of which system, relative to which, at most), with fixed lengths
 FLOOR = [("update", "ppo_head", "floor_head", 1.15), ("update", "ppo_adapter", "floor_adapter", 1.15)]
 SFT = [("peak_mib", system, "sft", 1.25) for system in ("ppo_head", "ppo_adapter")]
-BARS_27M = [
-    ("update", "ppo_head", "trl112", 0.60),
-    ("update", "ppo_adapter_half", "trl112", 0.85),
-    *FLOOR,
-    *[("peak_mib", system, "trl112", 0.45) for system in OURS],
-    *SFT,
+PEAKS = [("peak_mib", system, "trl112", 0.45) for system in OURS]
+TO_EARLIER = [("update", ours, earlier, 0.80) for earlier, ours in EARLIER.items()]
+TO_TRL112_ALONE = [  # with one thread and one micro-batch, in float32
+    ("update", "ppo_head", "trl112", 0.48),
+    ("update", "ppo_adapter_half", "trl112", 0.60),
+    ("update", "ppo_adapter", "trl112", 0.80),
 ]
+BARS_16_AND_4_BIT = [("update", "ppo_head", "trl112", 0.60), ("update", "ppo_adapter_half", "trl112", 0.85)]
+BARS_SMALLEST = [("update", "ppo_head", "earlier_head", 0.75)]
+BARS_135M = [(what, "ppo_adapter", "earlier_adapter", 0.70) for what in ("update", "peak_mib")]
 BARS_LARGER_4_BIT = [*FLOOR, *[("peak_mib", system, "trl112", 0.35) for system in OURS], *SFT]
 RAGGED = 1.2  # time with ragged lengths, at most, relative to that with fixed ones and as many real tokens
 
 
-def measure(system: str, world: Path, python: str, options: dict[str, object], gpu: bool = False) -> dict:
+def threads() -> int:
+    """Threads of every measurement."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def build(commit: str, folder: Path) -> Path:
+    """Install this project as it was at a commit into a folder of its own, unless it is there; return the folder."""
+    site = folder / f"earlier_{commit}"
+    if not site.exists():
+        archive = subprocess.run(["git", "-C", HERE.parent, "archive", commit], capture_output=True)
+        if archive.returncode:
+            told = archive.stderr.decode().strip()
+            raise RuntimeError(f"There is no commit {commit} ({told}). A clone with its history has it.")
+        with tempfile.TemporaryDirectory() as source:
+            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+                files.extractall(source, filter="data")
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, source]
+            subprocess.run(pip, check=True)
+    return site
+
+
+def measure(
+    system: str, world: Path, python: str, options: dict[str, object], gpu: bool = False, earlier: Path | None = None
+) -> dict:
     """Run one system once, and return its medians, or with ragged lengths its means."""
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    machine = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | (
-        {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    )
+    machine = {"OMP_NUM_THREADS": str(threads())} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    if system in EARLIER:
+        assert earlier is not None
+        machine["PYTHONPATH"] = str(earlier)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
-        [python, HERE / "speed_worker.py", world, system, *words],
+        [python, HERE / "speed_worker.py", world, EARLIER.get(system, system), *words],
         capture_output=True,
         text=True,
         env=os.environ | quiet | machine,
@@ -68,10 +103,11 @@ def compare(given, worlds: dict[str, Path], precision: str, pythons: dict[str, s
     options |= {"micro_batch": given.micro_batch or given.batch}
     options |= {"prompt_length": given.prompt_length, "completion_length": given.completion_length}
     runs = {lengths: {system: [] for system in given.systems} for lengths in worlds}
+    earlier = build(given.earlier, given.output.resolve()) if EARLIER.keys() & set(given.systems) else None
     for _ in range(given.rounds):
         for system in given.systems:
             for lengths, world in worlds.items():
-                result = measure(system, world, pythons.get(system, sys.executable), options, given.gpu)
+                result = measure(system, world, pythons.get(system, sys.executable), options, given.gpu, earlier)
                 if lengths == "fixed":  # before the others take their time
                     check_lengths(system, result, given.batch * (given.prompt_length + given.completion_length))
                 runs[lengths][system].append(result)
@@ -107,20 +143,31 @@ def table(medians: dict[str, dict[str, float]]) -> str:
 
 def judge_all(given, size: str, precision: str, found: dict[str, dict[str, dict]]) -> list[tuple[bool, str]]:
     """Judge what was measured of one size and format, with both lengths."""
-    wanted = bars(size, precision)
+    wanted = bars(size, precision, given.batch // (given.micro_batch or given.batch), threads())
     if given.short:  # a guard, not a measurement: one run of each scatters by a tenth
         wanted = [(what, system, other, 1.3) for what, system, other, _ in wanted]
     fixed, ragged = found.get("fixed", {}), found.get("ragged", {})
     return judge(fixed, wanted) + judge_ragged(fixed, ragged)
 
 
-def bars(size: str, precision: str) -> list[tuple[str, str, str, float]]:
-    """The bars for fixed lengths: none with 1.3M, which is there to see what does not depend on size."""
-    if size == "1.3M":
-        return []
+def bars(size: str, precision: str, micro_batches: int = 1, threads: int = 1) -> list[tuple[str, str, str, float]]:
+    """The bars for fixed lengths."""
+    if size == "1.3M":  # it is there to see what does not depend on size
+        return BARS_SMALLEST if precision == "fp32" else []
+    if size == "135M":
+        return BARS_135M if precision == "4bit" else []
     if size == "27M":
-        return BARS_27M
+        return bars_27m(precision, micro_batches, threads)
     return BARS_LARGER_4_BIT if precision == "4bit" else [*FLOOR, *SFT]
+
+
+def bars_27m(precision: str, micro_batches: int, threads: int) -> list[tuple[str, str, str, float]]:
+    """The bars of the model that most is measured with."""
+    if micro_batches > 1:
+        return [("update", "ppo_head", "trl112", 0.52)] if (precision, threads) == ("fp32", 1) else []
+    if precision != "fp32":
+        return [*BARS_16_AND_4_BIT, *FLOOR, *PEAKS, *SFT]
+    return [*TO_EARLIER, *(TO_TRL112_ALONE if threads == 1 else []), *FLOOR, *PEAKS, *SFT]
 
 
 def judge(medians: dict[str, dict[str, float]], wanted) -> list[tuple[bool, str]]:
@@ -180,6 +227,7 @@ def parse(argv=None):
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["fixed"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "4bit"], default=["fp32"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--earlier", default="4a24141", help="commit of this project to compare with (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=3, help="of a round; the first does not count (%(default)s)")
     parser.add_argument("--batch", type=int, default=32)

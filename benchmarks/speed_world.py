@@ -23,9 +23,17 @@ from transformers import (
 PROMPT_LENGTH, COMPLETION_LENGTH = 32, 48
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LENGTHS = {"fixed": 1e-12, "ragged": 1 / 24}  # probability of the end token at each step
-SIZES = {
+SIZES: dict[str, dict] = {
     "1.3M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
     "27M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408},
+    "135M": {  # the shape of SmolLM2-135M
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -47,7 +55,7 @@ QWEN = {
     "3B": qwen(2048, 36, 16, 2, 11008),
     "7B": qwen(3584, 28, 28, 4, 18944, tied=False),
 }
-VOCABULARY = {"0.5B": 151_936, "1.5B": 151_936, "3B": 151_936, "7B": 152_064}
+VOCABULARY = {"135M": 49_152, "0.5B": 151_936, "1.5B": 151_936, "3B": 151_936, "7B": 152_064}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -107,7 +115,7 @@ def make_model(size, vocabulary, tokenizer):
     if size in QWEN:
         config = Qwen2Config(**QWEN[size], **options)
     else:
-        config = LlamaConfig(**SIZES[size], tie_word_embeddings=False, **options)
+        config = LlamaConfig(**{"tie_word_embeddings": False} | SIZES[size], **options)
     dtype = torch.float32 if size in (*SIZES, "0.5B") else torch.bfloat16
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -72,8 +72,19 @@ def test_verdicts_by_hand():
 
 
 def test_which_bars_are_judged():
-    assert speed.bars("1.3M", "fp32") == []
+    assert speed.bars("1.3M", "fp32") == [("update", "ppo_head", "earlier_head", 0.75)]
+    assert speed.bars("1.3M", "bf16") == []
+    assert ("peak_mib", "ppo_adapter", "earlier_adapter", 0.70) in speed.bars("135M", "4bit")
     assert ("update", "ppo_head", "trl112", 0.60) in speed.bars("27M", "bf16")
+    one, two = (speed.bars("27M", "fp32", threads=threads) for threads in (1, 2))
+    assert set(one) - set(two) == {
+        ("update", "ppo_head", "trl112", 0.48),
+        ("update", "ppo_adapter_half", "trl112", 0.60),
+        ("update", "ppo_adapter", "trl112", 0.80),
+    }
+    assert ("update", "ppo_adapter_half", "earlier_adapter_half", 0.80) in two
+    assert speed.bars("27M", "fp32", micro_batches=4) == [("update", "ppo_head", "trl112", 0.52)]
+    assert speed.bars("27M", "fp32", micro_batches=4, threads=2) == []
     assert ("peak_mib", "ppo_adapter", "trl112", 0.35) in speed.bars("0.5B", "4bit")
     assert {other for _, _, other, _ in speed.bars("0.5B", "fp32")} == {"floor_head", "floor_adapter", "sft"}
 
@@ -81,7 +92,7 @@ def test_which_bars_are_judged():
 def test_systems_take_turns_and_lengths_follow_each_other(monkeypatch, tmp_path):
     order, seconds = [], iter([10, 4, 8, 5, 30, 12, 9, 9, 20, 6, 10, 7])
 
-    def measure(system, world, python, options, gpu):
+    def measure(system, world, python, options, gpu, earlier):
         order.append((system, world.name))
         row = dict.fromkeys((*speed.PHASES, "peak_mib"), next(seconds))
         return row | {"tokens": 32 * 80 if world.name == "f" else 1024}
@@ -98,7 +109,7 @@ def test_systems_take_turns_and_lengths_follow_each_other(monkeypatch, tmp_path)
         "PASS update of ppo_head, ragged / predicted from 0.40 of the tokens: 0.750 (at most 1.2)",
         "PASS score and train of ppo_head, ragged / predicted from 0.40 of the tokens: 0.750 (at most 1.2)",
     ]
-    assert [text for _, text in speed.judge_all(given, "1.3M", "fp32", found)] == texts[1:]
+    assert [text for _, text in speed.judge_all(given, "1.3M", "bf16", found)] == texts[1:]
     short = speed.parse(["--short"])
     assert next(text for _, text in speed.judge_all(short, "27M", "fp32", found)).endswith("2.222 (at most 1.3)")
 
@@ -115,6 +126,25 @@ def test_a_gpu_is_hidden_unless_asked_for(monkeypatch, tmp_path, gpu):
     monkeypatch.setattr(speed.subprocess, "run", run)
     assert speed.measure("ppo_head", tmp_path, "python", {"updates": 2}, gpu)["update"] == 1.0
     assert environments[0]["CUDA_VISIBLE_DEVICES"] == ("0" if gpu else "")
+
+
+def test_an_earlier_build_is_run_from_its_own_folder(monkeypatch, tmp_path):
+    seen = []
+
+    def run(words, env, **options):
+        seen.append((words[3], env.get("PYTHONPATH")))
+        return SimpleNamespace(stdout='RESULT {"update": 1.0, "peak_mib": 2.0}\n', stderr="")
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    for system in ("earlier_adapter_half", "ppo_adapter_half"):
+        speed.measure(system, tmp_path, "python", {}, earlier=tmp_path / "site")
+    assert seen == [("ppo_adapter_half", str(tmp_path / "site")), ("ppo_adapter_half", None)]
+
+
+def test_a_commit_that_is_not_there(tmp_path):
+    with pytest.raises(RuntimeError, match="no commit 0000000.*clone with its history"):
+        speed.build("0000000", tmp_path)
 
 
 def test_the_table_sets_time_and_memory_in_relation_to_trl_112():

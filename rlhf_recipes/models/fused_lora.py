@@ -101,7 +101,7 @@ class _Fused(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapter's update: (..., in) -> (..., out)."""
-        update = None if args or kwargs else _fusable_update(self, x)
+        update = None if args or kwargs else fusable_update(self, x)
         return super().forward(x, *args, **kwargs) if update is None else _forward(self.base_layer, update, x)
 
 
@@ -122,7 +122,7 @@ class _Update(NamedTuple):
 
 
 # A step of generation calls each layer for a few tokens, so that every lookup of an attribute here counts.
-def _fusable_update(layer: Any, x: Tensor) -> _Update | None:
+def fusable_update(layer: Any, x: Tensor) -> _Update | None:
     """The update in use, if it is of one adapter alone, plain LoRA without dropout, and no narrower than the input."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None

@@ -29,6 +29,7 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.image_embeddings import EmbeddedPrompt, pad_prompts
@@ -38,6 +39,7 @@ from rlhf_recipes.models.sharding import is_sharded
 logger = logging.getLogger(__name__)
 
 _LONGEST_LINE = 200  # characters of settings, of which one may list thousands of tokens
+_ROOM = 32  # tokens for which there is room, until all keys and values are copied
 _ENDED = 0.25  # share of the rows that have ended at which they leave: copying the others' keys and values costs too
 
 # Settings of a generation configuration that have no part in what is drawn: tokens by name, lengths, memory, outputs.
@@ -333,9 +335,42 @@ def sample(
     return sequences[:, : input_ids.size(1)]
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer with room for further tokens, where transformers' copies them all for each token."""
+
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values `(B, heads, t, D)` of `t` tokens, and return those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._keys, self.keys = _append(self._keys, self.keys, key_states)
+        self._values, self.values = _append(self._values, self.values, value_states)
+        return self.keys, self.values
+
+
+def _append(room: Tensor | None, states: Any, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Put `more` `(B, heads, t, D)` behind `states`, which may lie in a tensor with room; that one, and both."""
+    length = states.size(-2) if states.dim() == more.dim() else 0  # an empty one has no dimensions yet
+    total = length + more.size(-2)
+    if room is None or room.data_ptr() != states.data_ptr() or room.size(-2) < total:
+        room = more.new_empty(*more.shape[:-2], total + _ROOM, more.size(-1))
+        room[..., :length, :] = states if length else 0
+    room[..., length:total, :] = more
+    return room, room[..., :total, :]
+
+
+def empty_cache(model: Any) -> DynamicCache:
+    """Make a cache for `model.generate` whose layers of full attention have room."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def read_prompts(model: Any, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache:
     """Cache keys and values of all but the last token of prompts `(B, P)`, zeros on padding, for `model.generate`."""
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     if input_ids.size(1) > 1 and not attention_mask.all():
         rows = Rows(attention_mask[:, :-1], packed=True)
         ids = rows.join(input_ids[:, :-1])
@@ -366,7 +401,7 @@ def read_embedded(model: Any, prompts: dict[str, Tensor], attention_mask: Tensor
     counted = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     positions = prompts["prompt_positions"].movedim(-1, 0) if "prompt_positions" in prompts else counted
     types = {"token_type_ids": prompts["prompt_types"][:, :-1]} if "prompt_types" in prompts else {}
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     model.base_model(
         inputs_embeds=prompts["prompt_embeds"][:, :-1],
         attention_mask=attention_mask[:, :-1],

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+
+_SHARE_OF_FREE_MEMORY = 0.5  # that unpacked weights may take
 
 
 def keep_4bit_differentiable(model: torch.nn.Module) -> None:
@@ -68,3 +76,57 @@ def dequantized(model: Any) -> Any:
     plain = type(model)(model.config)
     plain.load_state_dict(weights)
     return plain
+
+
+@contextmanager
+def unpacked(model: torch.nn.Module) -> Iterator[None]:
+    """Keep the 4-bit weights of a model unpacked inside the block, if they fit into half of the memory that is free.
+
+    Each token that is sampled otherwise unpacks all of them again. The numbers are the same, to the last bit.
+
+    Args:
+        model: Any model, whose weights do not change inside the block.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    known = all(module.compute_type_is_set and module.compute_dtype is not None for _, module in layers)
+    needed = sum(module.in_features * module.out_features * _itemsize(module) for _, module in layers)
+    if not (layers and known) or needed > _SHARE_OF_FREE_MEMORY * _free_memory(layers[0][1].weight.device):
+        yield
+        return
+    for name, module in layers:
+        model.set_submodule(name, _Unpacked(module))
+    try:
+        yield
+    finally:
+        for name, module in layers:
+            model.set_submodule(name, module)
+
+
+def _itemsize(layer: Any) -> int:
+    size: int = (layer.compute_dtype or torch.float32).itemsize
+    return size
+
+
+class _Unpacked(nn.Linear):
+    """What a 4-bit layer computes, with its weights as numbers."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the input's format."""
+        dtype = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight, bias).to(x.dtype)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free, with those that torch keeps for itself."""
+    if device.type != "cuda":
+        free: int = psutil.virtual_memory().available
+        return free
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

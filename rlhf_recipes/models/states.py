@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_tokens
+from rlhf_recipes.models.top_layers import only_read_in_last_layer
 
 _POSITIONS_PER_CHUNK = 256  # for which there are logits at a time; several tensors of their size are in memory
 _TOKENS_PER_CHUNK = 1024  # of the language-model loss
@@ -44,28 +45,30 @@ def states_replaced(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def states_at(model: nn.Module, places: Tensor) -> Iterator[list[Tensor]]:
+def states_at(model: nn.Module, places: Tensor, whole: bool = False) -> Iterator[list[Tensor]]:
     """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
 
     The output layer then sees these states only, as one row, and one more, which TRL's leaves out: the logits
-    of prompts and padding are not computed.
+    of prompts and padding are not computed, nor is most of the last layer.
 
     Args:
         model: The model, with or without adapters.
         places: Places among all states of a pass, shape `(n,)`.
+        whole: Whether the last layer is computed for all tokens, which its routers may count.
 
     Yields:
         A list that gets the last hidden states `(1, n, H)` at these places, once for each pass.
     """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     captured: list[Tensor] = []
-    places = torch.cat([places, places.new_zeros(1)])
+    read, places = places, torch.cat([places, places.new_zeros(1)])
 
     def keep(states: Tensor) -> Tensor:
         states = states.flatten(0, 1).index_select(0, places)[None]
         captured.append(states[:, :-1])
         return states
 
-    with states_replaced(model, keep):
+    with nullcontext() if whole else only_read_in_last_layer(base, read), states_replaced(model, keep):
         yield captured
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from rlhf_recipes.models.gated_mlp import GatedMLP
+from rlhf_recipes.models.rows import scatter_tokens
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -81,3 +86,55 @@ def only_top(model: Any, count: int) -> Iterator[None]:
         yield
     finally:
         trunk.layers = layers
+
+
+@contextmanager
+def only_read_in_last_layer(model: Any, places: Tensor) -> Iterator[None]:
+    """Let the last layer of a decoder compute what is read of it, in every forward pass inside the block.
+
+    Of a token whose last state nobody reads, the others need the last layer's keys and values alone. Its query, the
+    output of attention and the MLP, most of the layer, are left out; what the layer then gives for it has no meaning.
+    With activation checkpointing, which computes layers again after the block, nothing is left out.
+
+    Args:
+        model: The causal model, without PEFT's wrapper.
+        places: Of the tokens whose states are read, each once, among all of a pass, shape `(n,)`.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    with ExitStack() as hooks:
+        again = torch.is_grad_enabled() and getattr(model, "is_activation_checkpointing", False)
+        if isinstance(layers, nn.ModuleList) and not again:
+            for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+                module = _submodule(layers[-1], name)
+                if isinstance(module, nn.Linear | LoraLayer | GatedMLP):
+                    _compute_only(module, places, hooks)
+        yield
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        module = getattr(module, part, None)  # type: ignore[assignment]
+    return module
+
+
+def _compute_only(module: nn.Module, places: Tensor, hooks: ExitStack) -> None:
+    """Hand a module, which computes each token alone, some of the tokens; the others get zeros."""
+    shapes: list[torch.Size] = []
+
+    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        shapes.append(args[0].shape[:-1])
+        return args[0].flatten(0, 1).index_select(0, places)[None]
+
+    def put_back(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return scatter_tokens(output[0], places, *shapes.pop())
+
+    hooks.enter_context(_removed(module.register_forward_pre_hook(choose)))
+    hooks.enter_context(_removed(module.register_forward_hook(put_back)))
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -9,6 +9,7 @@ states, and a model of its own. `build_critic` chooses by the configuration.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,9 @@ from rlhf_recipes.models.readout import Readout
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.reward import load_scoring_model
 from rlhf_recipes.models.roles import CRITIC, CRITIC_MODEL, Roles
-from rlhf_recipes.models.rows import Texts, scatter_rows
+from rlhf_recipes.models.rows import Rows, Texts, scatter_rows
 from rlhf_recipes.models.sharding import load_whole, whole_weights
-from rlhf_recipes.models.top_layers import check_top_layers
+from rlhf_recipes.models.top_layers import check_top_layers, only_read_in_last_layer
 from rlhf_recipes.ppo.checks import check_classifier, check_critic
 
 if TYPE_CHECKING:
@@ -118,6 +119,14 @@ class _RoleCritic(Critic):
         with torch.autocast(states.device.type, enabled=False):  # the network may run in 16 bits, the head does not
             return self._roles.apply_head(CRITIC, states) + self._bias
 
+    def _values(self, texts: Texts, rows: Rows, base: Any, run: Callable[[], Tensor]) -> Tensor:
+        """Values before each completion token of what `run` gives, last hidden states; the others are not computed."""
+        positions = texts.positions_before
+        read = rows.places(positions)[texts.completion_mask.bool()]
+        with only_read_in_last_layer(base, read):
+            hidden = run()
+        return self.read(rows.gather(hidden, positions))
+
     def set_trainable(self) -> None:
         """Train the head, and the adapter if it is the critic's own."""
         self._roles.unfreeze(CRITIC)
@@ -171,16 +180,16 @@ class AdapterCritic(_RoleCritic):
 
     def forward(self, texts: Rollout | Texts) -> Tensor:
         """Values before each completion token; with `layers` from the states that `rollout` kept."""
-        rows = texts.rows(self._roles.packed)
-        with self._roles.use(CRITIC):
-            if self._layers is None:
-                tokens = texts.network_input(rows, self._roles.embeddings)
-                hidden = self._roles.hidden_states(**tokens)
-            else:
-                below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
-                states = rows.join(torch.cat(below, dim=1))
-                hidden = self._roles.hidden_states_of_top(states, self._layers, **rows.arguments)
-        return self.read(rows.gather(hidden, texts.positions_before))
+        rows, roles, layers = texts.rows(self._roles.packed), self._roles, self._layers
+
+        def run() -> Tensor:
+            if layers is None:
+                return roles.hidden_states(**texts.network_input(rows, roles.embeddings))
+            below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
+            return roles.hidden_states_of_top(rows.join(torch.cat(below, dim=1)), layers, **rows.arguments)
+
+        with roles.use(CRITIC):
+            return self._values(texts, rows, roles.model.get_base_model(), run)
 
     @torch.no_grad()
     def rollout(self, texts: Texts, batch_size: int) -> CriticRollout:
@@ -239,10 +248,14 @@ class HeadCritic(_RoleCritic):
         """Values before each completion token, in a pass of its own; training reads them in the policy's."""
         policy: Any = self._policy
         rows, trunk = texts.rows(is_packed(policy)), policy.get_base_model() if self._on_adapter else policy
-        with self._roles.use(POLICY):
+
+        def run() -> Tensor:
             tokens = texts.network_input(rows, policy.get_input_embeddings())
-            hidden = trunk.base_model(**tokens, use_cache=False)
-        return self.read(rows.gather(hidden.last_hidden_state, texts.positions_before))
+            hidden: Tensor = trunk.base_model(**tokens, use_cache=False).last_hidden_state
+            return hidden
+
+        with self._roles.use(POLICY):
+            return self._values(texts, rows, trunk, run)
 
     def save(self, folder: str | Path) -> None:
         """Save the head, with the policy's adapter as an adapter for sequence classification."""

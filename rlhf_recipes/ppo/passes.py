@@ -7,6 +7,7 @@ the right), `H` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from trl.models import unwrap_model_for_generation
 
 from rlhf_recipes.models.generation import sample_after
 from rlhf_recipes.models.packing import is_packed
+from rlhf_recipes.models.quantized import unpacked
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
-from rlhf_recipes.models.sharding import call_inside
+from rlhf_recipes.models.sharding import call_inside, is_sharded
 from rlhf_recipes.models.states import states_at
 from rlhf_recipes.shaping import chunked_full_kl
 
@@ -60,7 +62,10 @@ def sample_from(
     args: Any = trainer.args
     packed = is_packed(inner) and not args.generation_kwargs and not args.cache_implementation
     config, ends = trainer.generation_config, trainer.eos_token_ids
-    return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed, embedded)
+    # of a single prompt bitsandbytes reads the 4 bits themselves, and a sharded model's weights are not all here
+    alone = len(prompt_ids) == 1 or is_sharded(model)
+    with nullcontext() if alone else unpacked(inner):
+        return sample_after(model, prompt_ids, config, trainer.temperature, ends, packed, embedded)
 
 
 # 2. The pass of a policy
@@ -110,7 +115,7 @@ def policy_pass(
         places = rows.places(part.positions_before).flatten()[drawn]
         labels = part.completion_ids.flatten()[drawn]
         labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
-        with trainer.accelerator.autocast(), states_at(inner, places) as states:
+        with trainer.accelerator.autocast(), states_at(inner, places, whole=router_loss) as states:
             tokens = part.network_input(rows, inner.get_input_embeddings())
             outputs = model(**tokens, **routers, labels=labels[None], fused_lm_head=True)
             more = [] if read is None else [read(states[0])]

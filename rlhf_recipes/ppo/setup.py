@@ -26,6 +26,7 @@ from rlhf_recipes.data.chat_templates import end_token_ids
 from rlhf_recipes.models.adapters import POLICY, base_name, base_of, base_to_load, is_adapter, load_policy, same_model
 from rlhf_recipes.models.arguments import complete_arguments
 from rlhf_recipes.models.fused_lora import fuse_lora
+from rlhf_recipes.models.gated_mlp import fuse_mlps
 from rlhf_recipes.models.generation import warn_of_ignored_settings
 from rlhf_recipes.models.images import ImageReader, check_reads_images
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
@@ -118,6 +119,7 @@ def build_policy(
             raise ValueError(f"The policy's adapter must be named {POLICY!r}, got {list(model.peft_config)}.")
         complete_arguments(model.get_base_model())
         pack(model.get_base_model())
+        fuse_mlps(model)
         roles = Roles(model)
         if reference_adapter is not None:
             roles.add_policy(REFERENCE, reference_adapter, args.adapter_tolerance)
@@ -131,6 +133,7 @@ def build_policy(
         )
     complete_arguments(model)
     pack(model)
+    fuse_mlps(model)
     if peft_config is not None:
         policy = get_peft_model(model, fuse_lora(peft_config, model))
         roles = Roles(policy)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.arguments import CACHE
 from rlhf_recipes.models.generation import (
     EnoughEnded,
+    RoomyLayer,
     ignored_settings,
     read_prompts,
     sample,
@@ -248,3 +250,26 @@ def test_completions_of_texts_are_those_that_transformers_draws(tiny_model_path)
         torch.manual_seed(3)
         assert sample_after_texts(model, tokenizer, prompts, 12, batch_size=size) == expected
     assert sample_after_texts(model, tokenizer, [], 12) == []
+
+
+def test_keys_and_values_have_room_for_more_tokens():
+    """They are those of transformers' layer, and are copied once in many tokens."""
+    torch.manual_seed(0)
+    roomy, plain, copies = RoomyLayer(), DynamicLayer(), set()
+
+    def add(rows, count):
+        states = torch.randn(2, rows, 2, count, 4)
+        for layer in (roomy, plain):
+            layer.update(*states)
+        assert torch.equal(roomy.keys, plain.keys)
+        assert torch.equal(roomy.values, plain.values)
+        copies.add(roomy.keys.data_ptr())
+
+    for count in [5, *[1] * 40]:
+        add(3, count)
+    assert len(copies) == 2
+    for layer in (roomy, plain):  # a row leaves
+        layer.batch_select_indices(torch.tensor([2, 0]))
+    for _ in range(3):
+        add(2, 1)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 48

@@ -17,8 +17,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.callbacks import PolicyEvaluation
-from rlhf_recipes.models import Roles, keep_4bit_differentiable, upcast_trainable
-from rlhf_recipes.models.quantized import merges_exactly
+from rlhf_recipes.models import Roles, keep_4bit_differentiable, quantized, upcast_trainable
+from rlhf_recipes.models.quantized import merges_exactly, unpacked
 from rlhf_recipes.ppo.setup import build_rewards
 from rlhf_recipes.reward_modeling import PreferenceConfig, PreferenceTrainer, score_sequences
 from rlhf_recipes.rewards import ClassifierReward, TokenClassifierReward
@@ -204,3 +204,33 @@ def test_what_an_adapter_can_be_merged_into(load):
     mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).half())
     assert not merges_exactly(mixed)
     assert merges_exactly(mixed.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("free", [10**9, 10])
+def test_unpacked_weights_give_the_same_numbers(tiny_model_path, monkeypatch, dtype, free):
+    config = BitsAndBytesConfig(**{**FOUR_BIT.to_dict(), "bnb_4bit_compute_dtype": dtype})
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, quantization_config=config, dtype=dtype)
+    keep_4bit_differentiable(base)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    ids, packed = torch.arange(12).view(2, 6), layers(model)
+    monkeypatch.setattr(quantized, "_free_memory", lambda device: free)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with unpacked(base):
+            assert len(layers(model)) == (0 if free > 10 else len(packed))
+            assert torch.equal(model(ids).logits, expected)
+
+    @unpacked(base)
+    def fail():
+        raise KeyError
+
+    with pytest.raises(KeyError):  # they come back after an error too
+        fail()
+    assert all(one is other for one, other in zip(layers(model), packed, strict=True))
+
+
+def test_nothing_is_unpacked_of_a_model_in_whole_numbers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with unpacked(model):
+        assert type(model[0]) is torch.nn.Linear
