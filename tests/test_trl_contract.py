@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.models.states import states_at
+from rlhf_recipes.models.states import states_at, states_given
 
 PPO = Path(__file__).resolve().parents[1] / "rlhf_recipes" / "ppo"
 
@@ -81,19 +81,22 @@ def test_per_token_logps_return_as_many_things_as_the_override():
 
 
 def test_the_output_layer_scores_the_labels_of_the_states_that_it_gets(tiny_model_path):
-    """Labels shorter than the input, with a hook that takes as many of the hidden states."""
+    """Labels of some states, with a hook that takes these, and of others that are given."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     ids = torch.tensor([[6, 7, 8, 9, 10]])
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     with torch.no_grad():
         logps = (model(input_ids=ids).logits[0].double() / 0.7).log_softmax(-1)
         with states_at(model, torch.tensor([2, 3])) as states:
-            found = model(input_ids=ids, labels=ids[:, -3:], fused_lm_head=True)
+            found = model(input_ids=ids, shift_labels=ids[:, 3:], fused_lm_head=True)
+        with states_given(model, states[0][:, 1:]):
+            second = model(shift_labels=ids[:, 4:], fused_lm_head=True)
+    assert torch.equal(second.log_probs, found.log_probs[:, 1:])
     message = moved("`fused_lm_head` scores other positions", "rlhf_recipes/ppo/passes.py")
     expected = logps[[2, 3], ids[0, 3:]].float()
-    torch.testing.assert_close(found.log_probs[0, -2:], expected, atol=1e-5, rtol=1e-5, msg=message)
+    torch.testing.assert_close(found.log_probs[0], expected, atol=1e-5, rtol=1e-5, msg=message)
     entropy = -(logps.exp() * logps).sum(-1)[2:4].float()
-    torch.testing.assert_close(found.entropy[0, -2:], entropy, atol=1e-5, rtol=1e-5, msg=message)
+    torch.testing.assert_close(found.entropy[0], entropy, atol=1e-5, rtol=1e-5, msg=message)
     assert states[0].shape == (1, 2, model.config.hidden_size)
 
 

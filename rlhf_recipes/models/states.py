@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.rows import Texts, scatter_tokens
@@ -45,31 +46,65 @@ def states_replaced(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def states_at(model: nn.Module, places: Tensor, whole: bool = False) -> Iterator[list[Tensor]]:
+def states_at(
+    model: nn.Module, places: Tensor, whole: bool = False, first: int | None = None
+) -> Iterator[list[Tensor]]:
     """Keep, of every forward pass of a causal model inside the block, the states that tokens are drawn from.
 
-    The output layer then sees these states only, as one row, and one more, which TRL's leaves out: the logits
-    of prompts and padding are not computed, nor is most of the last layer.
+    The output layer then sees these states only, as one row: the logits of prompts and padding are not computed, nor
+    is most of the last layer.
 
     Args:
         model: The model, with or without adapters.
         places: Places among all states of a pass, shape `(n,)`.
         whole: Whether the last layer is computed for all tokens, which its routers may count.
+        first: How many of them the output layer sees, where `states_given` brings it the others; `None`: all.
 
     Yields:
         A list that gets the last hidden states `(1, n, H)` at these places, once for each pass.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     captured: list[Tensor] = []
-    read, places = places, torch.cat([places, places.new_zeros(1)])
 
     def keep(states: Tensor) -> Tensor:
-        states = states.flatten(0, 1).index_select(0, places)[None]
-        captured.append(states[:, :-1])
-        return states
+        captured.append(states.flatten(0, 1).index_select(0, places)[None])
+        return captured[-1][:, :first]
 
-    with nullcontext() if whole else only_read_in_last_layer(base, read), states_replaced(model, keep):
+    with nullcontext() if whole else only_read_in_last_layer(base, places), states_replaced(model, keep):
         yield captured
+
+
+@contextmanager
+def states_given(model: nn.Module, states: Tensor) -> Iterator[None]:
+    """Let a causal model take last hidden states as given inside the block, and run its output layer alone.
+
+    Args:
+        model: The model, with or without adapters.
+        states: What the output layer sees, shape `(B, L, H)`.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    trunk = base.base_model
+    setattr(base, base.base_model_prefix, _Given(states, trunk.get_input_embeddings()))
+    try:
+        yield
+    finally:
+        setattr(base, base.base_model_prefix, trunk)
+
+
+class _Given(nn.Module):
+    """Layers whose result is known."""
+
+    def __init__(self, states: Tensor, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.states, self.embeddings = states, embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the layers, for which transformers asks before it hands out the output layer."""
+        return self.embeddings
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """The states, whatever the tokens."""
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
 
 
 @torch.no_grad()

@@ -183,6 +183,7 @@ class AdapterCritic(_RoleCritic):
         rows, roles, layers = texts.rows(self._roles.packed), self._roles, self._layers
 
         def run() -> Tensor:
+            """Last hidden states of all layers, or of the upper ones."""
             if layers is None:
                 return roles.hidden_states(**texts.network_input(rows, roles.embeddings))
             below: Any = (texts.prompt_below, texts.completion_below)  # type: ignore[union-attr]  # a rollout
@@ -250,6 +251,7 @@ class HeadCritic(_RoleCritic):
         rows, trunk = texts.rows(is_packed(policy)), policy.get_base_model() if self._on_adapter else policy
 
         def run() -> Tensor:
+            """Last hidden states of the policy."""
             tokens = texts.network_input(rows, policy.get_input_embeddings())
             hidden: Tensor = trunk.base_model(**tokens, use_cache=False).last_hidden_state
             return hidden

@@ -112,7 +112,7 @@ def sampled_moments(trainer: GRPOTrainer, texts: Texts) -> Tensor:
     with trainer.accelerator.autocast(), states_at(model, places):
         tokens = few.network_input(rows, model.get_input_embeddings())
         outputs = model(**tokens, use_cache=False)
-    return second_moments(outputs.logits[0, :-1], few.completion_ids.flatten()[drawn], trainer.temperature)
+    return second_moments(outputs.logits[0], few.completion_ids.flatten()[drawn], trainer.temperature)
 
 
 def second_moments(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

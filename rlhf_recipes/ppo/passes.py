@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -22,7 +22,7 @@ from rlhf_recipes.models.packing import is_packed
 from rlhf_recipes.models.quantized import unpacked
 from rlhf_recipes.models.rows import Texts, scatter_rows, scatter_tokens
 from rlhf_recipes.models.sharding import call_inside, is_sharded
-from rlhf_recipes.models.states import states_at
+from rlhf_recipes.models.states import states_at, states_given
 from rlhf_recipes.shaping import chunked_full_kl
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rlhf_recipes.models.roles import Roles
     from rlhf_recipes.ppo.rollout import Rollout
 
+TILE_VOCABULARY = 32768  # entries that TRL's fused output layer works on at a time
+_LOGITS_AT_A_TIME, _FEWEST_TOKENS = 2**19, 64  # on a CPU, whose cache they should stay in
 _POSITIONS_PER_CHUNK = 512  # for which the exact KL makes logits at a time
 
 
@@ -113,19 +115,39 @@ def policy_pass(
         rows, mask = part.rows(is_packed(inner)), part.completion_mask
         drawn = mask.flatten().nonzero().squeeze(1)
         places = rows.places(part.positions_before).flatten()[drawn]
-        labels = part.completion_ids.flatten()[drawn]
-        labels = nn.functional.pad(labels, (1, 0), value=-100)  # TRL scores labels by the state before them
-        with trainer.accelerator.autocast(), states_at(inner, places, whole=router_loss) as states:
-            tokens = part.network_input(rows, inner.get_input_embeddings())
-            outputs = model(**tokens, **routers, labels=labels[None], fused_lm_head=True)
+        labels = part.completion_ids.flatten()[drawn][None]
+        size = _tokens_at_a_time(inner, len(drawn))
+        with trainer.accelerator.autocast():
+            with states_at(inner, places, router_loss, size) as states:
+                tokens = part.network_input(rows, inner.get_input_embeddings())
+                outputs = model(**tokens, **routers, shift_labels=labels[:, :size], fused_lm_head=True)
+            scored = [outputs]
+            for given, targets in zip(states[0].split(size, 1)[1:], labels.split(size, 1)[1:], strict=True):
+                with states_given(inner, given):
+                    scored.append(inner(shift_labels=targets, fused_lm_head=True))
             more = [] if read is None else [read(states[0])]
-        numbers = [values[0] for values in (outputs.log_probs, outputs.entropy, *more)]
+        logps, entropies = (
+            torch.cat([getattr(each, name) for each in scored], 1) for name in ("log_probs", "entropy")
+        )
+        numbers = [values[0] for values in (logps, entropies, *more)]
         parts.append((indices, [scatter_tokens(each, drawn, *mask.shape) for each in numbers]))
     columns = zip(*(values for _, values in parts), strict=True)
     indices_of_parts, length = [indices for indices, _ in parts], texts.completion_ids.size(1)
     joined = [scatter_rows(list(zip(indices_of_parts, column, strict=True)), length) for column in columns]
     kept = joined[2] if read is not None else None
     return PolicyPass(joined[0], joined[1], kept, outputs.aux_loss if router_loss else None)
+
+
+def _tokens_at_a_time(model: Any, count: int) -> int:
+    """How many of `count` tokens the output layer scores at a time.
+
+    TRL's fused one works on tiles of up to 4,096 tokens: on a GPU by a kernel, in place, on a CPU by some ten
+    operations that each make another tile.
+    """
+    weight = model.get_output_embeddings().weight
+    if weight.device.type != "cpu" or is_sharded(model):
+        return max(count, 1)
+    return max(_LOGITS_AT_A_TIME // min(len(weight), TILE_VOCABULARY), _FEWEST_TOKENS)
 
 
 def keep_states(states: Tensor) -> Tensor:
