@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_recipes.models.fused_lora import fusable_update
+from rlhf_recipes.models.quantized import state_of
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _IN_CACHE = 2**18  # numbers of one tensor of the inner width that a CPU works on at a time
@@ -224,7 +225,7 @@ def _hooked(module: Any) -> bool:
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     weight = base.weight
     if isinstance(base, Linear4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+        weight = dequantize_4bit(weight.data, state_of(base))
     numbers: Tensor = weight.detach().to(dtype)
     return numbers
 
