@@ -23,6 +23,7 @@ from rlhf_recipes.models.adapters import name_base_absolutely
 from rlhf_recipes.models.images import ImageReader, check_model_type, check_reads_images
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.rows import pad_rows
+from rlhf_recipes.models.sharding import compute_by_autocast
 from rlhf_recipes.models.trained_on import log_probs, save_with_first_rows
 from rlhf_recipes.statistics.metrics import ratio_interval
 from rlhf_recipes.tracking.console import (
@@ -77,6 +78,7 @@ class CompletionTrainer(QuietModelCard, SFTTrainer):
             self.image_collator = _image_collator(**kwargs)
             kwargs["data_collator"] = kwargs.get("data_collator") or self.image_collator
         super().__init__(**kwargs)
+        compute_by_autocast(self)
         if self.image_collator is not None:
             check_reads_images(self.model)
         self.add_callback(KeptRates())

@@ -156,7 +156,7 @@ def _forward(base_layer: nn.Module, update: _Update, x: Tensor) -> Tensor:
         else:
             wide.addmm_(small, up, alpha=alpha)  # nothing else needs the base's output alone
         output = wide.to(dtype)
-    return output.view(*x.shape[:-1], -1)
+    return output.view(*x.shape[:-1], output.shape[-1])  # of no rows, too
 
 
 def _fused_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:

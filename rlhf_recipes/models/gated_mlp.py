@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_recipes.models.fused_lora import fusable_update
 from rlhf_recipes.models.parts import tokens_in_mlp
+from rlhf_recipes.models.quantized import state_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-5, 0.02  # of the norm of the output
@@ -223,7 +224,7 @@ def _hooked(module: Any) -> bool:
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     weight = base.weight
     if isinstance(base, Linear4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+        weight = dequantize_4bit(weight.data, state_of(base))
     numbers: Tensor = weight.detach().to(dtype)
     return numbers
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,6 +59,24 @@ def call_inside(model: Any, function: Callable[[], Result]) -> Result:
         register_fsdp_forward_method(model, _ENTRY)
     result: Result = getattr(model, _ENTRY)(function)
     return result
+
+
+def compute_by_autocast(trainer: Any) -> None:
+    """Let one of TRL's trainers compute in bfloat16 under FSDP2 as it does without: by autocast, on its own weights.
+
+    accelerate takes FSDP's mixed precision in its place, which rounds the weights themselves: those of 4 bits that are
+    stored as float32 become others, and scores, a new head and the sums of gradients keep three digits.
+
+    Args:
+        trainer: The trainer, before it trains. Without FSDP or `bf16` nothing is changed.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    if not trainer.is_fsdp_enabled or accelerator.mixed_precision != "bf16":
+        return
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    # As `Accelerator.prepare_model` does it for a model that is not sharded
+    context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+    model.forward = convert_outputs_to_fp32(context(model.forward))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -261,23 +262,44 @@ def _check_launch(run: Run, folder: str, state: dict[str, Any]) -> None:
         )
 
 
+class _Beginnings(TrainerCallback):
+    """Notes at which steps a run and its present epoch began, and the random numbers of the latter."""
+
+    def __init__(self) -> None:
+        self.of_run = self.of_epoch = 0
+        self.random_state = torch.get_rng_state()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the step, which is that of the checkpoint in a run that is resumed."""
+        self.of_run = state.global_step
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the random numbers before the loader of the rows draws one of them."""
+        self.of_epoch, self.random_state = state.global_step, torch.get_rng_state()
+
+
 @contextmanager
-def saved_when_stopped(run: Any) -> Iterator[None]:
+def saved_when_stopped(run: Any, resumed_from: str | None) -> Iterator[None]:
     """Save a checkpoint of the last step of a run whose completions are no longer sampled, and say where it is.
 
     Args:
         run: The trainer; within, it trains.
+        resumed_from: The checkpoint from which it is resumed, if any.
 
     Raises:
         SamplingStopped: The same, with where to resume from.
     """
-    started = time.time()
+    started, beginnings = time.time(), _Beginnings()
+    run.add_callback(beginnings)
     try:
         yield
     except SamplingStopped as stopped:
         step = run.state.global_step
-        if step == 0:
-            raise SamplingStopped(f"{stopped} Nothing was trained yet: start the run again.") from stopped
+        if step <= beginnings.of_run:
+            again = f"resume from {resumed_from} again" if resumed_from else "start the run again"
+            raise SamplingStopped(f"{stopped} Nothing was trained yet: {again}.") from stopped
+        if step == beginnings.of_epoch:  # a run that resumes at its beginning lets the loader draw again
+            torch.set_rng_state(beginnings.random_state)
         folder = Path(run.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         written = folder / TRAINER_STATE_NAME  # last, so that the checkpoint of this step is whole
         if not (written.is_file() and written.stat().st_mtime >= started):
@@ -287,6 +309,8 @@ def saved_when_stopped(run: Any) -> Iterator[None]:
             f"{stopped} The run stopped after step {step}, and nothing of it is lost. To go on from there: "
             f"`resume_from_checkpoint: {folder}`."
         ) from stopped
+    finally:
+        run.remove_callback(beginnings)
 
 
 def save_controls(run: Run, folder: str) -> None:

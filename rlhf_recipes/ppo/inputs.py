@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
@@ -27,17 +28,7 @@ def check_given(
         ValueError: If the training data is missing, the adapter is made for something else than a policy, or not all
             processes of a launch would read the base.
     """
-    if is_fsdp_enabled():  # transformers' word for this one setting
-        raise ValueError(
-            "With `fsdp_cpu_ram_efficient_loading` only one process reads the base, but each tries the policy out "
-            "before it is sharded. Set it to false in the launch's configuration, as in recipes/accelerate/fsdp2.yaml."
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "ZeRO-3 lets no process run a network before DeepSpeed's engine is there, but PPO tries the policy out "
-            "before, and runs parts of it past the engine. Launch with recipes/accelerate/fsdp2.yaml, which spreads "
-            "the base as well; or where it fits on each GPU with recipes/accelerate/zero2.yaml."
-        )
+    _check_launch(args)
     if args is not None and not isinstance(args, PPOConfig):
         raise TypeError(
             f"`args` must be a `PPOConfig`, got {type(args).__name__}. It takes the fields of TRL's `GRPOConfig` that "
@@ -60,6 +51,28 @@ def check_given(
     if peft_config is not None:
         _check_peft_config(peft_config)
     _check_callback_kinds(callbacks)
+
+
+def _check_launch(args: Any) -> None:
+    """Refuse settings of FSDP and DeepSpeed that transformers heeds, or judges, before the trainer is there."""
+    of_launch = "in the launch's configuration, as in recipes/accelerate/fsdp2.yaml"
+    if is_fsdp_enabled():  # transformers' word for this one setting
+        raise ValueError(
+            "With `fsdp_cpu_ram_efficient_loading` only one process reads the base, but each tries the policy out "
+            f"before it is sharded. Set it to false {of_launch}."
+        )
+    own = getattr(args, "fsdp_plugin_args", None) or {}
+    if own.get("activation_checkpointing", parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
+        raise ValueError(
+            "`fsdp_activation_checkpointing` computes a layer again under whichever role is active then. Set it to "
+            f"false {of_launch}, and `activation_checkpointing: true` in the stage's YAML, which knows the roles."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "ZeRO-3 lets no process run a network before DeepSpeed's engine is there, but PPO tries the policy out "
+            "before, and runs parts of it past the engine. Launch with recipes/accelerate/fsdp2.yaml, which spreads "
+            "the base as well; or where it fits on each GPU with recipes/accelerate/zero2.yaml."
+        )
 
 
 def check_policy(model: Any) -> None:

@@ -44,10 +44,6 @@ def check_sharding(trainer: Any) -> None:
             plugin.fsdp_version != 2,
             f"Set `fsdp_version: 2`, as in {_FILE}.",
         ),
-        "`fsdp_activation_checkpointing` computes a layer again under whichever role is active then": (
-            plugin.activation_checkpointing,
-            "Set it to false, and `activation_checkpointing: true` in the stage's YAML, which knows the roles.",
-        ),
         "`fp16: true` scales gradients, which is not known to be right with shards": (
             args.fp16,
             "Set `bf16: true`, or launch with recipes/accelerate/ddp.yaml.",

@@ -209,7 +209,7 @@ class PPOTrainer(QuietModelCard, ShardedTrainer):
             if (finished := load_finished(self, folder)) is not None:
                 checkpoint.load_controls(self, folder)
                 return finished
-        with checkpoint.saved_when_stopped(self):
+        with checkpoint.saved_when_stopped(self, folder):
             return super().train(folder, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

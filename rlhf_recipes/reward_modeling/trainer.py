@@ -27,6 +27,7 @@ from rlhf_recipes.models.quantized import keep_4bit_differentiable
 from rlhf_recipes.models.readout import Readout, read_scores
 from rlhf_recipes.models.resumed import check_same_adapter
 from rlhf_recipes.models.reward import score_tokens
+from rlhf_recipes.models.sharding import compute_by_autocast
 from rlhf_recipes.models.trained_on import raw_score, save_with_first_rows
 from rlhf_recipes.reward_modeling.collator import PreferenceCollator, sequences_of
 from rlhf_recipes.reward_modeling.config import PreferenceConfig
@@ -101,6 +102,7 @@ class PreferenceTrainer(QuietModelCard, RewardTrainer):
             kwargs["processing_class"] = self.image_reader.tokenizer
         self._readout = Readout(args.readout, reward_prompt=check_reward_prompts(**kwargs))
         super().__init__(args=args, **kwargs)
+        compute_by_autocast(self)
         own: Any = self.model
         if self.image_reader is not None:
             check_reads_images(own)

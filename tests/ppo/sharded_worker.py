@@ -74,7 +74,7 @@ def add_faults(trainer: PPOTrainer, name: str, case: dict[str, Any], out: str) -
 def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str, out: str) -> None:
     """Run one training, and write what it logged, its evaluation and its weights as `<name>_<processes>`."""
     processes, fields, more = int(os.environ.get("WORLD_SIZE", "1")), case.get("fields", {}), case.get("more", {})
-    own = {"per_device_train_batch_size": 4 // processes}
+    own = {"per_device_train_batch_size": case.get("rows", 4) // processes}
     args = worker_config(f"{out}/{name}_{processes}", **DEFAULTS | own | fields)
     rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
     if (quantization := case.get("quantization")) is not None:
@@ -93,6 +93,7 @@ def train(name: str, case: dict[str, Any], sft_adapter: str, reward_adapter: str
     result: dict[str, Any] = {
         "adam": adam / trained,
         "kind": str(trainer.accelerator.distributed_type),
+        "precision": trainer.accelerator.mixed_precision,
         "log": trainer.state.log_history,
         "held": held / sum(weight.numel() for weight in trainer.model.parameters()),
     }

@@ -20,6 +20,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from rlhf_recipes.ppo.checks import check_not_sharded
 from rlhf_recipes.ppo.inputs import check_given
 from rlhf_recipes.ppo.sharded import check_sharding
 
@@ -47,6 +48,14 @@ SAVING = {
     "lr_scheduler_type": "linear",
 }
 
+IN_16_BITS = {"bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": "bfloat16"}
+# Of three processes one holds a part of the critic's head, and two hold nothing of it
+OF_TWELVE = {"gradient_accumulation_steps": 1, "gradient_checkpointing": True}
+MORE = {
+    "adapter": {"rows": 12, "evaluate": True, "fields": ALL_CONTROLS | OF_TWELVE},
+    "four_bits": {"rows": 12, "evaluate": True, "fields": OF_TWELVE, "quantization": FOUR_BITS},
+}
+
 
 def cases(policy, base, reward_adapter):
     """Trainings that are the same on one process and on two, and then those that are not."""
@@ -66,6 +75,10 @@ def cases(policy, base, reward_adapter):
         "tensorflow": {"fields": {"tensorflow_adam": True}},
     }
     saved = {"chance": True, "quantization": FOUR_BITS, "fields": SAVING, "evaluate": True}
+    of_two |= {
+        "head_bf16": {"fields": HEAD | {"bf16": True}},
+        "four_bits_bf16": {"quantization": IN_16_BITS, "fields": {"gradient_checkpointing": True, "bf16": True}},
+    }
     return same, of_two, {"saved": saved, "past": {}, "infinite": {}, "lost": {}}
 
 
@@ -78,11 +91,12 @@ def run(command, arguments, repo_root, check=True):
     return finished
 
 
-def launch(repo_root, arguments, check=True, file="fsdp2"):
-    """Launch two processes as a launch file says."""
+def launch(repo_root, arguments, check=True, file="fsdp2", processes=2):
+    """Launch processes as a launch file says."""
     file = repo_root / "recipes" / "accelerate" / f"{file}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
-    return run([*command, "--main_process_port", "0"], arguments, repo_root, check)
+    command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return run(command, arguments, repo_root, check)
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +140,23 @@ def zero(unspread, adapters, of_all, tmp_path_factory, repo_root):
     if find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: pip install 'rlhf-recipes[deepspeed]'")
     folder, work = tmp_path_factory.mktemp("zero2"), of_all[0] | of_all[1] | of_all[2]
-    del work["past"]  # of which DeepSpeed itself says that something is wrong, in other words
+    # DeepSpeed refuses bf16, and says itself of a gradient past it that something is wrong, in other words
+    for name in ("past", "head_bf16", "four_bits_bf16"):
+        del work[name]
     launch(repo_root, [*adapters, folder, json.dumps(work)], file="zero2")
     return unspread | {"zero2": folder}
 
 
-def read(folders, kind, case):
-    stem = folders[kind] / f"{case}_{1 if kind == 'one' else 2}"
+@pytest.fixture(scope="module")
+def one_of_twelve(sft_adapter, reward_adapter, tmp_path_factory, repo_root):
+    """Results of one process at a batch that three and four processes can share."""
+    folder = tmp_path_factory.mktemp("one")
+    run([sys.executable], [sft_adapter, reward_adapter, folder, json.dumps(MORE)], repo_root)
+    return folder
+
+
+def read(folders, kind, case, processes=2):
+    stem = folders[kind] / f"{case}_{1 if kind == 'one' else processes}"
     return json.loads(Path(f"{stem}.json").read_text()), load_file(f"{stem}.safetensors"), stem
 
 
@@ -152,6 +176,11 @@ def assert_same_evaluations(ours, theirs):
     for side in ("policy", "reference"):
         for key in ("reward_score", "kl", "length", "eos_rate"):
             assert ours[side][key] == pytest.approx(theirs[side][key], rel=1e-4, abs=1e-4), (side, key)
+
+
+def distance(ours, theirs):
+    """The norm of the difference of two sets of weights."""
+    return sum((ours[name] - weight).square().sum().item() for name, weight in theirs.items()) ** 0.5
 
 
 def assert_same_weights(ours, theirs):
@@ -202,6 +231,49 @@ def test_zero_trains_as_ddp_and_as_one(case, zero):
     if case != "tensorflow":
         assert result["adam"] == pytest.approx(0.5, abs=0.01)
         assert read(zero, "ddp", case)[0]["adam"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_processes_train_as_one_and_resume_exactly(
+    processes, one_of_twelve, sft_adapter, reward_adapter, tmp_path, repo_root
+):
+    """Three do not divide the widths of the weights, so that their parts are of different sizes, or empty."""
+    saved = {"rows": processes, "chance": True, "quantization": FOUR_BITS, "fields": SAVING, "evaluate": True}
+    resumed = {"resumed": saved | {"resume": str(tmp_path / f"saved_{processes}" / "checkpoint-3")}}
+    work = json.dumps(MORE | {"saved": saved} | resumed)
+    launch(repo_root, [sft_adapter, reward_adapter, tmp_path, work], processes=processes)
+    folders = {"fsdp": tmp_path, "one": one_of_twelve}
+    for case in MORE:
+        sharded, weights, _ = read(folders, "fsdp", case, processes)
+        expected, expected_weights, _ = read(folders, "one", case)
+        assert sharded["held"] == pytest.approx(1 / processes, abs=0.05)
+        assert_same_steps(steps(sharded), steps(expected))
+        assert_same_weights(weights, expected_weights)
+        assert_same_evaluations(sharded["evaluation"], expected["evaluation"])
+    whole, again = (read(folders, "fsdp", case, processes) for case in ("saved", "resumed"))
+    assert [entry["loss"] for entry in steps(again[0])] == [entry["loss"] for entry in steps(whole[0])]
+    assert len(steps(whole[0])) == SAVING["max_steps"]
+    assert all(torch.equal(again[1][name], weight) for name, weight in whole[1].items())
+    assert again[0]["evaluation"]["policy"] == whole[0]["evaluation"]["policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "share"), [("head", 0.01), ("four_bits", 0.5)])
+def test_16_bits_are_those_of_ddp(case, share, found):
+    """Autocast rounds the same numbers, so that launches differ by less than bfloat16 does from float32.
+
+    The losses of the first step are the same. Later a sum in another order lets some weight round to the other side.
+    With `critic: head` both launches make one backward pass. With an adapter DDP makes two, of which the policy's
+    is rounded before it is scaled: its distance was 0.15 of that to float32, and that of DDP to one process 0.2.
+    """
+    (ours, weights, _), (theirs, ddp_weights, _) = (read(found, kind, f"{case}_bf16") for kind in ("fsdp", "ddp"))
+    assert (ours["precision"], theirs["precision"]) == ("bf16", "bf16")
+    assert ours["held"] == pytest.approx(0.5, abs=0.05)
+    for key in ("loss", "critic/value_loss", "entropy", "reward", "kl"):
+        assert steps(ours)[0][key] == pytest.approx(steps(theirs)[0][key], rel=1e-5, abs=1e-5), key
+    in_float32 = read(found, "ddp", case)[1]
+    assert distance(weights, ddp_weights) < share * distance(ddp_weights, in_float32)
 
 
 @pytest.mark.slow
@@ -315,7 +387,7 @@ def test_two_nodes_train_as_one_and_stop_when_one_is_gone(two_nodes, found, adap
 
 def trainer(image_reader=None, plugin=None, in_8_bits=False, **args):
     base = SimpleNamespace(is_loaded_in_8bit=in_8_bits)
-    own = {"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": "bf16"}
+    own = {"fsdp_version": 2, "mixed_precision_policy": "bf16"}
     state = SimpleNamespace(fsdp_plugin=None if plugin is None else SimpleNamespace(**own | plugin))
     return SimpleNamespace(
         is_deepspeed_enabled=False,
@@ -333,7 +405,6 @@ def trainer(image_reader=None, plugin=None, in_8_bits=False, **args):
     ("settings", "instead"),
     [
         ({"plugin": {"fsdp_version": 1}}, "Set `fsdp_version: 2`"),
-        ({"plugin": {"activation_checkpointing": True}}, "`activation_checkpointing: true` in the stage's YAML"),
         ({"plugin": {}, "fp16": True}, "Set `bf16: true`"),
         ({"plugin": {}, "optim": "paged_adamw_8bit"}, "Set `optim: adamw_torch`"),
         ({"plugin": {}, "ema_decay": 0.9}, r"launch with recipes/accelerate/ddp\.yaml"),
@@ -358,6 +429,26 @@ def test_a_launch_in_which_one_process_reads_the_base_is_refused(monkeypatch, pr
     monkeypatch.setattr("rlhf_recipes.ppo.inputs.is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading`.*Set it to false"):
         check_given(None, prompts, None, None, None)
+
+
+def test_recomputation_by_fsdp_is_refused_before_transformers_would_advise_it(monkeypatch, make_config, prompts):
+    instead = "`fsdp_activation_checkpointing`.*to false.*and `activation_checkpointing: true` in the stage's YAML"
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")  # as accelerate's launcher does
+    with pytest.raises(ValueError, match=instead):
+        check_given(make_config(), prompts, None, None, None)
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    check_given(make_config(), prompts, None, None, None)
+    own = make_config()
+    own.fsdp_plugin_args = {"activation_checkpointing": True}  # as transformers does for `fsdp_config`
+    with pytest.raises(ValueError, match=instead):
+        check_given(own, prompts, None, None, None)
+
+
+@pytest.mark.parametrize("launch", [{"is_fsdp_enabled": True}, {"is_deepspeed_enabled": True}])
+def test_trainers_of_groups_are_refused_and_name_ddp(launch):
+    other = SimpleNamespace(**{"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | launch)
+    with pytest.raises(ValueError, match=r"Launch with recipes/accelerate/ddp\.yaml"):
+        check_not_sharded(other)
 
 
 @pytest.mark.parametrize("file", ["fsdp2", "fsdp2_8_gpus", "fsdp2_two_nodes"])

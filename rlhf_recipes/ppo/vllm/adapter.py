@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from rlhf_recipes.models.adapters import POLICY
 from rlhf_recipes.models.plain_lora import changes_base
-from rlhf_recipes.ppo.vllm.engine import Adapter
+from rlhf_recipes.ppo.vllm.engine import LARGEST_RANKS, Adapter
 
 if TYPE_CHECKING:
     from rlhf_recipes.models.roles import Roles
@@ -65,6 +65,11 @@ def check_adapter(config: Any) -> None:
         raise ValueError(
             f"With `use_vllm` the adapter cannot start with `init_lora_weights: {config.init_lora_weights}`, which "
             "takes a part of the base out of it: vLLM's base would keep it. Set it to true."
+        )
+    if config.r > LARGEST_RANKS[-1]:
+        raise ValueError(
+            f"vLLM loads adapters up to a rank of {LARGEST_RANKS[-1]}, and the policy's has `r: {config.r}`. Lower "
+            "`lora_r`, or remove `use_vllm`."
         )
     for each in fields(config):
         value = getattr(config, each.name)

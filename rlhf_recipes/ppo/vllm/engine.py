@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rlhf_recipes.statistics.numbers import is_number
 
-_LARGEST_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
+LARGEST_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
 
 
 class SamplingStopped(RuntimeError):
@@ -155,7 +155,7 @@ def largest_rank(rank: int) -> int:
         >>> largest_rank(12)
         16
     """
-    return next((each for each in _LARGEST_RANKS if each >= rank), rank)
+    return next(each for each in LARGEST_RANKS if each >= rank)
 
 
 def launch_command(base: str, rank: int, dtype: str) -> str:

@@ -12,13 +12,13 @@ _CORRECTION = ("correction", "mode", "clip_max", "clip_min")
 _OF_BOTH = {"vllm_mode", "vllm_tolerance", *(f"vllm_importance_sampling_{name}" for name in _CORRECTION)}
 # Fields of one mode, each with what to do in the other one.
 _OF_A_SERVER = {
-    "vllm_server_base_url": "there is no server",
-    "vllm_server_timeout": "there is no server to wait for",
+    "vllm_server_base_url": "there is no server. Set `vllm_mode: server`, or remove it",
+    "vllm_server_timeout": "there is no server to wait for. Set `vllm_mode: server`, or remove it",
 }
 _OF_COLOCATE = {
-    "vllm_gpu_memory_utilization": "start the server with `--gpu-memory-utilization`",
-    "vllm_max_model_length": "start the server with `--max-model-len`",
-    "vllm_model_impl": "start the server with `--model-impl`",
+    "vllm_gpu_memory_utilization": "start the server with `--gpu-memory-utilization`, and remove it",
+    "vllm_max_model_length": "start the server with `--max-model-len`, and remove it",
+    "vllm_model_impl": "start the server with `--model-impl`, and remove it",
 }
 
 _WORDS = {  # of fields that TRL types as text
@@ -75,8 +75,7 @@ def check_vllm(config: Any) -> None:
     for name in changed:
         if name in others:
             raise ValueError(
-                f"`{name}` is {getattr(config, name)!r}, but `vllm_mode` is {config.vllm_mode!r}: {others[name]}. "
-                "Remove it."
+                f"`{name}` is {getattr(config, name)!r}, but `vllm_mode` is {config.vllm_mode!r}: {others[name]}."
             )
         assert name in _OF_BOTH | _OF_A_SERVER.keys() | _OF_COLOCATE.keys(), name  # the others are refused before
     if config.vllm_mode == "server":

@@ -1,4 +1,4 @@
-"""Run by the interpreter of vLLM's environment: sample and score with two versions of an adapter, as JSON."""
+"""Run by the interpreter of vLLM's environment: sample and score with two versions of an adapter, into a file."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ def rows(completions):
 
 
 if __name__ == "__main__":
-    base, *folders = sys.argv[1:]
+    out, base, *folders = sys.argv[1:]
     engine = start_vllm(
         base,
         dtype="float32",
@@ -38,4 +38,4 @@ if __name__ == "__main__":
         if last is None:
             answer["again"] = rows(engine.sample(adapter, PROMPTS, [11, 12, 13], drawing))
         last = adapter
-    print(json.dumps(answer))
+    Path(out).write_text(json.dumps(answer))  # on its standard output vLLM writes too, and after this

@@ -47,6 +47,9 @@ def test_what_is_no_lora_on_the_base_as_it_is_is_refused():
         check_adapter(IA3Config())
     with pytest.raises(ValueError, match="`init_lora_weights: pissa`.*Set it to true"):
         check_adapter(LoraConfig(init_lora_weights="pissa"))
+    check_adapter(LoraConfig(r=512))
+    with pytest.raises(ValueError, match="rank of 512, and the policy's has `r: 513`. Lower `lora_r`, or remove"):
+        check_adapter(LoraConfig(r=513))
 
 
 class Model(nn.Sequential):

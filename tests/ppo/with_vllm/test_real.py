@@ -5,6 +5,7 @@ vLLM asks for an earlier transformers than this library, so that its server is a
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -235,6 +237,53 @@ def test_the_quickstarts_model(quickstart_base, quickstart_prompts, tmp_path):
             assert_close(weight, trained(calm)[name], rtol=0, atol=1e-4)
 
 
+def test_two_processes(quickstart_base, quickstart_prompts, tmp_path):
+    """One server samples for both; they stop together when it is lost, and go on together from one checkpoint."""
+    adapter = random_adapter(quickstart_base, tmp_path / "adapter", seed=5)
+    (tmp_path / "prompts.json").write_text(json.dumps(quickstart_prompts))
+    with serving(quickstart_base, tmp_path) as server:
+        arguments = [str(quickstart_base), adapter, str(tmp_path), server.url]
+        lost = {"kill": server.process.pid, "timeout": 20.0}
+        train_on_two(*arguments, json.dumps({"calm": {"again": True}, "lost": lost}))
+        server.kill()
+        server.start()
+        checkpoint = tmp_path / "lost" / "checkpoint-1"
+        train_on_two(*arguments, json.dumps({"resumed": {"resume": str(checkpoint)}}))
+    calm, other, resumed = (
+        [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("calm", "other", "resumed")
+    )
+    for rank in (0, 1):
+        stopped = (tmp_path / f"lost_{rank}.txt").read_text()
+        assert re.search(r"has not answered for .* seconds.*stopped after step 1.*checkpoint-1", stopped)
+        assert (checkpoint / f"rng_state_{rank}.pth").is_file()
+        assert calm[rank]["spread"] == resumed[rank]["spread"] == 0.0
+        assert len(calm[rank]["rows"]) == 16
+        assert resumed[rank]["rows"] == calm[rank]["rows"][8:]
+    assert calm[0]["rows"] != calm[1]["rows"]
+    ours, theirs = ([entry for entry in run[0]["log"] if "loss" in entry] for run in (calm, other))
+    assert len(ours) == len(theirs) == 2
+    assert ours[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    for step, expected in zip(ours, theirs, strict=True):
+        assert step["sampling/sampling_logp_difference/mean"] < 1e-5
+        assert step["reward"] == pytest.approx(expected["reward"], abs=1e-6)
+        for key in ("kl", "loss", "grad_norm"):
+            assert step[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-4), key
+    for name, weight in load_file(tmp_path / "resumed_0.safetensors").items():
+        assert_close(weight, load_file(tmp_path / "calm_0.safetensors")[name], rtol=0, atol=1e-4)
+
+
+def train_on_two(*arguments):
+    """Run the worker on two processes, over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    worker = str(Path(__file__).with_name("served_worker.py"))
+    done = subprocess.run(
+        [*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 def test_smollm2(smollm2_base, tmp_path):
     prompts = [f"Film review: {words}" for words in ("the plot was", "i liked it", "a slow, dark story of", "what a")]
     with serving(smollm2_base, tmp_path) as server:
@@ -263,11 +312,12 @@ def test_a_stale_cache_is_found(quickstart_base, quickstart_prompts, tmp_path):
 def test_colocated(quickstart_base, tmp_path):
     """`ColocatedVLLM` in vLLM's environment, against PEFT here."""
     folders = [random_adapter(quickstart_base, tmp_path / f"adapter_{seed}", seed) for seed in (5, 6)]
-    worker = [PYTHON, str(Path(__file__).with_name("colocated_worker.py")), str(quickstart_base), *folders]
+    out = tmp_path / "answer.json"
+    worker = [PYTHON, str(Path(__file__).with_name("colocated_worker.py")), str(out), str(quickstart_base), *folders]
     environment = os.environ | QUIET | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(worker, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(out.read_text())
     assert answer["context"] == 512
     assert answer["again"] == answer["versions"][0]["completions"], "the same seeds"
     for folder, version in zip(folders, answer["versions"], strict=True):

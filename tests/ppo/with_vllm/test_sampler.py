@@ -140,13 +140,31 @@ def test_a_run_is_that_of_the_same_completions_by_transformers(make, make_traine
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_a_server_was_lost(make, engine, tmp_path):
+@pytest.mark.parametrize("rows", [16, 8], ids=["within an epoch", "at the end of one"])
+def test_a_run_goes_on_where_a_server_was_lost(rows, make, engine, prompts, tmp_path):
     """The checkpoint at the stop is that of a run that was not stopped: the same completions, the same weights."""
-    fields = {"save_strategy": "no", "max_steps": 6, "save_only_model": True}
+    fields = {"save_strategy": "no", "max_steps": 6, "save_only_model": True, "dataset": prompts.select(range(rows))}
     whole = make(**fields, output_dir=str(tmp_path / "whole"))
-    rows = noted(whole)
+    sampled = noted(whole)
     whole.train()
-    run = make(**fields)
+    folder = tmp_path / "run" / "checkpoint-4"
+    stopped = lose_the_server(make(**fields), engine)
+    assert "stopped after step 4, and nothing of it is lost" in str(stopped.value)
+    assert f"`resume_from_checkpoint: {folder}`" in str(stopped.value)
+    files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    stopped = lose_the_server(make(**fields), engine, resume_from_checkpoint=str(folder))
+    assert str(stopped.value).endswith(f"Nothing was trained yet: resume from {folder} again.")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    resumed = make(**fields, output_dir=str(tmp_path / "resumed"))
+    rest = noted(resumed)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert rest == sampled[-len(rest) :]
+    for name, weight in trained(resumed).items():
+        assert_close(weight, trained(whole)[name], rtol=0, atol=1e-6)
+
+
+def lose_the_server(run, engine, **options):
+    """Train until the server does not answer any more, from the fourth step on, and let it come back."""
     sample = run.sampler
 
     def sample_until_it_is_lost(*args):
@@ -156,17 +174,9 @@ def test_a_run_goes_on_where_a_server_was_lost(make, engine, tmp_path):
 
     run.sampler = sample_until_it_is_lost
     with pytest.raises(SamplingStopped, match=r"has not answered for [\d.]+ seconds.*vllm serve") as stopped:
-        run.train()
-    folder = tmp_path / "run" / "checkpoint-4"
-    assert "stopped after step 4, and nothing of it is lost" in str(stopped.value)
-    assert f"`resume_from_checkpoint: {folder}`" in str(stopped.value)
+        run.train(**options)
     engine.away = 0
-    resumed = make(**fields, output_dir=str(tmp_path / "resumed"))
-    rest = noted(resumed)
-    resumed.train(resume_from_checkpoint=str(folder))
-    assert rest == rows[-len(rest) :]
-    for name, weight in trained(resumed).items():
-        assert torch.equal(weight, trained(whole)[name]), name
+    return stopped
 
 
 @pytest.mark.slow
