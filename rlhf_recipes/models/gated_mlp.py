@@ -159,9 +159,7 @@ class _Chunked(torch.autograd.Function):
         gates, ups = rows.new_empty(count, len(gate.weight)), rows.new_empty(count, len(up.weight))
         for chunk in _chunks(len(rows), len(gate.weight), rows.device):
             kept = (gates[chunk], ups[chunk]) if with_gradients else (None, None)
-            inner = work.act(gate(rows[chunk], kept[0]))
-            inner = inner.mul_(up(rows[chunk], kept[1]))
-            down(inner, output[chunk])
+            down(work.act(gate(rows[chunk], kept[0])) * up(rows[chunk], kept[1]), output[chunk])
         if with_gradients:
             ctx.save_for_backward(rows, gates, ups, *lora)
             ctx.work = work
