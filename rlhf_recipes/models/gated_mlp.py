@@ -106,26 +106,27 @@ class _Product(NamedTuple):
     up: Tensor | None
     scaling: float
 
-    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, in) -> (n, out)."""
-        weight = self.weight.t()
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """From (n, in) to (n, out), and the numbers between the adapter's matrices, (n, r)."""
+        weight, between = self.weight.t(), None
         output = (
             torch.mm(rows, weight, out=out) if self.bias is None else torch.addmm(self.bias, rows, weight, out=out)
         )
         if self.down is not None and self.up is not None:
-            _add_product(output, rows.to(self.down.dtype) @ self.down.t(), self.up.t(), self.scaling)
-        return output
+            between = rows.to(self.down.dtype) @ self.down.t()
+            _add_product(output, between, self.up.t(), self.scaling)
+        return output, between
 
-    def backward(self, gradient: Tensor, rows: Tensor, into: Tensor, add: bool, down: Any, up: Any) -> None:
+    def backward(self, gradient: Tensor, rows: Tensor, between: Any, into: Tensor, add: bool, sums: list[Any]) -> None:
         """Put the gradient of `rows` (n, in) into a tensor, or add it, and add those of the adapter.
 
         Args:
             gradient: Of the output, shape (n, out).
             rows: The input, shape (n, in).
+            between: The numbers between the adapter's matrices, shape (n, r).
             into: Where the input's gradient goes, shape (n, in).
             add: Whether it is added to what is there.
-            down: Sum of the gradients of `down`, or `None`.
-            up: The same of `up`.
+            sums: Of the gradients of `down` and `up`, or `None`.
         """
         into.addmm_(gradient, self.weight) if add else torch.mm(gradient, self.weight, out=into)
         if self.down is None or self.up is None:
@@ -133,11 +134,10 @@ class _Product(NamedTuple):
         wide = gradient.to(self.up.dtype)
         inner = wide @ self.up
         _add_product(into, inner, self.down, self.scaling)
-        rows = rows.to(self.down.dtype)
-        if down is not None:
-            _add_product(down, inner.t(), rows, self.scaling)
-        if up is not None:
-            _add_product(up, wide.t(), rows @ self.down.t(), self.scaling)
+        if sums[0] is not None:
+            _add_product(sums[0], inner.t(), rows.to(self.down.dtype), self.scaling)
+        if sums[1] is not None:
+            _add_product(sums[1], wide.t(), between, self.scaling)
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
@@ -153,36 +153,42 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, scaling: float) -> N
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, work: _Work, with_gradients: bool, *lora: Tensor | None) -> Tensor:
-        gate, up, down = work.products(lora)
+        products = gate, up, down = work.products(lora)
         output = rows.new_empty(len(rows), len(down.weight))
         count = len(rows) if with_gradients else 0
         gates, ups = rows.new_empty(count, len(gate.weight)), rows.new_empty(count, len(up.weight))
+        between = [None if part.down is None else part.down.new_empty(count, len(part.down)) for part in products]
         for chunk in _chunks(len(rows), len(gate.weight), rows.device):
             kept = (gates[chunk], ups[chunk]) if with_gradients else (None, None)
-            down(work.act(gate(rows[chunk], kept[0])) * up(rows[chunk], kept[1]), output[chunk])
+            (of_gate, first), (of_up, second) = gate(rows[chunk], kept[0]), up(rows[chunk], kept[1])
+            _, third = down(work.act(of_gate) * of_up, output[chunk])
+            for whole, part in zip(between, (first, second, third), strict=True):
+                if with_gradients and whole is not None and part is not None:
+                    whole[chunk] = part
         if with_gradients:
-            ctx.save_for_backward(rows, gates, ups, *lora)
+            ctx.save_for_backward(rows, gates, ups, *between, *lora)
             ctx.work = work
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, gates, ups, *lora = ctx.saved_tensors
-        work: _Work = ctx.work
+        rows, gates, ups, *between_and_lora = ctx.saved_tensors
+        between, lora, work = between_and_lora[:3], between_and_lora[3:], ctx.work
         gate, up, down = work.products(tuple(lora))
         wanted = ctx.needs_input_grad[3:]
         sums = [torch.zeros_like(each) if want else None for each, want in zip(lora, wanted, strict=True)]
         of_rows = torch.empty_like(rows)
         for chunk in _chunks(len(rows), gates.size(1), rows.device):
+            first, second, third = (None if each is None else each[chunk] for each in between)
             with torch.enable_grad():
                 read = [tensor[chunk].detach().requires_grad_() for tensor in (gates, ups)]
                 inner = work.act(read[0]) * read[1]
             of_inner = torch.empty_like(read[0])
-            down.backward(gradient[chunk].contiguous(), inner.detach(), of_inner, False, *sums[4:])
+            down.backward(gradient[chunk].contiguous(), inner.detach(), third, of_inner, False, sums[4:])
             of_gate, of_up = torch.autograd.grad(inner, read, of_inner)
-            gate.backward(of_gate, rows[chunk], of_rows[chunk], False, *sums[:2])
-            up.backward(of_up, rows[chunk], of_rows[chunk], True, *sums[2:4])
+            gate.backward(of_gate, rows[chunk], first, of_rows[chunk], False, sums[:2])
+            up.backward(of_up, rows[chunk], second, of_rows[chunk], True, sums[2:4])
         return of_rows, None, None, *sums
 
 

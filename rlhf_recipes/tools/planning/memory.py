@@ -105,8 +105,8 @@ def kept_per_layer(sizes: RunSizes, network: NetworkSizes, adapter: AdapterSizes
       no inputs. Layers with the same input share it, unless each casts it and keeps its own copy: 16-bit weights
       with float32 adapters, or float32 weights under autocast.
 
-    The output of the MLP's activation function is the input of its last linear layer, and is counted there. With a
-    gate and frozen weights it is not kept, nor are the numbers between the adapters' matrices.
+    The output of the MLP's activation function is the input of its last linear layer, and is counted there; with a
+    gate and frozen weights it is not kept.
     """
     compute = sizes.compute_bytes
     width = network.heads * network.head_size

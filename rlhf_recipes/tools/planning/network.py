@@ -103,6 +103,7 @@ def adapter_sizes(model: PreTrainedModel, config: LoraConfig, in_parts: bool = T
             blocks.setdefault(block, {})[last] = module
     inputs, shared, ranks, in_mlps = 0, 0, 0, 0
     for block in blocks.values():
+        ranks += sum(rank for module in block.values() for rank in module.r.values())
         if in_parts and block.keys() <= set(PARTS):
             numbers = [
                 p.numel() for module in block.values() for name, p in module.named_parameters() if "lora_" in name
@@ -112,7 +113,6 @@ def adapter_sizes(model: PreTrainedModel, config: LoraConfig, in_parts: bool = T
         widths = [module.in_features for module in block.values()]
         inputs += sum(widths)
         shared += widths[-1] + (widths[0] if len(widths) > 1 else 0)
-        ranks += sum(rank for module in block.values() for rank in module.r.values())
     return AdapterSizes(
         parameters=sum(p.numel() for name, p in peft.named_parameters() if "lora_" in name),
         ranks=ranks // layers,

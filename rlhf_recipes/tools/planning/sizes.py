@@ -60,7 +60,7 @@ class AdapterSizes:
         inputs: Sum of the input widths of these, each counted: what is kept where every adapter casts its input.
         shared_inputs: The same with an input that several of them read (query, key and value) counted once.
         in_parts: Whether gated MLPs are computed in parts (`rlhf_recipes.models.gated_mlp`), as those with frozen
-            weights are. They are not in `ranks`, `inputs` and `shared_inputs` then.
+            weights are. They are not in `inputs` and `shared_inputs` then.
         in_mlps: The numbers of the adapter in MLPs that are computed in parts.
     """
 

@@ -20,7 +20,7 @@ NETWORK = NetworkSizes(
     embedding=800,
     tied=False,
 )
-ADAPTER = AdapterSizes(parameters=600, ranks=8, inputs=32, shared_inputs=16)
+ADAPTER = AdapterSizes(parameters=600, ranks=14, inputs=32, shared_inputs=16)
 WHOLE = AdapterSizes(parameters=600, ranks=14, inputs=64, shared_inputs=40, in_parts=False)  # of gate, up and down
 SIZES = RunSizes(
     network=NETWORK,

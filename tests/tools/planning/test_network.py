@@ -29,7 +29,7 @@ def test_adapter_has_the_sizes_of_a_real_one(other_model_path):
     real = get_peft_model(AutoModelForCausalLM.from_pretrained(other_model_path), ALL)
     found = adapter_sizes(empty_model(other_model_path), ALL)
     assert found.parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert found.ranks == 4 * 8
+    assert found.ranks == 7 * 8
     assert (found.inputs, found.shared_inputs) == (4 * 128, 2 * 128)  # of attention alone
     assert found.in_mlps == 3 * 8 * 3 * (128 + 320)
     plain = adapter_sizes(empty_model(other_model_path), ALL, in_parts=False)

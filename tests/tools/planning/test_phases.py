@@ -48,7 +48,7 @@ def test_score_numbers():
 
 
 def test_train_numbers():
-    kept = 2 * 10 * 424 + 960
+    kept = 2 * 10 * 448 + 960
     train = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1)))["train"]
     assert (train.activations, train.logits) == (kept + 10 * 384, 0)  # a backward pass begins
     assert train.optimizer == 12 * TRAINED + 4 * 600  # the policy's gradient is kept while the critic runs
@@ -57,7 +57,7 @@ def test_train_numbers():
     assert (train.activations, train.logits) == (kept, 4 * 200 * 37 + 128)  # the policy's output layer
     assert train.optimizer == 12 * TRAINED
     again = ppo_memory(replace(CPU, network=replace(NETWORK, vocabulary=1), checkpointing=1))["train"]
-    assert again.activations == 640 + 960 + 10 * 424 + 10 * 384
+    assert again.activations == 640 + 960 + 10 * 448 + 10 * 384
 
 
 def test_critic_takes_what_it_is():
@@ -67,7 +67,7 @@ def test_critic_takes_what_it_is():
     assert adapter.total - head.total == 600 * (4 + 12 + 4)  # networks run one after the other
     deeper = replace(NETWORK, layers=4)
     own = ppo_memory(replace(small, critic_network=deeper))["train"]
-    assert own.activations - adapter.activations == 2 * 10 * 424
+    assert own.activations - adapter.activations == 2 * 10 * 448
 
 
 def test_several_gpus_numbers():
