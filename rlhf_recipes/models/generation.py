@@ -349,6 +349,11 @@ class RoomyLayer(DynamicLayer):
         self._values, self.values = _append(self._values, self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows, in tensors of their own."""
+        self._keys = self._values = None
+        super().batch_select_indices(indices)
+
 
 def _append(room: Tensor | None, states: Any, more: Tensor) -> tuple[Tensor, Tensor]:
     """Put `more` `(B, heads, t, D)` behind `states`, which may lie in a tensor with room; that one, and both."""

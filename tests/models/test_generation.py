@@ -270,6 +270,8 @@ def test_keys_and_values_have_room_for_more_tokens():
     assert len(copies) == 2
     for layer in (roomy, plain):  # a row leaves
         layer.batch_select_indices(torch.tensor([2, 0]))
+    held = {tensor.untyped_storage().nbytes() for tensor in vars(roomy).values() if isinstance(tensor, torch.Tensor)}
+    assert held == {2 * 2 * 45 * 4 * 4}  # the other row is let go
     for _ in range(3):
         add(2, 1)
     assert roomy.get_seq_length() == plain.get_seq_length() == 48
