@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_recipes.models.fused_lora import fusable_update
-from rlhf_recipes.models.parts import tokens_in_mlp
 from rlhf_recipes.models.quantized import state_of
+from rlhf_recipes.parts import tokens_in_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 1e-5, 0.02  # of the norm of the output
@@ -40,7 +40,7 @@ class GatedMLP(nn.Module):
 
     Example:
         >>> from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
-        >>> mlp = LlamaMLP(LlamaConfig(hidden_size=4, intermediate_size=8))
+        >>> mlp = LlamaMLP(LlamaConfig(hidden_size=4, intermediate_size=8, num_attention_heads=2))
         >>> x = torch.ones(2, 4)
         >>> torch.allclose(GatedMLP(mlp)(x), mlp(x))
         True
@@ -66,7 +66,7 @@ class GatedMLP(nn.Module):
         lora = [tensor for part in parts for tensor in (part.down, part.up)]
         rows = x.reshape(-1, x.size(-1)).to(dtype)
         output: Tensor = _Chunked.apply(rows, work, torch.is_grad_enabled(), *lora)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.size(1))
 
 
 class _Part(NamedTuple):
@@ -248,7 +248,7 @@ def fuse_mlps(model: nn.Module) -> None:
 
     Example:
         >>> from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
-        >>> model = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=4, intermediate_size=8)))
+        >>> model = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=4, intermediate_size=8, num_attention_heads=2)))
         >>> fuse_mlps(model)
         >>> type(model[0]).__name__, sorted(model.state_dict())
         ('GatedMLP', ['0.down_proj.weight', '0.gate_proj.weight', '0.up_proj.weight'])

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_recipes.models.packing import is_packed
-from rlhf_recipes.models.parts import tokens_in_output
 from rlhf_recipes.models.rows import Texts, scatter_tokens
 from rlhf_recipes.models.sharding import is_sharded
 from rlhf_recipes.models.top_layers import only_read_in_last_layer
+from rlhf_recipes.parts import tokens_in_output
 
 _POSITIONS_PER_CHUNK = 256  # for which there are logits at a time; several tensors of their size are in memory
 _TOKENS_PER_CHUNK = 1024  # of the language-model loss

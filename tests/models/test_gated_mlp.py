@@ -70,7 +70,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(gated_mlp, "tokens_in_mlp", lambda inner, device: 32)
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (6,), (2, 3, 6), (1, 33, 6), (2, 32, 6), (7, 19, 6)])
+@pytest.mark.parametrize("shape", [(0, 6), (1, 0, 6), (1, 6), (6,), (2, 3, 6), (1, 33, 6), (2, 32, 6), (7, 19, 6)])
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu2", "linear"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_and_gradients_are_the_formulas(small_chunks, shape, act, bias):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_recipes.models.parts import TILE_VOCABULARY, tokens_in_mlp, tokens_in_output
+from rlhf_recipes.parts import TILE_VOCABULARY, tokens_in_mlp, tokens_in_output
 from rlhf_recipes.tools.planning.sizes import AdapterSizes, NetworkSizes, RunSizes
 
 MIB = 2**20

@@ -93,8 +93,8 @@ def test_kept_activations_numbers():
 def test_working_memory_numbers():
     assert working_memory(SIZES, 10, backward=False) == 10 * (5 * 16 * 4 + 3 * 8 * 4)
     assert working_memory(SIZES, 10, backward=True) == 10 * (5 * 16 * 4 + 2 * 8 * 4)
-    many = 80_000  # a CPU computes the MLP for 2**20 / 16 at a time, a GPU for 4096
-    assert working_memory(SIZES, many, backward=True) == 2**16 * 5 * 16 * 4 + many * 2 * 8 * 4
+    many = 20_000  # a CPU computes the MLP for 2**18 / 16 at a time, a GPU for 4096
+    assert working_memory(SIZES, many, backward=True) == 2**14 * 5 * 16 * 4 + many * 2 * 8 * 4
     gpu = replace(SIZES, device="cuda")
     assert working_memory(gpu, many, backward=True) == 4096 * 5 * 16 * 4 + many * 2 * 8 * 4
     whole = replace(SIZES, policy=WHOLE)

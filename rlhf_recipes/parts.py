@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768  # that TRL's fused output layer makes logits of at a time
-_OF_THE_MLP = 2**20  # numbers of one tensor that a CPU works on at a time
+_OF_THE_MLP = 2**18  # numbers of one tensor that a CPU works on at a time
 _OF_THE_OUTPUT = 2**19
 _FEWEST = 32  # fewer make matrix products slow
 
@@ -17,7 +17,7 @@ def tokens_in_mlp(inner: int, device: str) -> int:
 
     Example:
         >>> tokens_in_mlp(1024, "cpu"), tokens_in_mlp(1024, "cuda")
-        (1024, 4096)
+        (256, 4096)
     """
     return max(_OF_THE_MLP // inner, _FEWEST) if device == "cpu" else TILE_TOKENS
 
