@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_recipes.models.fused_lora import fusable_update
-from rlhf_recipes.models.quantized import state_of
+from rlhf_recipes.models.quantized import unpacked_weight
 from rlhf_recipes.parts import tokens_in_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -226,9 +225,7 @@ def _hooked(module: Any) -> bool:
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    weight = base.weight
-    if isinstance(base, Linear4bit):
-        weight = dequantize_4bit(weight.data, state_of(base))
+    weight = unpacked_weight(base) if isinstance(base, Linear4bit) else base.weight
     numbers: Tensor = weight.detach().to(dtype)
     return numbers
 

@@ -102,14 +102,15 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
             model.set_submodule(name, module)
 
 
-def state_of(layer: Any) -> Any:
-    """What a 4-bit layer was quantized with: its weight has it, but for a bare one that FSDP has gathered.
+def unpacked_weight(layer: Any) -> Tensor:
+    """The weight of a 4-bit layer as numbers, shape `(out, in)`.
 
     Args:
         layer: A `Linear4bit` of bitsandbytes.
     """
-    state = getattr(layer.weight, "quant_state", None)
-    return layer.quant_state if state is None else state
+    state = getattr(layer.weight, "quant_state", None)  # a bare weight that FSDP has gathered lacks it
+    numbers: Tensor = dequantize_4bit(layer.weight.data, layer.quant_state if state is None else state)
+    return numbers
 
 
 def _itemsize(layer: Any) -> int:
@@ -122,7 +123,7 @@ class _Unpacked(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        weight = dequantize_4bit(layer.weight.data, state_of(layer)).to(layer.compute_dtype)
+        weight = unpacked_weight(layer).to(layer.compute_dtype)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         self.train(layer.training)
 

@@ -24,6 +24,7 @@ from transformers import (
 from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.models.fused_lora import FusedLinear, FusedLinear4bit, fuse_lora
 from rlhf_recipes.models.tiny import tiny_llama, word_tokenizer
+from tests.models.support import assert_same_gradients
 
 EXACT = {"atol": 1e-13, "rtol": 1e-12}
 
@@ -45,26 +46,11 @@ def pair(dtype=torch.float64, **options):
     return plain, fused
 
 
-def compare(plain, fused, x, **tolerance):
-    """Outputs, and gradients by the input and by everything that is trained."""
-    found = []
-    for model in (plain, fused):
-        given = x.clone().requires_grad_()
-        output = model(given)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(output.square().sum(), [given, *trained], allow_unused=True)
-        found.append([output, *(gradient for gradient in gradients if gradient is not None)])
-    assert len(found[0]) == len(found[1]) > 2
-    for expected, given in zip(*found, strict=True):
-        assert given.dtype == expected.dtype
-        assert_close(given, expected, **tolerance)
-
-
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (3, 7, 6), (2, 1, 3, 6)])
 def test_outputs_and_gradients_are_pefts(shape):
     plain, fused = pair()
     assert isinstance(fused.base_model.model[0], FusedLinear)
-    compare(plain, fused, torch.randn(shape, dtype=torch.float64), **EXACT)
+    assert_same_gradients(plain, fused, torch.randn(shape, dtype=torch.float64), **EXACT)
 
 
 def test_the_update_by_hand():
@@ -109,7 +95,7 @@ def test_variants_are_computed_as_peft_does(options):
             torch.manual_seed(1)
             outputs.append(model(x))
         assert_close(outputs[1], outputs[0], **EXACT)
-    compare(plain, fused, x, **EXACT)
+    assert_same_gradients(plain, fused, x, **EXACT)
 
 
 def mixed(base, adapters):
@@ -125,7 +111,7 @@ def test_16_bit_layers_with_float32_adapters_under_autocast():
     plain, fused = mixed(torch.bfloat16, torch.float32)
     x = torch.randn(3, 6, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        compare(plain, fused, x, atol=3e-2, rtol=3e-2)
+        assert_same_gradients(plain, fused, x, atol=3e-2, rtol=3e-2)
         assert fused(x).dtype == torch.bfloat16
 
 
@@ -133,7 +119,7 @@ def test_16_bit_layers_with_float32_adapters_under_autocast():
 def test_16_bit_layers_with_float32_adapters_are_rounded_once(base):
     plain, fused = mixed(base, torch.float32)
     x = torch.randn(3, 6, dtype=base)
-    compare(plain, fused, x, atol=1e-6, rtol=torch.finfo(base).eps)  # their sums may round to neighbours
+    assert_same_gradients(plain, fused, x, atol=1e-6, rtol=torch.finfo(base).eps)  # their sums may round to neighbours
     layer = fused.base_model.model[0]
     given = layer(x)
     assert given.dtype == base

@@ -16,6 +16,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwe
 from rlhf_recipes.models import gated_mlp
 from rlhf_recipes.models.fused_lora import fuse_lora
 from rlhf_recipes.models.gated_mlp import GatedMLP, fuse_mlps
+from tests.models.support import assert_same_gradients
 
 EXACT = {"atol": 1e-12, "rtol": 1e-11}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -43,20 +44,7 @@ def pair(mlp, dtype=torch.float64, change=lambda mlp: None, **options):
 
 
 def compare(plain, fused, x, **tolerance):
-    """Outputs without and with gradients, and gradients by the input and by all that is trained."""
-    found = []
-    for model in (plain, fused):
-        given = x.clone().requires_grad_()
-        output = model(given)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # a mean of squares, so that the gradients differ from token to token
-        gradients = torch.autograd.grad(output.square().mean(), [given, *trained], allow_unused=True)
-        with torch.no_grad():
-            found.append([model(x), output, *(gradient for gradient in gradients if gradient is not None)])
-    assert len(found[0]) == len(found[1]) > 3
-    for expected, given in zip(*found, strict=True):
-        assert given.dtype == expected.dtype
-        assert_close(given, expected, **tolerance)
+    assert_same_gradients(plain, fused, x, torch.mean, **tolerance)
 
 
 def tokens(*shape, dtype=torch.float64):
